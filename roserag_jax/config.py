@@ -1,0 +1,276 @@
+"""Every option, its default and its meaning; and how a command reads them.
+
+A command takes `--config file.py` (a file with `get_config()`) and any number of `--config.section.option=value`.
+`python -m roserag_jax.train --options` prints the list below. A misspelt option or a value of the wrong type stops the
+command at once.
+"""
+
+import difflib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from roserag_jax.errors import UserError
+
+
+class Option(NamedTuple):
+    """A default and one line of meaning."""
+
+    default: Any
+    meaning: str
+    choices: tuple = ()
+
+
+PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+OPTIONS: dict[str, dict[str, Option] | Option] = {
+    "model": Option("", "Hub id, local Hugging Face folder or .gguf file of the base model"),
+    "revision": Option("", "branch, tag or commit of a Hub id; empty is the default branch"),
+    "tokenizer": Option("", "Hub id or folder of the tokenizer; empty takes the model's own"),
+    "dtype": Option(
+        "bfloat16", "of frozen weights and activations; adapters and sums are float32", ("float32", "bfloat16")
+    ),
+    "seed": Option(0, "of the samples, the adapter's start, the order of training and random selection"),
+    "workdir": Option("", "folder for everything that is made; local or gs://"),
+    "adapter": Option("", "PEFT folder used by evaluate, export, answer and score; empty is WORKDIR/adapter"),
+    "mesh": {
+        "data": Option(1, "devices over which batches are split, weights copied"),
+        "fsdp": Option(-1, "devices over which batches and weights are split; -1 takes all that are left"),
+        "tensor": Option(1, "devices over which heads, MLP and vocabulary are split"),
+    },
+    "data": {
+        "train": Option("synthetic", "training questions: a .jsonl or .jsonl.gz of unified rows, or 'synthetic'"),
+        "eval": Option("synthetic", "held-out questions, likewise"),
+        "train_rows": Option(0, "use the first so many training rows; 0 is all (synthetic: 200)"),
+        "eval_rows": Option(0, "use the first so many held-out rows; 0 is all (synthetic: 100)"),
+        "synthetic_seed": Option(0, "of the synthetic world and its questions"),
+        "synthetic_passages": Option(5, "K of the synthetic rows"),
+        "synthetic_missing_gold": Option(0.0, "share of synthetic rows that lack a gold passage"),
+        "synthetic_counterfactual": Option(0.0, "share of synthetic rows with a passage that claims a wrong answer"),
+    },
+    "retrieve": {
+        "retriever": Option(
+            "given", "'given' keeps the rows' own contexts, 'bm25' searches the corpus", ("given", "bm25")
+        ),
+        "corpus": Option("", "a .jsonl[.gz] of {id, contents} or a folder of .txt and .md files; for bm25 and answer"),
+        "k": Option(10, "passages fetched per question by bm25"),
+    },
+    "prompt": {
+        "passages": Option(10, "K, passages shown; 0 is closed book"),
+        "examples": Option(0, "worked examples shown first, of at most 2; they help the smallest models"),
+        "max_tokens": Option(2048, "limit of a prompt; passages are cut to fit, the question never is"),
+    },
+    "generate": {
+        "guided_samples": Option(4, "rationales sampled per question with the golden answer in view"),
+        "plain_samples": Option(4, "rationales sampled per question from the plain prompt"),
+        "temperature": Option(0.8, "of sampling"),
+        "top_p": Option(0.95, "nucleus that samples are drawn from; 1.0 is the whole vocabulary"),
+        "max_tokens": Option(128, "limit of a rationale"),
+        "answer_tokens": Option(24, "limit of the answer decoded after a rationale"),
+        "batch": Option(8, "questions decoded at a time"),
+    },
+    "select": {
+        "strategy": Option(
+            "hard", "which correct and which incorrect candidate make the pair", ("hard", "easy", "random", "all")
+        ),
+        "confidence": Option("mean", "log-probability under the plain prompt per token or in sum", ("mean", "sum")),
+    },
+    "lora": {
+        "rank": Option(16, "of the adapter"),
+        "alpha": Option(32.0, "the adapter's product is scaled by alpha / rank"),
+        "dropout": Option(0.0, "on the adapter's input while training"),
+        "targets": Option(PROJECTION_NAMES, "projections that get an adapter"),
+    },
+    "train": {
+        "loss": Option("orpo", "orpo learns from pairs, sft from the chosen responses alone", ("orpo", "sft")),
+        "beta": Option(0.1, "weight of ORPO's odds-ratio term; the paper keeps it under 0.5"),
+        "learning_rate": Option(2e-4, "peak, reached after the warm-up, then a cosine to zero"),
+        "warmup": Option(0.1, "share of the steps that warm up"),
+        "weight_decay": Option(0.0, "AdamW's, on the adapter"),
+        "clip": Option(1.0, "limit of the gradient's global norm"),
+        "epochs": Option(2, "passes over the pairs"),
+        "batch": Option(8, "pairs of a step"),
+        "accumulate": Option(1, "parts that a step's batch is worked through in; the result is the same"),
+        "max_response": Option(192, "longest response in tokens; pairs with a longer one are left out and counted"),
+        "remat": Option("layer", "what the backward pass makes again to save memory", ("none", "layer", "dots")),
+        "checkpoint_every": Option(50, "steps between checkpoints"),
+        "keep_checkpoints": Option(2, "latest checkpoints kept while training"),
+        "evaluate": Option(True, "let `train` evaluate the base model before and the adapter after training"),
+    },
+    "evaluate": {
+        "systems": Option(("base", "adapter"), "what `evaluate` compares, of 'base' and 'adapter'"),
+        "max_tokens": Option(160, "limit of a response"),
+        "batch": Option(16, "questions decoded at a time"),
+    },
+    "export": {
+        "folder": Option("", "where the merged model goes; empty is WORKDIR/merged"),
+    },
+}
+
+
+def defaults() -> ConfigDict:
+    """A locked `ConfigDict` of all options at their defaults; configuration files start from it."""
+    tree = {
+        name: {k: option.default for k, option in entry.items()} if isinstance(entry, dict) else entry.default
+        for name, entry in OPTIONS.items()
+    }
+    return ConfigDict(tree).lock()
+
+
+def walk() -> Iterator[tuple[str, Option]]:
+    """Every option with its dotted name."""
+    for name, entry in OPTIONS.items():
+        if isinstance(entry, dict):
+            yield from ((f"{name}.{k}", option) for k, option in entry.items())
+        else:
+            yield name, entry
+
+
+def get(config: ConfigDict, dotted: str) -> Any:
+    """The value of an option by its dotted name."""
+    for part in dotted.split("."):
+        config = config[part]
+    return config
+
+
+def subset(config: ConfigDict, *names: str, without: tuple[str, ...] = ()) -> dict:
+    """The options of the given names and sections, flat and by dotted name: what an artifact depends on."""
+    wanted = lambda name: any(name == n or name.startswith(f"{n}.") for n in names)
+    return {name: get(config, name) for name, _ in walk() if wanted(name) and name not in without}
+
+
+def describe() -> str:
+    """All options as text: name, default, meaning and choices."""
+    lines = []
+    for name, option in walk():
+        choices = f" ({', '.join(map(str, option.choices))})" if option.choices else ""
+        lines.append(f"  --config.{name}={option.default!r}\n      {option.meaning}{choices}")
+    return "\n".join(lines)
+
+
+def validate(config: ConfigDict) -> None:
+    """Check everything that can be checked before anything expensive.
+
+    Raises:
+      UserError: naming the option, its value and what is allowed.
+    """
+
+    def fail(name, why):
+        raise UserError(f"config.{name}={get(config, name)!r}: {why}.")
+
+    for name, option in walk():
+        if option.choices and get(config, name) not in option.choices:
+            fail(name, f"choose one of {', '.join(map(str, option.choices))}")
+    at_least = {
+        1: "retrieve.k prompt.max_tokens generate.max_tokens generate.answer_tokens generate.batch lora.rank "
+        "train.epochs train.batch train.accumulate train.max_response train.checkpoint_every train.keep_checkpoints "
+        "evaluate.max_tokens evaluate.batch",
+        0: "data.train_rows data.eval_rows prompt.passages generate.guided_samples generate.plain_samples "
+        "generate.temperature train.beta train.learning_rate train.weight_decay train.warmup lora.dropout",
+        2: "data.synthetic_passages",
+    }
+    for least, names in at_least.items():
+        for name in names.split():
+            if get(config, name) < least:
+                fail(name, f"must be at least {least}")
+    for name in ["data.synthetic_missing_gold", "data.synthetic_counterfactual", "train.warmup", "generate.top_p"]:
+        if get(config, name) > 1:
+            fail(name, "must be at most 1")
+    for name in ("generate.top_p", "train.clip", "lora.alpha"):
+        if get(config, name) <= 0:
+            fail(name, "must be positive")
+    if not 0 <= config.prompt.examples <= 2:
+        fail("prompt.examples", "must be 0, 1 or 2")
+    if config.lora.dropout >= 1:
+        fail("lora.dropout", "must be under 1")
+    if config.train.batch % config.train.accumulate:
+        fail("train.accumulate", f"must divide config.train.batch={config.train.batch}")
+    if config.generate.guided_samples + config.generate.plain_samples < 2:
+        fail(
+            "generate.plain_samples", "a pair needs at least two candidates; raise it or config.generate.guided_samples"
+        )
+    if unknown := set(config.lora.targets) - set(PROJECTION_NAMES):
+        fail("lora.targets", f"{sorted(unknown)} unknown; known: {', '.join(PROJECTION_NAMES)}")
+    if not config.lora.targets:
+        fail("lora.targets", "name at least one projection")
+    if set(config.evaluate.systems) - {"base", "adapter"} or not config.evaluate.systems:
+        fail("evaluate.systems", "a tuple of 'base' and 'adapter'")
+    if config.retrieve.retriever == "bm25" and not config.retrieve.corpus:
+        fail("retrieve.corpus", "bm25 needs a corpus: a .jsonl file or a folder")
+    if not config.model:
+        fail("model", "name a Hub id, a Hugging Face folder or a .gguf file")
+    if not config.workdir:
+        fail("workdir", "name the folder that everything goes to")
+
+
+def _flag_error(error: Exception) -> str:
+    """What was meant, for an option that does not exist or a value that does not fit."""
+    text = str(error).strip("\"'").splitlines()[0]
+    names = [name for name, _ in walk()]
+    for argument in sys.argv[1:]:
+        if not argument.startswith("--config."):
+            continue
+        given = argument.removeprefix("--config.").split("=")[0]
+        if given not in names:
+            near = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
+            near = near or [n for n in names if n.rsplit(".", 1)[-1] == given.rsplit(".", 1)[-1]]
+            hint = f"; did you mean config.{near[0]}?" if near else ""
+            return f"There is no option config.{given}{hint} (--options lists them all)"
+    return text
+
+
+def main(run: Callable[[ConfigDict], None], doc: str) -> None:
+    """Run a command: read its options, call `run(config)`, and turn errors meant for people into one line.
+
+    Exit status: 0 done; 2 something for the user to put right; 130 Ctrl-C and 143 SIGTERM, after which the same command
+    goes on where it stopped.
+    """
+    config_flags.DEFINE_config_file("config", None, "the configuration file; --config.a.b=value sets an option")
+    flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")
+
+    def start(argv):
+        if len(argv) > 1:
+            raise UserError(f"Unexpected argument {argv[1]!r}; options are written --config.section.option=value.")
+        if flags.FLAGS.config is None:
+            raise UserError("--config is missing; for example --config configs/quickstart.py.")
+        validate(flags.FLAGS.config)
+        run(flags.FLAGS.config)
+
+    if {"--help", "-h", "--options"} & set(sys.argv[1:]):
+        print(f"{doc.strip()}\n")
+        if "--options" in sys.argv:
+            print(f"Options (config.py):\n{describe()}")
+        else:
+            print("  --config FILE                    the configuration, for example configs/quickstart.py")
+            print("  --config.section.option=VALUE    sets one option")
+            print("  --options                        lists every option with its default and meaning")
+            for flag in flags.FLAGS.flags_by_module_dict().get(sys.argv[0], []):
+                if flag.name not in ("config", "options"):
+                    print(f"  --{flag.name:<31}{flag.help}")
+        return
+    terminate = lambda *_: sys.exit(143)
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        arguments = flags.FLAGS(sys.argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        print(f"error: {_flag_error(error)}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        start(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != 28:
+            raise
+        print(
+            f"error: no space left on the disk ({error.filename}); free some and run the same command.", file=sys.stderr
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nStopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,44 @@
+"""Merge the adapter into the base model and write a Hugging Face folder that transformers and vLLM load.
+
+python -m roserag_jax.export --config configs/quickstart.py [--config.export.folder=FOLDER]
+"""
+
+import shutil
+from pathlib import Path
+
+from roserag_jax import config as options
+from roserag_jax.errors import UserError
+from roserag_jax.evaluate import adapter_folder
+from roserag_jax.models import weights
+from roserag_jax.runtime.session import Session
+from roserag_jax.workdir import Workdir
+
+
+def run(config) -> None:
+    """The command."""
+    workdir, session = Workdir(config.workdir), Session(config)
+    folder = Path(config.export.folder).expanduser() if config.export.folder else Path(workdir / "merged")
+    if "://" in str(folder):
+        raise UserError("config.export.folder must be local; write there and copy the folder.")
+    with workdir.lock():
+        adapter = adapter_folder(config, workdir)
+        if not config.adapter:
+            workdir.check("adapter")
+        # Built beside its place and then renamed, so that a half-written model is never found there.
+        building = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        weights.save_merged(session.model(Path(adapter)), session.source, building)
+        session.tokenizer.save_pretrained(building)
+        if folder.exists():
+            if not (folder / "config.json").exists():
+                raise UserError(f"{folder} exists and is no exported model; name another config.export.folder.")
+            shutil.rmtree(folder)
+        building.rename(folder)
+        size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        print(f"Made {folder} ({size / 1e6:.0f} MB in {session.dtype}): base {config.model} with {adapter} merged in.")
+        print(f"Next: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}), or `vllm serve {folder}`.")
+
+
+if __name__ == "__main__":
+    options.main(run, __doc__)

@@ -1,0 +1,103 @@
+"""The adapter as PEFT writes it: `adapter_config.json` and `adapter_model.safetensors`, made and read without torch."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from roserag_jax.errors import UserError
+from roserag_jax.models.lora import PROJECTIONS, LoRAConfig, LoRAParam
+from roserag_jax.models.weights import abstract_model, module_name, placed
+
+
+def _tensor_name(projection: str, kind: str, layer: int) -> str:
+    letter = {"lora_a": "A", "lora_b": "B"}[kind]
+    return f"base_model.model.model.layers.{layer}.{module_name(projection)}.lora_{letter}.weight"
+
+
+def save(adapter: nnx.State, lora: LoRAConfig, base: str, folder: Path) -> None:
+    """Write an adapter that `peft.PeftModel.from_pretrained(model, folder)` and vLLM load.
+
+    Args:
+      base: what the adapter belongs to, written as `base_model_name_or_path`.
+    """
+    from safetensors.numpy import save_file
+
+    tensors = {}
+    for (_, projection, kind), variable in nnx.to_flat_state(adapter):
+        for i, layer in enumerate(np.asarray(variable.get_value())):
+            tensors[_tensor_name(projection, kind, i)] = np.ascontiguousarray(layer.T)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> LoRAConfig:
+    """Rank, alpha, dropout and targets of a PEFT adapter.
+
+    Raises:
+      UserError: the folder is no LoRA adapter, or uses something that the network does not implement.
+    """
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} holds no adapter (no adapter_config.json).")
+    config = json.loads(file.read_text())
+    plain = {"peft_type": "LORA", "bias": "none"}
+    for key in ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        plain[key] = None
+    for key, wanted in plain.items():
+        if (config.get(key) or None) != wanted:
+            raise UserError(f"{file}: {key}={config[key]!r} is not implemented.")
+    targets = config["target_modules"]
+    targets = PROJECTIONS if targets == "all-linear" else tuple(targets)
+    if unknown := set(targets) - set(PROJECTIONS):
+        raise UserError(f"{file}: target_modules {sorted(unknown)} are unknown; known: {', '.join(PROJECTIONS)}.")
+    return LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
+
+
+def load(folder: Path, model_config, mesh: Mesh) -> tuple[LoRAConfig, nnx.State]:
+    """Read a PEFT adapter for the network of `model_config`.
+
+    Raises:
+      UserError: tensors are missing, left over or of another shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    lora, file = read_config(folder), folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    state = nnx.state(abstract_model(model_config, lora, np.float32), LoRAParam)
+
+    def stack(path, shape):
+        names = [_tensor_name(*path[1:], i) for i in range(shape[0])]
+        if absent := [n for n in names if n not in tensors]:
+            raise UserError(f"{file}: {len(absent)} tensors are missing, first {absent[0]}.")
+        value = np.stack([tensors.pop(n).T.astype(np.float32) for n in names])
+        if value.shape != shape:
+            raise UserError(f"{file}: {names[0]} has shape {value.shape[:0:-1]}, this model needs {shape[:0:-1]}.")
+        return value
+
+    values = {path: stack(path, v.get_value().shape) for path, v in nnx.to_flat_state(state)}
+    if tensors:
+        raise UserError(f"{file}: {len(tensors)} tensors are unknown, first {min(tensors)}.")
+    return lora, placed(state, mesh, lambda path, index: values[path][index])

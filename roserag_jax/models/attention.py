@@ -1,0 +1,89 @@
+"""The two attentions: a prompt over itself, and branches over their shared prompt and themselves.
+
+Axes: B batch, N branches, P prompt, S branch length, M own-cache slots, H query heads, K key/value heads,
+G = H / K query heads per key/value head, h head size.
+
+Keys and values carry their head axis before the token axis, because every product here is then a plain batched matrix
+product over (B, K), which is what XLA is fastest at on every backend. Scores and softmax are float32 throughout.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_MASKED = -1e30  # finite: a row with every key masked stays finite, and so does its gradient
+
+
+def _scores(q, k, softcap):
+    scores = jnp.einsum("...qh,...sh->...qs", q, k, preferred_element_type=jnp.float32)
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def prompt_attention(
+    q: Float[Array, "B P H h"],
+    k: Float[Array, "B K P h"],
+    v: Float[Array, "B K P h"],
+    *,
+    window: Int[Array, ""] | None,
+    softcap: float | None,
+    block: int = 256,
+) -> Float[Array, "B P H h"]:
+    """Causal self-attention in blocks of queries; `q` is already scaled.
+
+    Each block sees a static number of keys, which halves the work of a full square and keeps the scores small. Padding
+    is on the right, so causality alone keeps it out of every real query's sight; padded queries give finite nonsense.
+
+    Args:
+      window: how many positions back a query sees, itself included; None for no limit.
+    """
+    B, P, H, h = q.shape
+    K = k.shape[1]
+    q = q.reshape(B, P, K, H // K, h).transpose(0, 2, 3, 1, 4)  # B K G P h
+    blocks = []
+    for start in range(0, P, block):
+        stop = min(start + block, P)
+        T = stop - start
+        block_q = q[:, :, :, start:stop].reshape(B, K, -1, h)
+        scores = _scores(block_q, k[:, :, :stop], softcap).reshape(B, K, H // K, T, stop)
+        query, key = jnp.arange(start, stop)[:, None], jnp.arange(stop)[None]
+        seen = key <= query
+        if window is not None:
+            seen &= query - key < window
+        weights = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=-1).astype(v.dtype)
+        out = weights.reshape(B, K, -1, stop) @ v[:, :, :stop]
+        blocks.append(out.reshape(B, K, H // K, T, h))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, P, H, h)
+
+
+def branch_attention(
+    q: Float[Array, "B N S H h"],
+    prefix_k: Float[Array, "B K P h"],
+    prefix_v: Float[Array, "B K P h"],
+    own_k: Float[Array, "B K N M h"],
+    own_v: Float[Array, "B K N M h"],
+    *,
+    prefix_seen: Bool[Array, "B N S P"],
+    own_seen: Bool[Array, "B N S M"],
+    softcap: float | None,
+) -> Float[Array, "B N S H h"]:
+    """Each branch over the prompt's keys, read once for all N branches, and over its own; `q` is already scaled.
+
+    One softmax spans both parts: their sums share a maximum and a denominator, and nothing of length P + M is joined.
+    """
+    B, N, S, H, h = q.shape
+    K, G = prefix_k.shape[1], H // prefix_k.shape[1]
+    q = q.reshape(B, N, S, K, G, h).transpose(0, 3, 1, 4, 2, 5)  # B K N G S h
+
+    prefix = _scores(q.reshape(B, K, N * G * S, h), prefix_k, softcap).reshape(B, K, N, G, S, -1)
+    own = _scores(q.reshape(B, K, N, G * S, h), own_k, softcap).reshape(B, K, N, G, S, -1)
+    prefix = jnp.where(prefix_seen[:, None, :, None], prefix, _MASKED)
+    own = jnp.where(own_seen[:, None, :, None], own, _MASKED)
+
+    top = jax.lax.stop_gradient(jnp.maximum(prefix.max(-1), own.max(-1)))[..., None]
+    prefix, own = jnp.exp(prefix - top), jnp.exp(own - top)
+    total = prefix.sum(-1) + own.sum(-1)
+    out = (prefix.astype(prefix_v.dtype).reshape(B, K, N * G * S, -1) @ prefix_v).reshape(B, K, N, G, S, h)
+    out = out.astype(jnp.float32)
+    out += (own.astype(own_v.dtype).reshape(B, K, N, G * S, -1) @ own_v).reshape(B, K, N, G, S, h)
+    out = (out / total[..., None]).astype(q.dtype)
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, N, S, H, h)

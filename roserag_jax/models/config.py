@@ -1,0 +1,208 @@
+"""What a network is: one `ModelConfig`, read from a Hugging Face `config.json` or from a GGUF header.
+
+A family differs from the Llama block in a handful of ways, each of them a field here. A setting that changes the
+mathematics and that the network does not implement is refused by name, never ignored.
+"""
+
+import dataclasses
+from typing import Any
+
+from roserag_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and mathematics of a decoder. Hashable, so that it can be closed over by `jit`."""
+
+    family: str
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: tuple[tuple[str, Any], ...] = ()  # items of Hugging Face's `rope_parameters`; () means plain RoPE
+    rope_local_theta: float | None = None  # RoPE base of the sliding layers (Gemma 3)
+    tie_embeddings: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_plus_one: bool = False  # RMSNorm multiplies by 1 + weight (Gemma)
+    post_norms: bool = False  # a second norm after attention and after the MLP (Gemma 2 and 3)
+    activation: str = "silu"
+    embed_scale: float = 1.0
+    query_scale: float | None = None  # None: head_dim ** -0.5
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] = ()  # per layer; () means no layer slides
+    max_positions: int = 0
+
+    @property
+    def attention_scale(self) -> float:
+        """What queries are multiplied by before the dot product."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def _rope(parameters: dict, source: str) -> tuple[float, tuple]:
+    """Base and scaling items from one `rope_parameters` dict."""
+    kind = parameters.get("rope_type", "default")
+    if kind not in _ROPE_TYPES:
+        raise UserError(f"{source}: rope_type {kind!r} is not implemented; known: {', '.join(_ROPE_TYPES)}.")
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{source}: partial_rotary_factor {parameters['partial_rotary_factor']} is not implemented.")
+    scaling = () if kind == "default" else tuple(sorted((k, v) for k, v in parameters.items() if v is not None))
+    return float(parameters["rope_theta"]), scaling
+
+
+def _common(hf, source: str) -> dict:
+    """The fields that every family reads alike from a `transformers` config object."""
+    activation = getattr(hf, "hidden_activation", None) or getattr(hf, "hidden_act", "silu")
+    if activation not in _ACTIVATIONS:
+        raise UserError(f"{source}: activation {activation!r} is not implemented; known: {', '.join(_ACTIVATIONS)}.")
+    theta, scaling = (0.0, ()) if "full_attention" in hf.rope_parameters else _rope(hf.rope_parameters, source)
+    return {
+        "family": hf.model_type,
+        "vocab_size": hf.vocab_size,
+        "embed_dim": hf.hidden_size,
+        "num_layers": hf.num_hidden_layers,
+        "num_heads": hf.num_attention_heads,
+        "num_kv_heads": hf.num_key_value_heads or hf.num_attention_heads,
+        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        "mlp_dim": hf.intermediate_size,
+        "norm_eps": hf.rms_norm_eps,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_embeddings": hf.tie_word_embeddings,
+        "activation": _ACTIVATIONS[activation],
+        "max_positions": hf.max_position_embeddings,
+    }
+
+
+def _sliding(hf) -> dict:
+    """Window and the layers it applies to, from `sliding_window` and `layer_types`."""
+    types = getattr(hf, "layer_types", None) or []
+    layers = tuple(kind == "sliding_attention" for kind in types)
+    window = getattr(hf, "sliding_window", None)
+    if window is None or not any(layers):
+        return {}
+    return {"sliding_window": window, "sliding_layers": layers}
+
+
+def _llama(hf, source):
+    return _common(hf, source) | {
+        "qkv_bias": bool(hf.attention_bias),
+        "out_bias": bool(hf.attention_bias),
+        "mlp_bias": bool(hf.mlp_bias),
+    }
+
+
+def _mistral(hf, source):
+    window = {"sliding_window": hf.sliding_window, "sliding_layers": (True,) * hf.num_hidden_layers}
+    return _common(hf, source) | (window if hf.sliding_window else {})
+
+
+def _qwen2(hf, source):
+    return _common(hf, source) | {"qkv_bias": True} | _sliding(hf)
+
+
+def _qwen3(hf, source):
+    bias = bool(hf.attention_bias)
+    return _common(hf, source) | {"qkv_bias": bias, "out_bias": bias, "qk_norm": True} | _sliding(hf)
+
+
+def _gemma(hf, source):
+    return _common(hf, source) | {"norm_plus_one": True, "embed_scale": hf.hidden_size**0.5}
+
+
+def _gemma2(hf, source):
+    return (
+        _gemma(hf, source)
+        | {
+            "post_norms": True,
+            "query_scale": hf.query_pre_attn_scalar**-0.5,
+            "attention_softcap": hf.attn_logit_softcapping,
+            "final_softcap": hf.final_logit_softcapping,
+        }
+        | _sliding(hf)
+    )
+
+
+def _gemma3(hf, source):
+    theta, scaling = _rope(hf.rope_parameters["full_attention"], source)
+    local_theta, local_scaling = _rope(hf.rope_parameters["sliding_attention"], source)
+    if local_scaling:
+        raise UserError(f"{source}: RoPE scaling on sliding layers is not implemented.")
+    return _gemma2(hf, source) | {
+        "qk_norm": True,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "rope_local_theta": local_theta,
+    }
+
+
+_READERS = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+}
+
+
+def from_hf(hf, source: str) -> ModelConfig:
+    """Read a `transformers` config object; `source` names it in errors.
+
+    Raises:
+      UserError: the model type, or a setting that changes the mathematics, is not implemented.
+    """
+    reader = _READERS.get(hf.model_type)
+    if reader is None:
+        raise UserError(f"{source}: model type {hf.model_type!r} is unknown here; known: {', '.join(_READERS)}.")
+    if getattr(hf, "quantization_config", None):
+        raise UserError(f"{source}: quantized weights are not supported; use the original model.")
+    return ModelConfig(**reader(hf, source))
+
+
+def from_gguf(fields: dict[str, Any], tensors: list[str], source: str) -> ModelConfig:
+    """Read the header of a GGUF file, given as a dict of its metadata and the names of its tensors.
+
+    Raises:
+      UserError: the architecture, or a setting that changes the mathematics, is not implemented.
+    """
+    arch = fields["general.architecture"]
+    if arch != "llama":
+        raise UserError(
+            f"{source}: GGUF architecture {arch!r} is unknown here; known: llama. Use a Hugging Face folder."
+        )
+    get = lambda key, default=None: fields.get(f"llama.{key}", default)
+    if get("rope.scaling.type", "none") != "none" or get("expert_count", 0) or "rope_freqs.weight" in tensors:
+        raise UserError(f"{source}: RoPE scaling and experts are not read from GGUF; use the Hugging Face folder.")
+    heads, dim = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", dim // heads)
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise UserError(f"{source}: rotating only {get('rope.dimension_count')} of {head_dim} dimensions is unknown.")
+    return ModelConfig(
+        family="llama",
+        vocab_size=get("vocab_size"),
+        embed_dim=dim,
+        num_layers=get("block_count"),
+        num_heads=heads,
+        num_kv_heads=get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        mlp_dim=get("feed_forward_length"),
+        norm_eps=get("attention.layer_norm_rms_epsilon"),
+        rope_theta=get("rope.freq_base", 10000.0),
+        tie_embeddings="output.weight" not in tensors,
+        max_positions=get("context_length"),
+    )

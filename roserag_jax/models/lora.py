@@ -1,0 +1,65 @@
+"""A linear layer with its low-rank adapter inside (LoRA, arXiv 2106.09685, equation 3).
+
+Axes: L layers, D_in and D_out the sizes of the projection, r rank. Parameters are stacked over layers and scanned, so a
+declaration has the layer axis and a call does not.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRAParam(nnx.Variable):
+    """An adapter weight: what is trained, saved and exported; every other parameter is frozen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Rank, scale and targets of an adapter; rank 0 is no adapter."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = PROJECTIONS
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank product, alpha / r."""
+        return self.alpha / self.rank
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias + alpha / r * dropout(x) @ A @ B`, for one projection of every layer."""
+
+    def __init__(self, name, config, in_dim, out_dim, axes, lora: LoRAConfig, dtype, rngs, bias=False):
+        L, bound = config.num_layers, in_dim**-0.5
+        uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+        self.name = name
+        self.kernel = nnx.Param(
+            nnx.initializers.normal(0.02)(rngs.params(), (L, in_dim, out_dim), dtype), axes=("layers", *axes)
+        )
+        self.bias = nnx.Param(jnp.zeros((L, out_dim), dtype), axes=("layers", axes[1])) if bias else None
+        self.lora = lora if lora.rank and name in lora.targets else None
+        if self.lora:
+            # PEFT's initialisation: A is Kaiming-uniform with a = sqrt(5), B is zero, so training starts at the base.
+            r = lora.rank
+            self.lora_a = LoRAParam(uniform(rngs.params(), (L, in_dim, r), jnp.float32), axes=("layers", axes[0], None))
+            self.lora_b = LoRAParam(jnp.zeros((L, r, out_dim), jnp.float32), axes=("layers", None, axes[1]))
+
+    def __call__(self, x: Float[Array, "T D_in"], dropout_key: Array | None = None) -> Float[Array, "T D_out"]:
+        """Project tokens; dropout applies to the adapter's input, and only when a key is given."""
+        y = x @ self.kernel[...]
+        if self.bias is not None:
+            y += self.bias[...]
+        if self.lora is None:
+            return y
+        if dropout_key is not None and self.lora.dropout > 0:
+            key = jax.random.fold_in(dropout_key, PROJECTIONS.index(self.name))
+            keep = 1.0 - self.lora.dropout
+            x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
+        return y + self.lora.scale * (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)

@@ -1,0 +1,53 @@
+"""Logical axes: which mesh axis each dimension of a parameter or activation is laid over.
+
+The mesh has axes ('data', 'fsdp', 'tensor'). A dimension that a mesh axis does not divide evenly stays whole, so any
+model runs on any mesh (three key/value heads on a tensor axis of two, say), only less spread out.
+"""
+
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+def partition_spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh) -> PartitionSpec:
+    """Mesh axes for an array of `shape` whose dimensions carry the logical names `axes`; None is a whole dimension."""
+    entries = []
+    for size, name in zip(shape, axes, strict=True):
+        over = RULES.get(name, ())
+        fits = over and size % math.prod(mesh.shape[a] for a in over) == 0
+        entries.append(over if fits else None)
+    return PartitionSpec(*entries)
+
+
+def sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
+    """`partition_spec` bound to its mesh."""
+    return NamedSharding(mesh, partition_spec(shape, axes, mesh))
+
+
+def state_shardings(tree, mesh: Mesh):
+    """Shardings of a tree, leaf by leaf: a parameter's from the `axes` that it declared, any other leaf whole."""
+    is_variable = lambda leaf: hasattr(leaf, "get_metadata")
+
+    def place(leaf):
+        if not is_variable(leaf):
+            return NamedSharding(mesh, PartitionSpec())
+        return leaf.replace(sharding(leaf.get_value().shape, leaf.get_metadata()["axes"], mesh))
+
+    return jax.tree.map(place, tree, is_leaf=is_variable)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation to its logical axes under the ambient mesh (`jax.set_mesh`); without one, do nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, mesh))

@@ -1,0 +1,314 @@
+"""The network: one decoder for every family, built on `prefill` (a prompt, once) and `extend` (its N branches).
+
+Axes: B batch, N branches, P prompt, S branch length, M own-cache slots, L layers, D model, H query heads,
+K key/value heads, h head size, V vocabulary.
+
+A prompt's last token opens every branch: prefill takes `tokens[:-1]`, a branch is `[tokens[-1], *response[:-1]]` and
+its targets are the response. So prefill needs no logits and the vocabulary projection meets response positions only.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from roserag_jax.models.attention import branch_attention, prompt_attention
+from roserag_jax.models.config import ModelConfig
+from roserag_jax.models.lora import Linear, LoRAConfig
+from roserag_jax.models.sharding import constrain
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class PrefixCache:
+    """Keys and values of the prompts, read by every branch and never written."""
+
+    k: Float[Array, "L B K P h"]
+    v: Float[Array, "L B K P h"]
+    lengths: Int[Array, "B"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["k", "v", "positions", "used", "slot"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class OwnCache:
+    """Keys and values of the branches themselves. All branches write the same slots; `used` marks the real tokens."""
+
+    k: Float[Array, "L B K N M h"]
+    v: Float[Array, "L B K N M h"]
+    positions: Int[Array, "B N M"]
+    used: Bool[Array, "B N M"]
+    slot: Int[Array, ""]
+
+
+def _inverse_frequencies(head_dim: int, theta: float, scaling: tuple) -> np.ndarray:
+    """RoPE's inverse frequencies [h / 2], with linear (arXiv 2306.15595) or Llama-3.1 scaling."""
+    inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    options = dict(scaling)
+    if options.get("rope_type") == "linear":
+        inverse = inverse / options["factor"]
+    elif options.get("rope_type") == "llama3":
+        # Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1's release).
+        low, high = options["low_freq_factor"], options["high_freq_factor"]
+        turns = options["original_max_position_embeddings"] * inverse / (2 * np.pi)
+        blend = np.clip((turns - low) / (high - low), 0, 1)
+        inverse = (1 - blend) * inverse / options["factor"] + blend * inverse
+    return inverse.astype(np.float32)
+
+
+def _rotate(x: Float[Array, "... heads h"], cos: Float[Array, "... half"], sin: Float[Array, "... half"]):
+    """Rotary embedding of the two halves of each head, in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in float32; Gemma multiplies by 1 + weight before rounding, the others by weight after."""
+
+    def __init__(self, config: ModelConfig, shape, axes, dtype):
+        self.eps, self.plus_one = config.norm_eps, config.norm_plus_one
+        fill = jnp.zeros if self.plus_one else jnp.ones
+        self.scale = nnx.Param(fill(shape, dtype), axes=axes)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalise the last axis."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        if self.plus_one:
+            return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return self.scale[...] * y.astype(x.dtype)
+
+
+class Layer(nnx.Module):
+    """One decoder layer, declared stacked over all L and called on one slice of itself."""
+
+    def __init__(self, config: ModelConfig, lora: LoRAConfig, dtype, rngs: nnx.Rngs):
+        c, L, D = config, config.num_layers, config.embed_dim
+        q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        linear = lambda name, i, o, axes, bias: Linear(name, c, i, o, axes, lora, dtype, rngs, bias)
+        norm = lambda size: RMSNorm(c, (L, size), ("layers", None), dtype)
+        self.config = c
+        self.attn_norm, self.mlp_norm = norm(D), norm(D)
+        self.q_proj = linear("q_proj", D, q_dim, ("embed", "heads"), c.qkv_bias)
+        self.k_proj = linear("k_proj", D, kv_dim, ("embed", "heads"), c.qkv_bias)
+        self.v_proj = linear("v_proj", D, kv_dim, ("embed", "heads"), c.qkv_bias)
+        self.o_proj = linear("o_proj", q_dim, D, ("heads", "embed"), c.out_bias)
+        self.gate_proj = linear("gate_proj", D, c.mlp_dim, ("embed", "mlp"), c.mlp_bias)
+        self.up_proj = linear("up_proj", D, c.mlp_dim, ("embed", "mlp"), c.mlp_bias)
+        self.down_proj = linear("down_proj", c.mlp_dim, D, ("mlp", "embed"), c.mlp_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = norm(c.head_dim), norm(c.head_dim)
+        if c.post_norms:
+            self.post_attn_norm, self.post_mlp_norm = norm(D), norm(D)
+
+    def qkv(self, x: Float[Array, "T D"], rope, key):
+        """Queries (scaled) [T, H, h], keys and values [T, K, h], rotated to their positions."""
+        c, (cos, sin) = self.config, rope
+        x = self.attn_norm(x)
+        q = self.q_proj(x, key).reshape(-1, c.num_heads, c.head_dim)
+        k = self.k_proj(x, key).reshape(-1, c.num_kv_heads, c.head_dim)
+        v = self.v_proj(x, key).reshape(-1, c.num_kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return _rotate(q, cos, sin) * jnp.asarray(c.attention_scale, q.dtype), _rotate(k, cos, sin), v
+
+    def finish(self, x: Float[Array, "T D"], attended: Float[Array, "T Hh"], key) -> Float[Array, "T D"]:
+        """Output projection and MLP, each added to the residual stream."""
+        y = self.o_proj(attended, key)
+        x = x + (self.post_attn_norm(y) if self.config.post_norms else y)
+        y = self.mlp_norm(x)
+        gate = self.gate_proj(y, key)
+        gate = jax.nn.silu(gate) if self.config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        y = self.down_proj(gate * self.up_proj(y, key), key)
+        return x + (self.post_mlp_norm(y) if self.config.post_norms else y)
+
+
+_REMAT = {
+    "none": lambda body: body,
+    "layer": jax.checkpoint,
+    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+}
+
+
+class Transformer(nnx.Module):
+    """Decoder-only language model with stacked, scanned layers.
+
+    Args:
+      config: sizes and mathematics.
+      lora: the adapter inside its linear layers; the default has none.
+      dtype: of the frozen weights and the activations; adapters, softmax, norms and log-probabilities are float32.
+      rngs: for a random network; weights are otherwise loaded over an abstract one (`models.weights`).
+    """
+
+    def __init__(self, config: ModelConfig, lora: LoRAConfig, dtype, rngs: nnx.Rngs):
+        shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
+        table = lambda: nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype), axes=axes)
+        self.config = config
+        self.embed = table()
+        self.layers = Layer(config, lora, dtype, rngs)
+        self.final_norm = RMSNorm(config, (config.embed_dim,), (None,), dtype)
+        self.head = None if config.tie_embeddings else table()
+
+    @property
+    def table(self) -> Float[Array, "V D"]:
+        """The vocabulary projection, tied to the embedding or not."""
+        return (self.embed if self.head is None else self.head)[...]
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Logits of normed hidden states, in float32 and soft-capped where the family does so."""
+        logits = jnp.einsum("...d,vd->...v", hidden, self.table, preferred_element_type=jnp.float32)
+        cap = self.config.final_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def prefill(
+        self, prompt: Int[Array, "B P"], lengths: Int[Array, "B"], *, remat: str = "none", dropout_key=None
+    ) -> PrefixCache:
+        """Keys and values of right-padded prompts, each without its last token.
+
+        Args:
+          lengths: real tokens of each row of `prompt`; 0 is allowed (a prompt of one token).
+          remat: what the backward pass recomputes: 'none', 'layer' (all of a layer) or 'dots' (all but projections).
+          dropout_key: LoRA dropout, in training only.
+        """
+        c = self.config
+        B, P = prompt.shape
+        positions = jnp.broadcast_to(jnp.arange(P), (B, P)).reshape(-1)
+
+        def body(x, layer, ropes, window, key, _):
+            q, k, v = layer.qkv(x, ropes, key)
+            q = q.reshape(B, P, c.num_heads, c.head_dim)
+            k, v = (a.reshape(B, P, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3) for a in (k, v))
+            k, v = (constrain(a, "batch", "heads", None, None) for a in (k, v))
+            with jax.named_scope("prompt_attention"):
+                out = prompt_attention(q, k, v, window=window, softcap=c.attention_softcap)
+            return layer.finish(x, out.reshape(B * P, -1), key), (k, v)
+
+        x = self._embed(prompt)
+        _, (k, v) = self._scan(body, x, positions, None, remat, dropout_key)
+        return PrefixCache(k, v, lengths)
+
+    def extend(
+        self, branches: Int[Array, "B N S"], cache: PrefixCache, *, remat: str = "none", dropout_key=None
+    ) -> Float[Array, "B N S D"]:
+        """Normed hidden states of N branches per prompt. A branch sees the prompt and itself, never a sibling.
+
+        Right padding of a branch needs no mask: causality hides it from every real token.
+        """
+        B, N, S = branches.shape
+        start = jnp.broadcast_to(cache.lengths[:, None, None], (B, N, 1))
+        positions = start + jnp.arange(S)
+        own_seen = jnp.broadcast_to(jnp.tril(jnp.ones((S, S), bool)), (B, N, S, S))
+        hidden, _ = self._branches(branches, positions, positions, own_seen, cache, None, remat, dropout_key)
+        return hidden
+
+    def extend_cached(
+        self, branches: Int[Array, "B N S"], real: Bool[Array, "B N S"], cache: PrefixCache, own: OwnCache
+    ) -> tuple[Float[Array, "B N S D"], OwnCache]:
+        """`extend` that goes on from what each branch has already said, and remembers what it says now.
+
+        Args:
+          real: False for padding, which takes a slot but no position and is never seen.
+          own: must have S slots free from `own.slot` on; donate it.
+        """
+        B, N, S = branches.shape
+        M = own.used.shape[-1]
+        before = cache.lengths[:, None, None] + own.used.sum(-1, keepdims=True)
+        positions = before + jnp.maximum(jnp.cumsum(real, axis=-1) - 1, 0)
+        at = (0, 0, own.slot)
+        used = jax.lax.dynamic_update_slice(own.used, real, at)
+        slot_positions = jax.lax.dynamic_update_slice(own.positions, positions, at)
+        earlier = jnp.arange(M) <= own.slot + jnp.arange(S)[:, None]
+        own_seen = used[:, :, None, :] & earlier
+        hidden, (k, v) = self._branches(branches, positions, slot_positions, own_seen, cache, own, "none", None)
+        return hidden, OwnCache(k, v, slot_positions, used, own.slot + S)
+
+    def own_cache(self, batch: int, branches: int, slots: int) -> OwnCache:
+        """An empty own cache of `slots` tokens for each branch."""
+        c, dtype = self.config, self.embed[...].dtype
+        shape = (c.num_layers, batch, c.num_kv_heads, branches, slots, c.head_dim)
+        empty = lambda: constrain(jnp.zeros(shape, dtype), None, "batch", "heads", None, None, None)
+        flat = (batch, branches, slots)
+        return OwnCache(empty(), empty(), jnp.zeros(flat, jnp.int32), jnp.zeros(flat, bool), jnp.int32(0))
+
+    def _branches(self, branches, positions, key_positions, own_seen, cache, own, remat, dropout_key):
+        """Shared body of `extend` and `extend_cached`: normed hidden states and the own keys and values."""
+        c = self.config
+        B, N, S = branches.shape
+        P = cache.k.shape[3]
+        prefix_seen = jnp.broadcast_to(jnp.arange(P) < cache.lengths[:, None, None, None], (B, N, S, P))
+
+        def body(carry, layer, ropes, window, key, xs):
+            (x, own_kv), (index, prefix_k, prefix_v) = carry, xs
+            q, k, v = layer.qkv(x, ropes, key)
+            q = q.reshape(B, N, S, c.num_heads, c.head_dim)
+            k, v = (a.reshape(B, N, S, c.num_kv_heads, c.head_dim).transpose(0, 3, 1, 2, 4) for a in (k, v))
+            k, v = (constrain(a, "batch", "heads", None, None, None) for a in (k, v))
+            if own_kv is not None:
+                at = (index, 0, 0, 0, own.slot, 0)
+                own_kv = tuple(
+                    jax.lax.dynamic_update_slice(a, b[None], at) for a, b in zip(own_kv, (k, v), strict=True)
+                )
+                k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in own_kv)
+            seen_prefix, seen_own = prefix_seen, own_seen
+            if window is not None:
+                seen_prefix &= positions[..., None] - jnp.arange(P) < window
+                seen_own &= positions[..., None] - key_positions[:, :, None] < window
+            with jax.named_scope("branch_attention"):
+                out = branch_attention(
+                    q,
+                    prefix_k,
+                    prefix_v,
+                    k,
+                    v,
+                    prefix_seen=seen_prefix,
+                    own_seen=seen_own,
+                    softcap=c.attention_softcap,
+                )
+            return (layer.finish(x, out.reshape(B * N * S, -1), key), own_kv), None
+
+        x = self._embed(branches)
+        carry = (x, None if own is None else (own.k, own.v))
+        xs = (jnp.arange(c.num_layers), cache.k, cache.v)
+        (x, own_kv), _ = self._scan(body, carry, positions.reshape(-1), xs, remat, dropout_key)
+        return self.final_norm(x).reshape(B, N, S, -1), own_kv
+
+    def _embed(self, tokens: Int[Array, "..."]) -> Float[Array, "T D"]:
+        x = self.embed[...][tokens]
+        if self.config.embed_scale != 1.0:
+            x *= jnp.asarray(self.config.embed_scale, x.dtype)
+        return constrain(x.reshape(-1, x.shape[-1]), "batch", None)
+
+    def _scan(self, body, carry, positions, xs, remat, dropout_key):
+        """Scan `body(carry, layer, rope, window, key, xs)` over the layers.
+
+        Layers that differ (sliding or full attention, and their RoPE base) differ in scanned data, not in code.
+        """
+        c = self.config
+        graph, state = nnx.split(self.layers)
+        ropes = [self._rope(positions, c.rope_theta, c.rope_scaling)]
+        sliding = window = None
+        if c.sliding_window is not None:
+            sliding = jnp.asarray(c.sliding_layers)
+            window = jnp.where(sliding, c.sliding_window, np.iinfo(np.int32).max)
+            if c.rope_local_theta is not None:
+                ropes.append(self._rope(positions, c.rope_local_theta, ()))
+        keys = None if dropout_key is None else jax.random.split(dropout_key, c.num_layers)
+
+        def step(carry, scanned):
+            layer_state, slides, layer_window, key, layer_xs = scanned
+            rope = ropes[0]
+            if len(ropes) == 2:
+                rope = jax.tree.map(lambda full, local: jnp.where(slides, local, full), *ropes)
+            return body(carry, nnx.merge(graph, layer_state), rope, layer_window, key, layer_xs)
+
+        return jax.lax.scan(_REMAT[remat](step), carry, (state, sliding, window, keys, xs))
+
+    def _rope(self, positions, theta, scaling):
+        angles = positions[:, None].astype(jnp.float32) * _inverse_frequencies(self.config.head_dim, theta, scaling)
+        return jnp.cos(angles), jnp.sin(angles)

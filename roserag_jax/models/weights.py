@@ -1,0 +1,180 @@
+"""Weights in and out: Hugging Face's tensors to the network's stacked parameters, and back.
+
+A parameter's path says which tensors it is made of; one table serves every family, with the norms that Gemma 2 and 3
+call otherwise. Projections are stored transposed (Hugging Face keeps [out, in], the network [in, out]).
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from roserag_jax.errors import UserError
+from roserag_jax.models.config import ModelConfig
+from roserag_jax.models.lora import PROJECTIONS, LoRAConfig, LoRAParam
+from roserag_jax.models.sharding import state_shardings
+from roserag_jax.models.source import Source
+from roserag_jax.models.transformer import Transformer
+
+
+def module_name(projection: str) -> str:
+    """Where Hugging Face keeps a projection inside a layer."""
+    return f"{'mlp' if projection in ('gate_proj', 'up_proj', 'down_proj') else 'self_attn'}.{projection}"
+
+
+def tensor_name(path: tuple[str, ...], config: ModelConfig) -> str:
+    """Hugging Face's name of a base parameter; '{}' stands for the layer."""
+    outside = {
+        ("embed",): "model.embed_tokens.weight",
+        ("head",): "lm_head.weight",
+        ("final_norm", "scale"): "model.norm.weight",
+    }
+    if path in outside:
+        return outside[path]
+    norms = {
+        "attn_norm": "input_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm",
+        "post_attn_norm": "post_attention_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+    }
+    _, part, kind = path
+    if part in PROJECTIONS:
+        return f"model.layers.{{}}.{module_name(part)}.{'bias' if kind == 'bias' else 'weight'}"
+    return f"model.layers.{{}}.{norms[part]}.weight"
+
+
+def abstract_model(config: ModelConfig, lora: LoRAConfig, dtype) -> Transformer:
+    """The network as shapes alone: nothing is allocated."""
+    return nnx.eval_shape(lambda: Transformer(config, lora, dtype, nnx.Rngs(0)))
+
+
+def _check(source: Source, expected: dict[str, tuple[int, ...]]) -> None:
+    """Compare names and shapes before anything is placed."""
+    found = source.shapes()
+    ignored = {"lm_head.weight"} if source.config.tie_embeddings else set()
+    unknown = sorted(n for n in set(found) - set(expected) - ignored if not n.endswith("rotary_emb.inv_freq"))
+    missing = sorted(set(expected) - set(found))
+    wrong = [f"{n} is {found[n]}, not {s}" for n, s in expected.items() if n in found and found[n] != s]
+    for label, names in (("tensors are missing", missing), ("tensors are unknown", unknown), ("shapes differ", wrong)):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise UserError(f"{source.path}: {label}: {', '.join(names[:8])}{more}.")
+
+
+def placed(state: nnx.State, mesh: Mesh, read) -> nnx.State:
+    """The abstract `state` with arrays; each device's piece comes from `read(path, index)` into its sharding."""
+    shardings = dict(nnx.to_flat_state(state_shardings(state, mesh)))
+    filled = []
+    for path, variable in nnx.to_flat_state(state):
+        callback = lambda index, path=path: read(path, index)
+        array = jax.make_array_from_callback(variable.get_value().shape, shardings[path].get_value(), callback)
+        filled.append((path, variable.replace(array)))
+    return nnx.from_flat_state(filled)
+
+
+def load_base(source: Source, dtype, mesh: Mesh) -> nnx.State:
+    """The frozen parameters, each tensor read and placed straight into its sharding.
+
+    Raises:
+      UserError: tensors are missing, unknown or of another shape.
+    """
+    base = nnx.state(abstract_model(source.config, LoRAConfig(), dtype))
+    leaves = {path: (tensor_name(path, source.config), v.get_value().shape) for path, v in nnx.to_flat_state(base)}
+
+    expected = {}
+    for path, (name, shape) in leaves.items():
+        inner = shape[1:] if "{}" in name else shape
+        inner = inner[::-1] if path[-1] == "kernel" else inner
+        layers = range(shape[0]) if "{}" in name else [None]
+        expected.update({name.format(i): inner for i in layers})
+    _check(source, expected)
+
+    def read(path, index):
+        name, shape = leaves[path]
+        index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
+        if "{}" not in name:
+            return source.read(name, index).astype(dtype)
+        layers = range(index[0].start, index[0].stop)
+        if path[-1] == "kernel":
+            return np.stack([source.read(name.format(i), index[:0:-1]).T.astype(dtype) for i in layers])
+        return np.stack([source.read(name.format(i), index[1:]).astype(dtype) for i in layers])
+
+    return placed(base, mesh, read)
+
+
+def assemble(config: ModelConfig, base: nnx.State, lora: LoRAConfig | None = None, adapter=None) -> Transformer:
+    """A network from frozen parameters and, with `lora`, an adapter; nothing is copied."""
+    dtype = jax.tree.leaves(base)[0].dtype
+    model = abstract_model(config, lora or LoRAConfig(), dtype)
+    graph, _, _ = nnx.split(model, LoRAParam, ...)
+    return nnx.merge(graph, adapter if adapter is not None else nnx.State({}), base)
+
+
+def init_adapter(config: ModelConfig, lora: LoRAConfig, mesh: Mesh, key: jax.Array) -> nnx.State:
+    """A fresh adapter (A random, B zero), by the initialisers that its layers declare."""
+
+    def init(key):
+        return nnx.state(Transformer(config, lora, jnp.float32, nnx.Rngs(key)), LoRAParam)
+
+    shardings = state_shardings(jax.eval_shape(init, key), mesh)
+    # The base parameters of the random network are dead code to the compiler: only the adapter is ever computed.
+    return jax.jit(init, out_shardings=shardings)(key)
+
+
+def merged_tensors(model: Transformer):
+    """Yield `(name, tensor)` of the network with its adapter merged in, in Hugging Face's names and layouts.
+
+    Tensors keep the dtype of the base; the sum is taken in float32.
+    """
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(LoRAParam))):
+        name = tensor_name(path, model.config)
+        value = np.asarray(variable.get_value())
+        if "{}" not in name:
+            yield name, value
+            continue
+        linear = getattr(model.layers, path[1])
+        delta = None
+        if path[-1] == "kernel" and linear.lora is not None:
+            a, b = np.asarray(linear.lora_a[...]), np.asarray(linear.lora_b[...])
+            delta = linear.lora.scale * np.matmul(a, b)
+        for i, layer in enumerate(value):
+            if delta is not None:
+                layer = (layer.astype(np.float32) + delta[i]).astype(value.dtype)
+            yield name.format(i), np.ascontiguousarray(layer.T if path[-1] == "kernel" else layer)
+
+
+def save_merged(model: Transformer, source: Source, folder: Path, shard_bytes: int = 4 << 30) -> None:
+    """Write config, generation config and sharded safetensors of the merged network into `folder`."""
+    from safetensors.numpy import save_file
+
+    hf = source.hf_config()
+    hf.dtype = str(np.dtype(model.embed[...].dtype))
+    hf.save_pretrained(folder)
+    generation = source.path / "generation_config.json"
+    if generation.is_file():
+        (folder / generation.name).write_text(generation.read_text())
+
+    shards, size = [{}], 0
+    for name, tensor in merged_tensors(model):
+        if size and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(t.nbytes for shard in shards for t in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

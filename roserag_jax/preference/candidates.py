@@ -1,0 +1,139 @@
+"""Candidates: rationales sampled with and without the golden answer in view, then verified on the plain prompt.
+
+RoseRAG (arXiv 2502.10993), section 3: the model itself writes the rationales, and rejection sampling keeps as chosen
+those that lead to the answer. The paper leaves open what "lead to" means; here each rationale is laid as a branch on
+the plain prompt, where no golden answer is in sight, and the model decodes its answer from there. That one pass also
+gives the log-probability of the whole response under the plain prompt, which is the confidence that selection needs.
+"""
+
+import re
+
+import numpy as np
+
+from roserag_jax.rag import answers
+from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, response_tokens
+from roserag_jax.runtime.sampler import Engine, Sampling
+from roserag_jax.runtime.session import bucket
+
+_GREEDY = Sampling()
+# First sample index of each source, so that the draws of one do not move when the other's number changes.
+_FIRST_SAMPLE = {"plain": 0, "guided": 1 << 16}
+_SENTENCE_END = re.compile(r"^.*[.!?](?=\s|$)", re.DOTALL)
+
+
+def rationale_of(text: str, finished: bool) -> str | None:
+    """The rationale of a sampled response: what stands before its answer line.
+
+    One that ran into the token limit is cut after its last whole sentence; None if it has none.
+    """
+    rationale, _, parsed = answers.parse(text)
+    if parsed or finished:
+        return rationale
+    whole = _SENTENCE_END.match(rationale)
+    return whole.group().strip() if whole else None
+
+
+def generate_batch(
+    engine: Engine, tokenizer, options, rows: list[dict], plain: list[Prompt], guided: list[Prompt], newline_ids, say
+) -> list[dict]:
+    """Candidates for one batch of questions.
+
+    Args:
+      options: `config.generate`.
+      plain, guided: the prompts of `rows`; empty prompts past the last row fill the batch.
+      newline_ids: tokens that end the decoded answer, besides the end of the turn.
+      say: called with a phrase before each long part.
+
+    Returns:
+      For each row `{id, prompt, golden_answers, candidates: [{response, rationale, answer, source, correct, logprob,
+      tokens}], dropped: {reason: count}}`. `logprob` is the sum over the response's `tokens` tokens under the plain
+      prompt, without the end-of-turn token.
+    """
+    ids = [row["id"] for row in rows] + [""] * (len(plain) - len(rows))
+    sampling = Sampling(options.temperature, options.top_p)
+    plain_bucket, guided_bucket = (bucket(max(len(p.tokens) for p in prompts)) for prompts in (plain, guided))
+    plain_cache = engine.prefill([p.tokens for p in plain], plain_bucket)
+
+    rationales = [[] for _ in rows]  # per row: (source, rationale)
+    dropped = [{"no whole sentence": 0, "repeated": 0, "no answer": 0} for _ in rows]
+    for source, prompts, count in (("guided", guided, options.guided_samples), ("plain", plain, options.plain_samples)):
+        if not count:
+            continue
+        say(f"sampling {count} {source} rationales for each of {len(rows)} questions")
+        cache = plain_cache if source == "plain" else engine.prefill([p.tokens for p in guided], guided_bucket)
+        openings = [[p.tokens[-1:]] * count for p in prompts]
+        out = engine.decode(cache, openings, 1, ids, _FIRST_SAMPLE[source], sampling, options.max_tokens)
+        for i in range(len(rows)):
+            for n in range(count):
+                text = tokenizer.decode(out.tokens[i, n, : out.lengths[i, n]])
+                rationale = rationale_of(text, bool(out.finished[i, n]))
+                if rationale is None:
+                    dropped[i]["no whole sentence"] += 1
+                elif any(rationale == other for _, other in rationales[i]):
+                    dropped[i]["repeated"] += 1
+                else:
+                    rationales[i].append((source, rationale))
+
+    say(f"verifying {sum(map(len, rationales))} rationales on the plain prompt")
+    # Every branch is a rationale and the words that ask for its answer, behind the plain prompt's last token.
+    width, limit = options.guided_samples + options.plain_samples, bucket(options.max_tokens + 8)
+    openings = [[[] for _ in range(width)] for _ in plain]
+    for i, found in enumerate(rationales):
+        for n, (_, rationale) in enumerate(found):
+            tokens = response_tokens(tokenizer, (rationale + ANSWER_PREFIX).lstrip("\n"))
+            openings[i][n] = (plain[i].tokens[-1:] + tokens)[:limit]
+    out = engine.decode(plain_cache, openings, limit, ids, 0, _GREEDY, options.answer_tokens, newline_ids)
+
+    results = []
+    for i, row in enumerate(rows):
+        candidates = []
+        for n, (source, rationale) in enumerate(rationales[i]):
+            length, said = out.lengths[i, n], len(openings[i][n]) - 1
+            answer = tokenizer.decode(out.tokens[i, n, :length]).strip()
+            if not answer or not out.finished[i, n]:
+                dropped[i]["no answer"] += 1
+                continue
+            logprob = out.opening_logprobs[i, n, :said].sum() + out.logprobs[i, n, :length].sum()
+            candidates.append(
+                {
+                    "response": f"{rationale}{ANSWER_PREFIX} {answer}".lstrip("\n"),
+                    "rationale": rationale,
+                    "answer": answer,
+                    "source": source,
+                    "correct": bool(answers.exact_match(answer, row["golden_answers"])),
+                    "logprob": round(float(logprob), 4),
+                    "tokens": int(said + length),
+                }
+            )
+        results.append(
+            {
+                "id": row["id"],
+                "prompt": plain[i].text,
+                "golden_answers": row["golden_answers"],
+                "candidates": candidates,
+                "dropped": {k: v for k, v in dropped[i].items() if v},
+            }
+        )
+    return results
+
+
+def newline_tokens(tokenizer) -> tuple[int, ...]:
+    """Tokens that contain a line break: the end of an answer that stands on one line."""
+    ids = np.array(sorted(tokenizer.get_vocab().values()))
+    texts = tokenizer.batch_decode(ids[:, None])
+    return tuple(int(i) for i, text in zip(ids, texts, strict=True) if "\n" in text)
+
+
+def summary(rows: list[dict]) -> str:
+    """What came out, in a few lines: candidates by source, how many were right, and what was dropped."""
+    lines = []
+    for source in ("guided", "plain"):
+        found = [c for row in rows for c in row["candidates"] if c["source"] == source]
+        if found:
+            right = sum(c["correct"] for c in found)
+            lines.append(f"  {source}: {len(found)} candidates, {right} correct ({right / len(found):.0%})")
+    reasons = sorted({reason for row in rows for reason in row["dropped"]})
+    counts = {reason: sum(row["dropped"].get(reason, 0) for row in rows) for reason in reasons}
+    if counts:
+        lines.append("  dropped: " + ", ".join(f"{n} {reason}" for reason, n in counts.items()))
+    return "\n".join(lines)

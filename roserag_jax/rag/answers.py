@@ -1,0 +1,65 @@
+"""Answers: finding one in a response, and the official HotPotQA measure of it.
+
+Exact match, F1 and normalisation follow `hotpot_evaluate_v1.py` of the HotPotQA release, its corners included: two
+strings that are empty after normalisation match exactly but have F1 0; an answer of yes, no or noanswer has F1 0
+against anything but itself; hyphens are deleted, so that they join words.
+"""
+
+import collections
+import re
+import string
+
+_ANSWER = re.compile(r"^[\s*#>_]*(?:the )?(?:final )?answer(?: is)?[\s*_]*:[\s*_]*(.*)$", re.IGNORECASE | re.MULTILINE)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = set(string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """Lower-case, drop punctuation and articles, squeeze white space."""
+    text = "".join(c for c in text.lower() if c not in _PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def exact_match(prediction: str, golden: list[str]) -> float:
+    """1.0 if the prediction equals any golden answer after normalisation."""
+    return float(any(normalize(prediction) == normalize(answer) for answer in golden))
+
+
+def f1(prediction: str, golden: list[str]) -> float:
+    """Token F1, the best over the golden answers."""
+    return max(_f1(normalize(prediction), normalize(answer)) for answer in golden)
+
+
+def _f1(prediction: str, answer: str) -> float:
+    closed = ("yes", "no", "noanswer")
+    if prediction != answer and (prediction in closed or answer in closed):
+        return 0.0
+    ours, theirs = prediction.split(), answer.split()
+    same = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    if same == 0:
+        return 0.0
+    precision, recall = same / len(ours), same / len(theirs)
+    return 2 * precision * recall / (precision + recall)
+
+
+def contains(prediction: str, golden: list[str]) -> float:
+    """1.0 if the normalised prediction contains any golden answer as a run of whole words."""
+    padded = f" {normalize(prediction)} "
+    return float(any(f" {normalize(answer)} " in padded for answer in golden))
+
+
+def parse(response: str) -> tuple[str, str, bool]:
+    """Split a response into `(rationale, answer, parsed)` at its first line that begins with 'Answer:'.
+
+    Without such a line `parsed` is False, the rationale is the whole response and the answer its last line, so that a
+    model that simply says the answer is not counted wrong for its manners.
+    """
+    found = _ANSWER.search(response)
+    if found and found.group(1).strip():
+        return response[: found.start()].strip(), _clean(found.group(1)), True
+    lines = [line for line in response.strip().splitlines() if line.strip()]
+    return response.strip(), _clean(lines[-1]) if lines else "", False
+
+
+def _clean(answer: str) -> str:
+    return answer.strip().strip("*_`\"' ").removesuffix(".").strip()

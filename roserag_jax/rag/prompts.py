@@ -1,0 +1,163 @@
+"""Prompts: numbered passages, the question, and how to answer, in the model's own chat template.
+
+Passages are data. They are laid on one line each and every special token inside them is broken up, so none can close
+its block, pose as an 'Answer:' line or end the turn. When the prompt is over its limit, passages are cut; the question
+never is.
+"""
+
+import dataclasses
+import re
+
+from roserag_jax.errors import UserError
+
+INSTRUCTION = (
+    "Say in at most four sentences what the relevant passages say about the question. "
+    'Then write "Answer:" and only the short answer.'
+)
+# Used where there are no passages at all (closed book).
+INSTRUCTION_CLOSED = 'Reason in at most four sentences. Then write "Answer:" and only the short answer.'
+HINT = "The answer is {answer}. "
+# Worked examples for small models, which follow an example better than an instruction. The one that is answered by yes
+# or no stands first: the model takes its manner from the last.
+EXAMPLES = (
+    (
+        {
+            "question": "Is Bruno Hale the author of The Red Hat?",
+            "golden_answers": ["no"],
+            "contexts": [{"title": "The Red Hat", "text": "The Red Hat is a play by Nora Lund."}],
+        },
+        "Passage 1 says that The Red Hat is a play by Nora Lund, not by Bruno Hale.\nAnswer: no",
+    ),
+    (
+        {
+            "question": "In which region is the town that Bruno Hale was from?",
+            "golden_answers": ["Lower Vale"],
+            "contexts": [
+                {"title": "Bruno Hale", "text": "Bruno Hale was a baker from Moss Hill."},
+                {"title": "Moss Hill", "text": "Moss Hill is a town in Lower Vale."},
+            ],
+        },
+        "Passage 1 says that Bruno Hale was from Moss Hill. Passage 2 says that Moss Hill is a town in Lower Vale.\n"
+        "Answer: Lower Vale",
+    ),
+)
+ANSWER_PREFIX = "\nAnswer:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt as text and tokens, and how many of the passages' tokens were cut to make it fit."""
+
+    text: str
+    tokens: list[int]
+    cut: int
+
+
+def _special_tokens(tokenizer) -> re.Pattern | None:
+    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if getattr(t, "special", False)]
+    special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+    return re.compile("|".join(re.escape(t) for t in special)) if special else None
+
+
+class PromptBuilder:
+    """Builds prompts for one tokenizer.
+
+    Args:
+      tokenizer: a `transformers` tokenizer, with or without a chat template.
+      max_tokens: limit of a whole prompt.
+      passages: how many of a row's contexts are shown (the first K); 0 is closed book.
+      examples: how many worked examples come first.
+    """
+
+    def __init__(self, tokenizer, max_tokens: int, passages: int, examples: int = 0):
+        self.tokenizer, self.max_tokens, self.passages = tokenizer, max_tokens, passages
+        self.examples = EXAMPLES[len(EXAMPLES) - examples :]
+        self._special = _special_tokens(tokenizer)
+
+    def plain(self, row: dict) -> Prompt:
+        """The prompt of training and inference: passages, question, instruction."""
+        return self._build(row, guided=False)
+
+    def guided(self, row: dict) -> Prompt:
+        """The prompt that has the first golden answer in view; rationales are sampled from it."""
+        return self._build(row, guided=True)
+
+    def neutral(self, text: str) -> str:
+        """Data on one line, with special tokens broken up so that the tokenizer cannot see them."""
+        text = " ".join(text.split())
+        if self._special:
+            # A space after the first character; repeated, because breaking one token can join another's pieces.
+            while found := self._special.search(text):
+                text = f"{text[: found.start() + 1]} {text[found.start() + 1 :]}"
+        return text
+
+    def _build(self, row: dict, guided: bool) -> Prompt:
+        passages = self._passages(row)
+        text, tokens = self._render(passages, row, guided)
+        if len(tokens) <= self.max_tokens:
+            return Prompt(text, tokens, 0)
+
+        pieces = [self.tokenizer(p, add_special_tokens=False).input_ids for p in passages]
+        room = self.max_tokens - len(self._render([""] * len(passages), row, guided)[1])
+        before = sum(map(len, pieces))
+        while room > 0:
+            limit = _water_level([len(p) for p in pieces], room)
+            cut = [
+                self.tokenizer.decode(piece[:limit]).rstrip("\ufffd") if len(piece) > limit else passage
+                for piece, passage in zip(pieces, passages, strict=True)
+            ]
+            text, tokens = self._render(cut, row, guided)
+            over = len(tokens) - self.max_tokens
+            if over <= 0:
+                return Prompt(text, tokens, before - sum(min(len(p), limit) for p in pieces))
+            room -= over  # joined text can take a token or two more than its pieces
+        raise UserError(
+            f"Row {row.get('id')!r}: the question and the instruction alone leave no room for passages in "
+            f"config.prompt.max_tokens={self.max_tokens}. Raise it or shorten the question."
+        )
+
+    def _passages(self, row: dict) -> list[str]:
+        shown = [(self.neutral(c["title"]), self.neutral(c["text"])) for c in row.get("contexts", [])[: self.passages]]
+        return [f"{title}: {text}" if title else text for title, text in shown]
+
+    def _content(self, passages: list[str], row: dict, guided: bool) -> str:
+        hint = HINT.format(answer=self.neutral(row["golden_answers"][0])) if guided else ""
+        instruction = INSTRUCTION if self.passages else INSTRUCTION_CLOSED
+        shown = [f"Passage {i}: {p}" for i, p in enumerate(passages, 1)]
+        return "\n".join(
+            shown + [""] * bool(shown) + [f"Question: {self.neutral(row['question'])}", hint + instruction]
+        )
+
+    def _render(self, passages: list[str], row: dict, guided: bool) -> tuple[str, list[int]]:
+        turns = []
+        for example, response in self.examples:
+            turns.append({"role": "user", "content": self._content(self._passages(example), example, guided)})
+            turns.append({"role": "assistant", "content": response})
+        turns.append({"role": "user", "content": self._content(passages, row, guided)})
+        if self.tokenizer.chat_template is None:
+            text = "\n\n".join(turn["content"] for turn in turns) + "\n"
+        else:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return text, prompt_tokens(self.tokenizer, text)
+
+
+def prompt_tokens(tokenizer, text: str) -> list[int]:
+    """Tokens of a whole prompt. A chat template has written its special tokens already; plain text gets them here."""
+    return tokenizer(text, add_special_tokens=tokenizer.chat_template is None).input_ids
+
+
+def response_tokens(tokenizer, response: str) -> list[int]:
+    """Tokens of a response, without the end-of-turn token."""
+    return tokenizer(response, add_special_tokens=False).input_ids
+
+
+def _water_level(lengths: list[int], room: int) -> int:
+    """The largest limit for which all lengths, each cut to it, sum to at most `room`."""
+    level = 0
+    remaining = sorted(lengths)
+    while remaining:
+        level = room // len(remaining)
+        if remaining[0] > level:
+            return level
+        room -= remaining.pop(0)
+    return max(lengths, default=0)

@@ -1,0 +1,65 @@
+"""Fetch the passages of every question.
+
+    python -m roserag_jax.retrieve --config configs/quickstart.py
+
+Writes `retrieved.jsonl` (training questions) and `retrieved_eval.jsonl` (held-out ones) in the workdir, rows of
+`{id, question, golden_answers, contexts: [{title, text, score?, is_supporting?}]}`.
+"""
+
+from etils import epath
+
+from roserag_jax import config as options
+from roserag_jax.rag import datasets
+from roserag_jax.rag.retrievers import BM25
+from roserag_jax.workdir import Recipe, Workdir, digest, to_lines
+
+ARTIFACTS = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
+
+
+def recipe(config, split: str) -> Recipe:
+    """What the retrieved rows of a split are made from."""
+    names = [f"data.{split}", f"data.{split}_rows"]
+    inputs = {}
+    if config.data[split] == "synthetic":
+        names += [name for name, _ in options.walk() if name.startswith("data.synthetic")]
+    else:
+        path = epath.Path(config.data[split])
+        inputs[f"config.data.{split}={path}"] = digest(path) if path.exists() else ""
+    names.append("retrieve.retriever")
+    if config.retrieve.retriever == "bm25":
+        names += ["retrieve.corpus", "retrieve.k"]
+        path = epath.Path(config.retrieve.corpus)
+        inputs[f"config.retrieve.corpus={path}"] = digest(path) if path.exists() else ""
+    return Recipe(options.subset(config, *names), inputs)
+
+
+def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
+    """Bring the retrieved rows of the splits up to date."""
+    index = None
+    for split in splits:
+        name, wanted = ARTIFACTS[split], recipe(config, split)
+        if workdir.fresh(name, wanted):
+            continue
+        rows = datasets.questions(config, split)
+        if config.retrieve.retriever == "bm25":
+            index = index or BM25(datasets.read_corpus(config.retrieve.corpus))
+            found = index.search([row["question"] for row in rows], config.retrieve.k)
+            for row, contexts in zip(rows, found, strict=True):
+                gold = {(c["title"], c["text"]) for c in row.get("contexts", []) if c.get("is_supporting")}
+                if gold:
+                    contexts = [{**c, "is_supporting": (c["title"], c["text"]) in gold} for c in contexts]
+                row["contexts"] = contexts
+        workdir.publish(name, wanted, to_lines(rows), len(rows))
+        print(f"{name}: {len(rows)} questions, {sum(len(r['contexts']) for r in rows) / len(rows):.1f} passages each.")
+
+
+def run(config) -> None:
+    """The command."""
+    workdir = Workdir(config.workdir)
+    with workdir.lock():
+        make(config, workdir)
+        print(f"Made {workdir / ARTIFACTS['train']} and {workdir / ARTIFACTS['eval']}. Next: roserag_jax.generate.")
+
+
+if __name__ == "__main__":
+    options.main(run, __doc__)

@@ -1,0 +1,79 @@
+"""Checkpoints of training: Orbax, asynchronous, each with a digest of its numbers that is checked on the way back."""
+
+import contextlib
+import hashlib
+import signal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from roserag_jax.runtime.train_step import TrainState
+
+
+def state_digest(state: TrainState) -> str:
+    """SHA-256 over the names, types and bytes of all arrays. Orbax itself does not notice a flipped bit."""
+    result = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.asarray(leaf)
+        result.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\0".encode())
+        result.update(np.ascontiguousarray(array).tobytes())
+    return result.hexdigest()
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """Hold Ctrl-C and SIGTERM back until the block is done: one inside Orbax leaves its threads waiting for ever."""
+    held, stops = [], (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(stop, lambda number, _: held.append(number)) for stop in stops]
+    try:
+        yield
+    finally:
+        for stop, handler in zip(stops, handlers, strict=True):
+            signal.signal(stop, handler)
+    if held:
+        signal.raise_signal(held[0])
+
+
+class Checkpoints:
+    """Checkpoints of one run, under a folder named after what the run is made from."""
+
+    def __init__(self, folder: epath.Path, keep: int):
+        self.folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        )
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Save the state after `step` steps; the write goes on in the background."""
+        arrays, check = jax.tree.leaves(state), {"sha256": state_digest(state)}
+        args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), digest=ocp.args.JsonSave(check))
+        with _undisturbed():
+            self._manager.save(step, args=args)
+
+    def restore(self, like: TrainState) -> tuple[int, TrainState]:
+        """The latest sound checkpoint as `(steps, state)`, or `(0, like)`; damaged ones are named and passed over."""
+        leaves, structure = jax.tree.flatten(like)
+        abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), digest=ocp.args.JsonRestore()),
+                )
+                state = jax.tree.unflatten(structure, restored.arrays)
+                if state_digest(state) == restored.digest["sha256"]:
+                    return step, state
+                why = "its digest does not match"
+            except Exception as error:  # whatever is wrong with the files, the checkpoint before may be sound
+                why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            print(f"Checkpoint {self.folder / str(step)} is damaged ({why}); trying the one before.")
+            self._manager.delete(step)
+        return 0, like
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        with _undisturbed():
+            self._manager.wait_until_finished()
+            self._manager.close()

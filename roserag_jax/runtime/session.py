@@ -1,0 +1,89 @@
+"""The model of a configuration, loaded once and only when a stage asks for it."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from roserag_jax.models import adapter as adapters
+from roserag_jax.models import source, tokenizer, weights
+from roserag_jax.models.lora import LoRAConfig
+from roserag_jax.runtime.mesh import make_mesh
+from roserag_jax.runtime.sampler import Engine
+
+_MODEL_OPTIONS = ("model", "revision", "tokenizer", "dtype")
+
+
+class Session:
+    """Tokenizer, mesh, frozen weights and engines of one configuration, shared by the stages of a run."""
+
+    model_options = _MODEL_OPTIONS
+
+    def __init__(self, config):
+        self.config = config
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The `transformers` tokenizer."""
+        return tokenizer.load(self.config.model, self.config.tokenizer, self.config.revision or None)
+
+    @functools.cached_property
+    def source(self) -> source.Source:
+        """The weights as named tensors."""
+        return source.open_source(self.config.model, self.config.revision or None)
+
+    @functools.cached_property
+    def mesh(self):
+        """The mesh over all devices."""
+        return make_mesh(**self.config.mesh)
+
+    @functools.cached_property
+    def dtype(self):
+        """Of frozen weights and activations. In float32, products are float32 on every backend."""
+        if self.config.dtype == "float32":
+            jax.config.update("jax_default_matmul_precision", "highest")
+        return jnp.dtype(self.config.dtype)
+
+    @functools.cached_property
+    def base(self):
+        """The frozen weights on the mesh."""
+        return weights.load_base(self.source, self.dtype, self.mesh)
+
+    @functools.cached_property
+    def lora(self) -> LoRAConfig:
+        """The adapter that the configuration asks for."""
+        c = self.config.lora
+        return LoRAConfig(c.rank, c.alpha, c.dropout, tuple(c.targets))
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response."""
+        return tokenizer.stop_ids(self.tokenizer, self.source.path)
+
+    @functools.cached_property
+    def turn_end(self) -> int:
+        """The token that closes a response in training."""
+        return tokenizer.turn_end(self.tokenizer, self.stop_ids)
+
+    @property
+    def pad_id(self) -> int:
+        """A token for padding; it is never seen, so any will do."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
+
+    def model(self, adapter: Path | None = None):
+        """The network, with a PEFT adapter from a folder if one is given."""
+        lora, state = (None, None) if adapter is None else adapters.load(adapter, self.source.config, self.mesh)
+        return weights.assemble(self.source.config, self.base, lora, state)
+
+    def engine(self, adapter: Path | None = None) -> Engine:
+        """An engine over `model(adapter)`."""
+        return Engine(self.model(adapter), self.mesh, self.stop_ids, self.pad_id, self.config.seed)
+
+
+def bucket(length: int) -> int:
+    """The padded length for `length` tokens: few sizes, so few compilations, and at most a quarter of it padding."""
+    for step, limit in ((16, 128), (64, 512), (128, 1024)):
+        if length <= limit:
+            return -(-length // step) * step
+    return -(-length // 256) * 256

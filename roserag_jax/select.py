@@ -1,0 +1,56 @@
+"""Select the (chosen, rejected) pair of each question.
+
+    python -m roserag_jax.select --config configs/quickstart.py
+
+Reads `candidates.jsonl`, writes `pairs.jsonl`: TRL's `{prompt, chosen, rejected}` plus `{id, chosen_logprob,
+rejected_logprob, margin}`.
+"""
+
+import statistics
+
+from roserag_jax import config as options
+from roserag_jax import generate
+from roserag_jax.preference import selection
+from roserag_jax.runtime.session import Session
+from roserag_jax.workdir import Recipe, Workdir, to_lines
+
+ARTIFACT = "pairs.jsonl"
+
+
+def recipe(config, workdir: Workdir) -> Recipe:
+    """What the pairs are made from."""
+    inputs = {"candidates.jsonl": workdir.check(generate.ARTIFACT)}
+    names = ["select", "seed"] if config.select.strategy == "random" else ["select"]
+    return Recipe(options.subset(config, *names), inputs)
+
+
+def make(session: Session, workdir: Workdir) -> None:
+    """Bring the pairs up to date."""
+    config = session.config
+    generate.make(session, workdir)
+    wanted = recipe(config, workdir)
+    if workdir.fresh(ARTIFACT, wanted):
+        return
+    rows = workdir.rows(generate.ARTIFACT)
+    pairs, dropped = selection.select(rows, config.select.strategy, config.select.confidence, config.seed)
+    workdir.publish(ARTIFACT, wanted, to_lines(pairs), len(pairs))
+    middle = lambda name: statistics.median(pair[name] for pair in pairs)
+    words = lambda name: statistics.median(len(pair[name].split()) for pair in pairs)
+    print(
+        f"{ARTIFACT}: {len(pairs)} pairs from {len(rows)} questions ({selection.describe(dropped)})\n"
+        f"  median {config.select.confidence} log-probability: chosen {middle('chosen_logprob'):.2f}, "
+        f"rejected {middle('rejected_logprob'):.2f}; words: chosen {words('chosen'):.0f}, "
+        f"rejected {words('rejected'):.0f}"
+    )
+
+
+def run(config) -> None:
+    """The command."""
+    workdir = Workdir(config.workdir)
+    with workdir.lock():
+        make(Session(config), workdir)
+        print(f"Made {workdir / ARTIFACT}. Next: roserag_jax.train.")
+
+
+if __name__ == "__main__":
+    options.main(run, __doc__)

@@ -1,0 +1,207 @@
+"""The workdir: artifacts that are whole or absent, and manifests that say what each was made from.
+
+An artifact is a file of rows or a folder of files. It is written under another name and moved into place; its manifest
+(options, digests of its inputs and of itself, row count) comes last, and without one an artifact does not exist. Long
+stages keep finished batches as parts, named by the fingerprint of what they are made from, and go on from them.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from etils import epath
+
+from roserag_jax.errors import UserError
+
+
+class Recipe(NamedTuple):
+    """What an artifact is made from: options that change it, and the digests of its inputs by name."""
+
+    options: dict
+    inputs: dict[str, str]
+
+    def fingerprint(self, **layout) -> str:
+        """Sixteen hex digits over everything, and over what shapes the parts but not the result (`layout`)."""
+        text = json.dumps([self.options, self.inputs, layout], sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _files_below(folder: epath.Path) -> list[epath.Path]:
+    """All files under a folder, in order; epath has no recursive glob."""
+    found = []
+    for entry in sorted(folder.iterdir()):
+        found += _files_below(entry) if entry.is_dir() else [entry]
+    return found
+
+
+def digest(path: epath.Path) -> str:
+    """SHA-256 of a file, or of a folder's files and names (manifests excepted)."""
+    result = hashlib.sha256()
+    files = [path]
+    if path.is_dir():
+        files = [f for f in _files_below(path) if f.name != "manifest.json"]
+    for file in files:
+        if path.is_dir():
+            result.update(f"{file.relative_to(path)}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                result.update(block)
+    return result.hexdigest()
+
+
+def write_atomic(path: epath.Path, text: str) -> None:
+    """Write a file so that it is seen whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def to_lines(rows) -> str:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+class Workdir:
+    """Artifacts under one folder, local or remote (`gs://`)."""
+
+    def __init__(self, path: str):
+        remote = "://" in path
+        self.path = epath.Path(path) if remote else epath.Path(path).expanduser().resolve()  # Orbax wants it absolute
+
+    def __truediv__(self, name: str) -> epath.Path:
+        return self.path / name
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one run; the kernel releases it however the run ends. Remote folders are not locked.
+
+        Raises:
+          UserError: another run holds it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            local = "://" not in str(self.path)
+            handle = (self.path / ".lock").open("a") if local else contextlib.nullcontext()
+        except OSError as error:
+            raise UserError(f"config.workdir={self.path} cannot be written: {error.strerror}.") from error
+        with handle:
+            if local:
+                import fcntl
+
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"config.workdir={self.path} is in use by another run; wait for it, or give this run its own."
+                    ) from None
+            yield
+
+    def _manifest(self, name: str) -> epath.Path:
+        path = self.path / name
+        return path / "manifest.json" if "." not in path.name else path.with_name(f"{path.name}.manifest.json")
+
+    def manifest(self, name: str) -> dict | None:
+        """The manifest of a finished artifact, or None."""
+        path = self._manifest(name)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def fresh(self, name: str, recipe: Recipe) -> bool:
+        """Whether the artifact exists and was made from this recipe; if not, print why it will be made.
+
+        Raises:
+          UserError: the artifact is not what its stage wrote.
+        """
+        manifest = self.manifest(name)
+        if manifest is None:
+            return False
+        changes = [
+            f"config.{key} was {manifest['options'].get(key)!r}, now {value!r}"
+            for key, value in _plain(recipe.options).items()
+            if manifest["options"].get(key) != value
+        ]
+        changes += [
+            f"{key} has changed" for key, value in recipe.inputs.items() if manifest["inputs"].get(key) != value
+        ]
+        if changes:
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            print(f"{name} is out of date ({'; '.join(changes[:3])}{more}): making it again.")
+            return False
+        self.check(name)
+        print(f"{name} is up to date: kept.")
+        return True
+
+    def check(self, name: str) -> str:
+        """The digest of a finished artifact.
+
+        Raises:
+          UserError: the artifact is absent, or is not what its stage wrote.
+        """
+        manifest, path = self.manifest(name), self.path / name
+        if manifest is None or not path.exists():
+            raise UserError(f"{path} is missing; run the stage that makes it (`train` runs them all).")
+        if digest(path) != manifest["digest"]:
+            raise UserError(
+                f"{path} was changed or damaged after it was made. Move it away to have it made again (it is never "
+                "overwritten unasked)."
+            )
+        return manifest["digest"]
+
+    def publish(self, name: str, recipe: Recipe, files: dict[str, str] | str, rows: int) -> None:
+        """Put a finished artifact in place: the text of a file, or of each file of a folder."""
+        self._manifest(name).unlink(missing_ok=True)
+        if isinstance(files, str):
+            write_atomic(self.path / name, files)
+        else:
+            for file, text in files.items():
+                write_atomic(self.path / name / file, text)
+        self.seal(name, recipe, rows)
+
+    def seal(self, name: str, recipe: Recipe, rows: int) -> None:
+        """Write the manifest of an artifact that is in place."""
+        manifest = {
+            "artifact": name,
+            "fingerprint": recipe.fingerprint(),
+            "options": _plain(recipe.options),
+            "inputs": recipe.inputs,
+            "rows": rows,
+            "digest": digest(self.path / name),
+        }
+        write_atomic(self._manifest(name), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+    def unseal(self, name: str) -> None:
+        """Forget an artifact that is about to be written piece by piece."""
+        self._manifest(name).unlink(missing_ok=True)
+
+    def rows(self, name: str) -> list[dict]:
+        """The rows of a finished artifact, after checking it."""
+        self.check(name)
+        return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+
+
+def _plain(options: dict) -> dict:
+    """Options as JSON gives them back, tuples as lists."""
+    return json.loads(json.dumps(options, default=list))
+
+
+class Parts:
+    """Finished batches of a stage under way, one file each, so that a stopped stage repeats at most one batch."""
+
+    def __init__(self, workdir: Workdir, stage: str, fingerprint: str):
+        self.folder = workdir.path / ".parts" / f"{stage}-{fingerprint}"
+        self.done = {}
+        if self.folder.exists():
+            for file in sorted(self.folder.glob("*.jsonl")):
+                self.done[int(file.stem)] = [json.loads(line) for line in file.read_text().splitlines()]
+
+    def write(self, batch: int, rows: list[dict]) -> None:
+        """Keep a finished batch."""
+        write_atomic(self.folder / f"{batch:06d}.jsonl", to_lines(rows))
+        self.done[batch] = rows
+
+    def clear(self) -> None:
+        """Drop the parts, once the artifact that they make up is published."""
+        if self.folder.exists():
+            self.folder.rmtree()

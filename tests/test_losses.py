@@ -1,0 +1,72 @@
+"""Losses and log-probabilities: TRL's and torch's numbers, in value and gradient, and no NaN anywhere."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES  # noqa: F401 (sets up the simulated devices before JAX starts)
+
+from roserag_jax.models.logprobs import token_logprobs
+from roserag_jax.preference import losses
+
+torch = pytest.importorskip("torch")
+RNG = np.random.default_rng(0)
+
+
+def test_orpo_equals_trl():
+    """TRL's own `odds_ratio_loss`, called on a bare object that only carries beta."""
+    trainer = pytest.importorskip("trl.experimental.orpo").ORPOTrainer
+    chosen, rejected = -RNG.uniform(0.01, 4, (2, 64)).astype(np.float32)
+    bare = type("Bare", (), {"beta": 0.3, "accelerator": types.SimpleNamespace(device="cpu")})()
+    theirs = trainer.odds_ratio_loss(bare, torch.tensor(chosen), torch.tensor(rejected))[0].numpy()
+    loss, parts = losses.orpo(jnp.asarray(chosen), jnp.asarray(rejected), 0.3)
+    np.testing.assert_allclose(0.3 * parts["odds_loss"], -theirs, rtol=1e-5)
+    np.testing.assert_allclose(loss, -chosen - theirs, rtol=1e-5)
+
+
+def test_orpo_gradient_equals_torch():
+    chosen, rejected = -RNG.uniform(0.01, 4, (2, 32))
+    c, r = (torch.tensor(x, requires_grad=True) for x in (chosen, rejected))
+    odds = lambda x: x - torch.log1p(-torch.exp(x))
+    (-c - 0.25 * torch.nn.functional.logsigmoid(odds(c) - odds(r))).sum().backward()
+    ours = jax.grad(lambda c, r: losses.orpo(c, r, 0.25)[0].sum(), argnums=(0, 1))(
+        jnp.array(chosen), jnp.array(rejected)
+    )
+    np.testing.assert_allclose(ours[0], c.grad, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(ours[1], r.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_no_nan_at_the_ends():
+    """A response of probability one, or next to none, gives finite loss and gradient."""
+    extremes = jnp.array([0.0, -1e-12, -1e-9, -1e-6, -0.6931472, -1.0, -50.0, -1e4])
+    chosen, rejected = (a.ravel() for a in jnp.meshgrid(extremes, extremes))
+    values, gradients = jax.value_and_grad(lambda pair: losses.orpo(*pair, 0.5)[0].sum())((chosen, rejected))
+    assert np.isfinite(values) and all(np.isfinite(g).all() for g in gradients)
+
+
+def test_log1mexp_is_accurate():
+    x = -np.logspace(-8, 1.9, 200).astype(np.float32)
+    exact = np.log1p(-np.exp(x.astype(np.longdouble)))
+    np.testing.assert_allclose(losses.log1mexp(jnp.asarray(x)), exact.astype(np.float64), rtol=2e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("block", [4, 64])
+def test_token_logprobs_equal_torch(softcap, block):
+    """Value and gradient, with a ragged last block and with a single one."""
+    hidden, table = RNG.normal(size=(3, 7, 16)).astype("f"), RNG.normal(size=(50, 16)).astype("f")
+    targets, weights = RNG.integers(0, 50, (3, 7)), RNG.normal(size=(3, 7)).astype("f")
+    h = torch.tensor(hidden, requires_grad=True)
+    logits = h @ torch.tensor(table).T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    theirs = torch.log_softmax(logits, -1).gather(-1, torch.tensor(targets)[..., None])[..., 0]
+    (theirs * torch.tensor(weights)).sum().backward()
+
+    total = lambda h: (token_logprobs(h, jnp.asarray(targets), jnp.asarray(table), softcap, block) * weights).sum()
+    plain = token_logprobs(jnp.asarray(hidden), jnp.asarray(targets), jnp.asarray(table), softcap, block)
+    np.testing.assert_allclose(plain, theirs.detach(), atol=1e-5)
+    value, gradient = jax.value_and_grad(total)(jnp.asarray(hidden))
+    np.testing.assert_allclose(value, (theirs.detach() * torch.tensor(weights)).sum(), atol=1e-4)
+    np.testing.assert_allclose(gradient, h.grad, atol=1e-5)

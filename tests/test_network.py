@@ -1,0 +1,188 @@
+"""The network is the one that was downloaded: transformers and peft are the oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES
+from flax import nnx
+
+from roserag_jax.errors import UserError
+from roserag_jax.models import adapter as adapters
+from roserag_jax.models import source, weights
+from roserag_jax.models.lora import LoRAConfig, LoRAParam
+from roserag_jax.runtime.mesh import make_mesh
+
+torch = pytest.importorskip("torch")
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(3, 131, (2, 40))
+
+
+def hf_logits(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(tokens))[None]).logits[0].numpy()
+
+
+def branch_logits(model, prompts, lengths, branches):
+    """Logits of branches behind right-padded prompts, jitted."""
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, prompts, lengths, branches):
+        model = nnx.merge(graph, state)
+        return model.logits(model.extend(branches, model.prefill(prompts, lengths)))
+
+    return np.asarray(run(state, jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(branches)))
+
+
+def cached_logits(model, prompts, lengths, branches, opening):
+    """The same, with the first `opening` tokens at once and the others one by one through the own cache."""
+    graph, state = nnx.split(model)
+    B, N, S = branches.shape
+
+    @jax.jit
+    def run(state, prompts, lengths, branches):
+        model = nnx.merge(graph, state)
+        cache, own = model.prefill(prompts, lengths), model.own_cache(B, N, S)
+        parts = []
+        for start, stop in [(0, opening), *((i, i + 1) for i in range(opening, S))]:
+            real = jnp.ones((B, N, stop - start), bool)
+            hidden, own = model.extend_cached(branches[:, :, start:stop], real, cache, own)
+            parts.append(model.logits(hidden))
+        return jnp.concatenate(parts, axis=2)
+
+    return np.asarray(run(state, jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(branches)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family, tiny_folder, one_device):
+    """Two prompts of unequal length, two branches each, at once and token by token."""
+    folder, reference = tiny_folder(family)
+    opened = source.open_source(str(folder))
+    model = weights.assemble(opened.config, weights.load_base(opened, jnp.dtype("float32"), one_device))
+    lengths = np.array([30, 21])
+    branches = RNG.integers(3, 131, (2, 2, 9))
+    ours = branch_logits(model, TOKENS, lengths, branches)
+    for b in range(2):
+        for n in range(2):
+            theirs = hf_logits(reference, [*TOKENS[b, : lengths[b]], *branches[b, n]])[lengths[b] :]
+            np.testing.assert_allclose(ours[b, n], theirs, atol=1e-4, rtol=0)
+    stepped = cached_logits(model, TOKENS, lengths, branches, opening=5)
+    np.testing.assert_allclose(stepped, ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (2, 1, 4)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_sharded_equals_one_device(family, shape, tiny_folder, one_device):
+    """Eight devices, also with more tensor devices than key/value heads."""
+    opened = source.open_source(str(tiny_folder(family)[0]))
+    prompts, lengths, branches = np.tile(TOKENS, (4, 1)), np.arange(20, 28), RNG.integers(3, 131, (8, 2, 7))
+    results = []
+    for mesh in (one_device, make_mesh(*shape)):
+        model = weights.assemble(opened.config, weights.load_base(opened, jnp.dtype("float32"), mesh))
+        with jax.set_mesh(mesh):
+            results.append(branch_logits(model, prompts, lengths, branches))
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4, rtol=0)
+
+
+def test_parameters_are_spread(tiny_llama):
+    opened, _ = tiny_llama
+    base = weights.load_base(opened, jnp.dtype("float32"), make_mesh(1, 4, 2))
+    kernel = dict(nnx.to_flat_state(base))[("layers", "gate_proj", "kernel")].get_value()
+    assert kernel.shape == (3, 48, 80) and kernel.addressable_shards[0].data.shape == (3, 12, 40)
+
+
+def random_adapter(opened, lora, mesh):
+    """An adapter whose B is not zero, so that it changes the logits."""
+    state = weights.init_adapter(opened.config, lora, mesh, jax.random.key(1))
+    return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), state)
+
+
+def test_adapter_in_peft_and_back(tiny_folder, tiny_llama, one_device, tmp_path):
+    """An adapter written here gives the same logits in peft; read back it is the same; merged too."""
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    opened, base = tiny_llama
+    folder = tiny_folder("llama")[0]
+    lora = LoRAConfig(4, 12.0, 0.0, ("q_proj", "v_proj", "down_proj"))
+    state = random_adapter(opened, lora, one_device)
+    model = weights.assemble(opened.config, base, lora, state)
+    ours = branch_logits(model, TOKENS[:1], np.array([0]), TOKENS[None, :1])[0, 0]
+
+    adapters.save(state, lora, str(folder), tmp_path / "adapter")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
+    np.testing.assert_allclose(ours, hf_logits(theirs, TOKENS[0]), atol=1e-5, rtol=0)
+
+    loaded_lora, loaded = adapters.load(tmp_path / "adapter", opened.config, one_device)
+    assert loaded_lora == lora
+    jax.tree.map(np.testing.assert_array_equal, loaded, state)
+
+    weights.save_merged(model, opened, tmp_path / "merged", shard_bytes=20_000)
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    np.testing.assert_allclose(ours, hf_logits(merged, TOKENS[0]), atol=1e-5, rtol=0)
+
+
+def test_a_fresh_adapter_changes_nothing(tiny_llama, one_device):
+    opened, base = tiny_llama
+    lora = LoRAConfig(4, 8.0)
+    fresh = weights.init_adapter(opened.config, lora, one_device, jax.random.key(0))
+    args = (TOKENS, np.array([30, 30]), TOKENS[:, None, 30:])
+    with_adapter = branch_logits(weights.assemble(opened.config, base, lora, fresh), *args)
+    np.testing.assert_array_equal(with_adapter, branch_logits(weights.assemble(opened.config, base), *args))
+    values = {path[-1]: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(fresh)}
+    assert not values["lora_b"].any() and values["lora_a"].std() > 0.05
+    assert nnx.state(weights.assemble(opened.config, base), LoRAParam) == nnx.State({})
+
+
+def test_what_is_not_implemented_is_refused(tiny_folder, tmp_path):
+    import json
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama")[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+
+    def refuse(match, **changes):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=match):
+            source.open_source(str(folder))
+
+    refuse("model type 'gpt2'", model_type="gpt2", n_head=2, n_embd=8)
+    refuse("model type 'nonsense'", model_type="nonsense")
+    refuse("activation 'relu'", hidden_act="relu")
+    refuse("rope_type 'yarn'", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
+    (folder / "config.json").write_text(json.dumps(config))
+    weight_file = folder / "model.safetensors"
+    weight_file.write_bytes(weight_file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="damaged or incomplete"):
+        source.open_source(str(folder))
+    weight_file.unlink()
+    with pytest.raises(UserError, match="never pickles"):
+        source.open_source(str(folder))
+    with pytest.raises(UserError, match="could not be fetched"):
+        source.open_source("nobody/nothing")
+
+
+def test_tensors_must_fit(tiny_folder, tmp_path, one_device):
+    """Missing and unknown tensors are listed before anything is placed."""
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama")[0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    gone = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors")
+    load = lambda: weights.load_base(source.open_source(str(folder)), jnp.dtype("float32"), one_device)
+    with pytest.raises(UserError, match=r"missing: model.layers.1.mlp.up_proj.weight"):
+        load()
+    save_file(tensors | {"model.layers.1.mlp.up_proj.weight": gone, "extra.weight": gone}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"unknown: extra.weight"):
+        load()
+    save_file(tensors | {"model.layers.1.mlp.up_proj.weight": gone[:, :8].copy()}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"shapes differ: model.layers.1.mlp.up_proj.weight is \(80, 8\)"):
+        load()

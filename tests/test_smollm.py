@@ -1,0 +1,110 @@
+"""Real weights: SmolLM2-135M-Instruct from its GGUF file, against transformers' reading of the same file."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_network import branch_logits, cached_logits, hf_logits
+
+from roserag_jax.models.tokenizer import stop_ids, turn_end
+from roserag_jax.rag import synthetic
+from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.runtime.sampler import Engine, Sampling
+from roserag_jax.runtime.session import bucket
+
+torch = pytest.importorskip("torch")
+TEXT = "Ünïcode — “quotes”, 12345 + 678, don't; 日本語\n\n\tdef f(x):\n  return x<|im_end|> tail"
+
+
+@pytest.fixture(scope="module")
+def reference(smollm_path):
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        smollm_path.parent, gguf_file=smollm_path.name, dtype=torch.float32
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(smollm_tokenizer):
+    """Ten prompts of about 200 to 500 tokens, as the stages build them."""
+    rows = synthetic.generate(10, "eval", passages=8, counterfactual=0.5)
+    return [PromptBuilder(smollm_tokenizer, 600, 2 + i % 7, i % 3).plain(row).tokens for i, row in enumerate(rows)]
+
+
+def test_tokenizer_equals_transformers(smollm_tokenizer, smollm_path):
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm_path.parent, gguf_file=smollm_path.name)
+    assert smollm_tokenizer(TEXT).input_ids == theirs(TEXT).input_ids
+    turns = [{"role": "user", "content": "Who?"}]
+    ours, others = (t.apply_chat_template(turns, tokenize=False) for t in (smollm_tokenizer, theirs))
+    assert ours == others
+    assert turn_end(smollm_tokenizer, stop_ids(smollm_tokenizer, smollm_path)) == smollm_tokenizer.eos_token_id == 2
+
+
+def test_logits_equal_transformers(smollm, reference, prompts):
+    """Through prefill and extend, at once and with the cache."""
+    tokens = np.array(prompts[3])
+    cut = len(tokens) - 24
+    args = (tokens[None, :cut], np.array([cut]), tokens[None, None, cut:])
+    theirs = hf_logits(reference, tokens)[cut:]
+    np.testing.assert_allclose(branch_logits(smollm, *args)[0, 0], theirs, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(cached_logits(smollm, *args, opening=20)[0, 0], theirs, atol=1e-4, rtol=0)
+
+
+def test_greedy_decoding_equals_transformers(smollm, reference, prompts, one_device):
+    """64 tokens on ten prompts, with the end of the turn free to come when it comes."""
+    engine = Engine(smollm, one_device, (2,), 0)
+    cache = engine.prefill(prompts, bucket(max(map(len, prompts))))
+    out = engine.decode(cache, [[p[-1:]] for p in prompts], 1, list("abcdefghij"), 0, Sampling(), 64)
+    for i, prompt in enumerate(prompts):
+        with torch.no_grad():
+            theirs = reference.generate(
+                torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=2, pad_token_id=0
+            )[0, len(prompt) :].tolist()
+        theirs = theirs[: theirs.index(2)] if 2 in theirs else theirs
+        assert out.tokens[i, 0, : out.lengths[i, 0]].tolist() == theirs, i
+
+
+def test_bfloat16_is_as_near_as_transformers(smollm_source, one_device, reference, prompts):
+    """In bfloat16 the network stays as close to the float32 truth as transformers' own bfloat16 does."""
+    import copy
+
+    from roserag_jax.models import weights
+
+    base = weights.load_base(smollm_source, jnp.dtype("bfloat16"), one_device)
+    model = weights.assemble(smollm_source.config, base)
+    tokens = np.array(prompts[0])
+    exact = hf_logits(reference, tokens)[-8:]
+    with torch.no_grad():
+        rounded = copy.deepcopy(reference).to(torch.bfloat16)(torch.tensor(tokens)[None]).logits[0, -8:].float().numpy()
+    ours = branch_logits(model, tokens[None, :-8], np.array([len(tokens) - 8]), tokens[None, None, -8:])[0, 0]
+    assert np.abs(ours - exact).mean() < 1.1 * np.abs(rounded - exact).mean()
+
+
+def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_tokenizer, smollm_path, one_device):
+    """What `generate` says of a response is what scoring its text gives; rationales and answers are real sentences."""
+    from roserag_jax import config as options
+    from roserag_jax.preference import candidates
+
+    rows = list(synthetic.generate(2, "train", passages=2))
+    builder = PromptBuilder(smollm_tokenizer, 512, 2, 2)
+    plain, guided = [builder.plain(r) for r in rows], [builder.guided(r) for r in rows]
+    generate = options.defaults().generate
+    generate.guided_samples, generate.plain_samples, generate.max_tokens = 2, 2, 40
+    engine = Engine(smollm, one_device, (2,), 0)
+    newlines = candidates.newline_tokens(smollm_tokenizer)
+    made = candidates.generate_batch(
+        engine, smollm_tokenizer, generate, rows, plain, guided, newlines, lambda phrase: None
+    )
+    compared = 0
+    for row, prompt in zip(made, plain, strict=True):
+        assert {c["source"] for c in row["candidates"]} == {"guided", "plain"}
+        tokens = [smollm_tokenizer(c["response"], add_special_tokens=False).input_ids for c in row["candidates"]]
+        sums = engine.score(engine.prefill([prompt.tokens], 512), [prompt.tokens], [tokens], 80)[0].sum(-1)
+        for candidate, said, logprob in zip(row["candidates"], tokens, sums, strict=True):
+            assert candidate["response"].endswith(f"Answer: {candidate['answer']}")
+            if len(said) == candidate["tokens"]:
+                assert candidate["logprob"] == pytest.approx(float(logprob), abs=2e-3)
+                compared += 1
+    assert compared >= 4
