@@ -2,7 +2,6 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -15,6 +14,9 @@ import pytest
 
 from roserag_jax.models import source, weights
 from roserag_jax.runtime.mesh import make_mesh
+
+# Not through XLA_FLAGS, which the processes that tests start would inherit.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="session")

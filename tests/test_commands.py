@@ -26,10 +26,9 @@ torch = pytest.importorskip("torch")
 
 @pytest.fixture(scope="module", autouse=True)
 def alone():
-    """Most of these tests are about files: one device, here as in the processes that they start, compiles faster."""
+    """Most of these tests are about files: one device compiles faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
-        patch.setenv("XLA_FLAGS", "")
         yield
 
 
