@@ -54,10 +54,10 @@ def run(config) -> None:
     prompts = [builder.plain(row) for row in rows]
     engine = session.engine(adapter_in_use(config, workdir))
     size = min(config.evaluate.batch, len(rows))
-    said = {}
+    said, shared = {}, engine.read_shared([p.tokens for p in prompts])
     for group in batches(prompts, size):
         asked = ([rows[i] for i in group], [prompts[i] for i in group])
-        responses = respond(engine, session.tokenizer, *asked, size, config.evaluate.max_tokens)
+        responses = respond(engine, session.tokenizer, *asked, shared, size, config.evaluate.max_tokens)
         said.update(zip(group, responses, strict=True))
     for i, row in enumerate(rows):
         rationale, answer, _ = answers.parse(said[i][0])

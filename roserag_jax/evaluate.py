@@ -20,7 +20,7 @@ from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.report.tables import table
 from roserag_jax.runtime.progress import Progress
 from roserag_jax.runtime.sampler import Sampling
-from roserag_jax.runtime.session import Session, bucket
+from roserag_jax.runtime.session import Session
 from roserag_jax.workdir import Parts, Recipe, Workdir, digest, to_lines
 
 
@@ -46,10 +46,10 @@ def recipe(config, workdir: Workdir, system: str) -> Recipe:
     return Recipe(options.subset(config, *names), inputs)
 
 
-def respond(engine, tokenizer, rows, prompts, size: int, max_tokens: int):
-    """Greedy responses to one batch of prompts, as `(text, finished)` for each row."""
+def respond(engine, tokenizer, rows, prompts, shared, size: int, max_tokens: int):
+    """Greedy responses to one batch of prompts with a shared beginning, as `(text, finished)` for each row."""
     padded = filled(prompts, size)
-    cache = engine.prefill([p.tokens for p in padded], bucket(max(len(p.tokens) for p in prompts)))
+    cache = engine.prefill([p.tokens for p in padded], shared)
     ids = [row["id"] for row in rows] + [""] * (size - len(rows))
     out = engine.decode(cache, [[p.tokens[-1:]] for p in padded], 1, ids, 0, Sampling(), max_tokens)
     texts = [tokenizer.decode(out.tokens[i, 0, : out.lengths[i, 0]]) for i in range(len(rows))]
@@ -75,12 +75,14 @@ def make(session: Session, workdir: Workdir, system: str) -> dict:
     progress = Progress(f"evaluate {system}", len(rows), "questions", count())
     if len(parts.done) < len(groups):
         engine = session.engine(Path(folder) if system == "adapter" else None)
+        shared = engine.read_shared([p.tokens for p in prompts])
     for number, group in enumerate(groups):
         if number in parts.done:
             continue
         progress.phase(f"answering {len(group)} questions")
         asked = [rows[i] for i in group]
-        said = respond(engine, session.tokenizer, asked, [prompts[i] for i in group], size, config.evaluate.max_tokens)
+        of_group = [prompts[i] for i in group]
+        said = respond(engine, session.tokenizer, asked, of_group, shared, size, config.evaluate.max_tokens)
         examples = []
         for i, row, (response, finished) in zip(group, asked, said, strict=True):
             rationale, prediction, parsed = answers.parse(response)

@@ -53,6 +53,7 @@ def make(session: Session, workdir: Workdir) -> None:
     progress = Progress("generate", len(rows), "questions", count())
     if len(parts.done) < len(groups):
         engine, newlines = session.engine(), candidates.newline_tokens(session.tokenizer)
+        shared = [engine.read_shared([p.tokens for p in prompts]) for prompts in (plain, guided)]
     for number, group in enumerate(groups):
         if number in parts.done:
             continue
@@ -64,6 +65,7 @@ def make(session: Session, workdir: Workdir) -> None:
             of_group(rows),
             filled(of_group(plain), size),
             filled(of_group(guided), size),
+            shared,
             newlines,
             progress.phase,
         )

@@ -17,7 +17,8 @@ from roserag_jax.evaluate import adapter_in_use
 from roserag_jax.rag.datasets import read_json_lines
 from roserag_jax.rag.prompts import prompt_tokens, response_tokens
 from roserag_jax.runtime.progress import Progress
-from roserag_jax.runtime.session import Session, bucket
+from roserag_jax.runtime.sampler import bucket
+from roserag_jax.runtime.session import Session
 from roserag_jax.workdir import Workdir, to_lines, write_atomic
 
 _INPUT = flags.DEFINE_string("input", None, "a .jsonl of {prompt, responses}")
@@ -47,7 +48,7 @@ def run(config) -> None:
     engine = session.engine(adapter_in_use(config, workdir))
 
     # Rows of like shape share a batch, and so a compilation.
-    shape = lambda i: (bucket(len(prompts[i])), len(tokens[i]), bucket(max(map(len, tokens[i]))))
+    shape = lambda i: (bucket(len(prompts[i]) - 1), len(tokens[i]), bucket(max(map(len, tokens[i]))))
     order = sorted(range(len(rows)), key=lambda i: (shape(i), i))
     progress, results = Progress("score", len(rows), "rows"), {}
     while order:
@@ -56,7 +57,7 @@ def run(config) -> None:
         order = order[len(group) :]
         fill = config.evaluate.batch - len(group) if len(rows) > config.evaluate.batch else 0
         batch = [prompts[i] for i in group] + [[session.pad_id]] * fill
-        cache = engine.prefill(batch, P)
+        cache = engine.prefill(batch, length=P)
         logprobs = engine.score(cache, batch, [tokens[i] for i in group] + [[[]] * N] * fill, S)
         for i, row in zip(group, logprobs, strict=False):
             sums = np.sum(row, axis=-1, dtype=np.float64)

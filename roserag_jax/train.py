@@ -8,9 +8,7 @@ moment, the same command goes on and ends with the same adapter.
 """
 
 import json
-import tempfile
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -58,7 +56,9 @@ def make(session: Session, workdir: Workdir) -> None:
     model = weights.assemble(session.source.config, session.base, session.lora, adapter)
     optimizer, schedule = make_optimizer(train.learning_rate, len(stream), train.warmup, train.weight_decay, train.clip)
     objective = Objective(train.loss, train.beta, train.remat, session.lora.dropout > 0)
-    step_function = TrainStep(model, session.mesh, objective, optimizer, schedule, train.accumulate, config.seed)
+    step_function = TrainStep(
+        model, session.mesh, objective, optimizer, schedule, train.accumulate, config.seed, stream.shared
+    )
 
     folder = workdir / "checkpoints"
     checkpoints = Checkpoints(folder / wanted.fingerprint(mesh=config.mesh.to_dict()), train.keep_checkpoints)
@@ -67,16 +67,7 @@ def make(session: Session, workdir: Workdir) -> None:
     with _Log(workdir, done) as log:
         state = _steps(step_function, stream, state, done, checkpoints, log, train)
 
-    with tempfile.TemporaryDirectory() as temporary:
-        adapters.save(state.adapter, session.lora, config.model, Path(temporary))
-        workdir.unseal(ARTIFACT)
-        for file in Path(temporary).iterdir():
-            target = workdir / ARTIFACT / file.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            hidden = target.parent / f".{file.name}.tmp"
-            hidden.write_bytes(file.read_bytes())
-            hidden.replace(target)
-    workdir.seal(ARTIFACT, wanted, len(pairs))
+    workdir.publish(ARTIFACT, wanted, adapters.to_files(state.adapter, session.lora, config.model), len(pairs))
     for old in folder.iterdir():
         if old.name != checkpoints.folder.name:
             old.rmtree()
@@ -99,8 +90,8 @@ def _steps(step_function, stream, state, done, checkpoints, log, train):
                 )
             done = step + 1
             seconds, clock = time.monotonic() - clock, time.monotonic()
-            real = int(batch.prompt_lengths.sum() + batch.response_lengths.sum())
-            padded = batch.prompt.size + batch.targets.size
+            real = int(len(stream.shared) + batch.prompt_lengths.sum() + batch.response_lengths.sum())
+            padded = len(stream.shared) + batch.prompt.size + batch.targets.size
             speed = {"pairs_per_s": float(batch.weights.sum()) / seconds, "tokens_per_s": real / seconds}
             log.write(done, metrics | speed | {"padding_share": 1 - real / padded})
             note = f"loss {metrics['loss']:.3f}"

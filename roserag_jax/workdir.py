@@ -51,11 +51,11 @@ def digest(path: epath.Path) -> str:
     return result.hexdigest()
 
 
-def write_atomic(path: epath.Path, text: str) -> None:
+def write_atomic(path: epath.Path, content: str | bytes) -> None:
     """Write a file so that it is seen whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
 
 
@@ -149,18 +149,14 @@ class Workdir:
             )
         return manifest["digest"]
 
-    def publish(self, name: str, recipe: Recipe, files: dict[str, str] | str, rows: int) -> None:
-        """Put a finished artifact in place: the text of a file, or of each file of a folder."""
+    def publish(self, name: str, recipe: Recipe, files: dict[str, str | bytes] | str, rows: int) -> None:
+        """Put a finished artifact in place: the text of a file, or the content of each file of a folder."""
         self._manifest(name).unlink(missing_ok=True)
         if isinstance(files, str):
             write_atomic(self.path / name, files)
         else:
-            for file, text in files.items():
-                write_atomic(self.path / name / file, text)
-        self.seal(name, recipe, rows)
-
-    def seal(self, name: str, recipe: Recipe, rows: int) -> None:
-        """Write the manifest of an artifact that is in place."""
+            for file, content in files.items():
+                write_atomic(self.path / name / file, content)
         manifest = {
             "artifact": name,
             "fingerprint": recipe.fingerprint(),
@@ -170,10 +166,6 @@ class Workdir:
             "digest": digest(self.path / name),
         }
         write_atomic(self._manifest(name), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-
-    def unseal(self, name: str) -> None:
-        """Forget an artifact that is about to be written piece by piece."""
-        self._manifest(name).unlink(missing_ok=True)
 
     def rows(self, name: str) -> list[dict]:
         """The rows of a finished artifact, after checking it."""

@@ -19,6 +19,12 @@ from roserag_jax.runtime.mesh import make_mesh
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def write_files(folder: Path, files: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 @pytest.fixture(scope="session")
 def one_device():
     return make_mesh(devices=jax.devices()[:1])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES
+from conftest import FAMILIES, write_files
 from flax import nnx
 
 from roserag_jax.errors import UserError
@@ -71,6 +71,21 @@ def test_logits_equal_transformers(family, tiny_folder, one_device):
     np.testing.assert_allclose(stepped, ours, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_shared_beginning_changes_nothing(family, tiny_folder, one_device):
+    """Prompts read behind their common beginning leave the keys and values that they leave when read whole."""
+    opened = source.open_source(str(tiny_folder(family)[0]))
+    model = weights.assemble(opened.config, weights.load_base(opened, jnp.dtype("float32"), one_device))
+    prompts = TOKENS.copy()
+    prompts[1, :17] = prompts[0, :17]
+    whole = model.prefill(prompts, np.array([40, 29]))
+    shared = model.prefill(prompts[:1, :17], np.array([17]))
+    behind = model.prefill(prompts[:, 17:], np.array([23, 12]), shared)
+    assert behind.lengths.tolist() == [40, 29]
+    np.testing.assert_allclose(behind.k, whole.k, atol=1e-5)
+    np.testing.assert_allclose(behind.v, whole.v, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (2, 1, 4)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_sharded_equals_one_device(family, shape, tiny_folder, one_device):
@@ -110,7 +125,7 @@ def test_adapter_in_peft_and_back(tiny_folder, tiny_llama, one_device, tmp_path)
     model = weights.assemble(opened.config, base, lora, state)
     ours = branch_logits(model, TOKENS[:1], np.array([0]), TOKENS[None, :1])[0, 0]
 
-    adapters.save(state, lora, str(folder), tmp_path / "adapter")
+    write_files(tmp_path / "adapter", adapters.to_files(state, lora, str(folder)))
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
     np.testing.assert_allclose(ours, hf_logits(theirs, TOKENS[0]), atol=1e-5, rtol=0)

@@ -24,7 +24,7 @@ def engine(tiny_llama, one_device):
 
 def sample(engine, rows, N=3, bucket=32, max_new=12, sampling=WARM, first=0):
     prompts = [PROMPTS[i] for i in rows]
-    cache = engine.prefill(prompts, bucket)
+    cache = engine.prefill(prompts, length=bucket)
     openings = [[p[-1:]] * N for p in prompts]
     return engine.decode(cache, openings, 1, [IDS[i] for i in rows], first, sampling, max_new)
 
@@ -77,7 +77,7 @@ def test_logprobs_agree_with_scoring(engine):
     out = sample(engine, [0, 1], N=2, max_new=10)
     responses = [[out.tokens[i, n, : out.lengths[i, n]].tolist() for n in range(2)] for i in range(2)]
     prompts = PROMPTS[:2]
-    cache = engine.prefill(prompts, 32)
+    cache = engine.prefill(prompts, length=32)
     scored = engine.score(cache, prompts, responses, 16)
     np.testing.assert_allclose(out.logprobs, scored[:, :, :10], atol=1e-4)
 
@@ -95,7 +95,7 @@ def test_stops_and_limits(engine):
     stop = int(free.tokens[0, 0, 4])
     first = free.tokens[0, 0].tolist().index(stop)
     prompts = [*PROMPTS[:3], []]
-    cache = engine.prefill(prompts, 32)
+    cache = engine.prefill(prompts, length=32)
     openings = [[p[-1:]] for p in prompts]
     out = engine.decode(cache, openings, 1, [*IDS[:3], ""], 0, Sampling(), 12, (stop,))
     assert out.lengths[0, 0] == first and out.finished[0, 0]

@@ -9,7 +9,6 @@ from roserag_jax.models.tokenizer import stop_ids, turn_end
 from roserag_jax.rag import synthetic
 from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.runtime.sampler import Engine, Sampling
-from roserag_jax.runtime.session import bucket
 
 torch = pytest.importorskip("torch")
 TEXT = "Ünïcode — “quotes”, 12345 + 678, don't; 日本語\n\n\tdef f(x):\n  return x<|im_end|> tail"
@@ -55,7 +54,7 @@ def test_logits_equal_transformers(smollm, reference, prompts):
 def test_greedy_decoding_equals_transformers(smollm, reference, prompts, one_device):
     """64 tokens on ten prompts, with the end of the turn free to come when it comes."""
     engine = Engine(smollm, one_device, (2,), 0)
-    cache = engine.prefill(prompts, bucket(max(map(len, prompts))))
+    cache = engine.prefill(prompts)
     out = engine.decode(cache, [[p[-1:]] for p in prompts], 1, list("abcdefghij"), 0, Sampling(), 64)
     for i, prompt in enumerate(prompts):
         with torch.no_grad():
@@ -101,7 +100,7 @@ def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_token
     for row, prompt in zip(made, plain, strict=True):
         assert {c["source"] for c in row["candidates"]} == {"guided", "plain"}
         tokens = [smollm_tokenizer(c["response"], add_special_tokens=False).input_ids for c in row["candidates"]]
-        sums = engine.score(engine.prefill([prompt.tokens], 512), [prompt.tokens], [tokens], 80)[0].sum(-1)
+        sums = engine.score(engine.prefill([prompt.tokens]), [prompt.tokens], [tokens], 80)[0].sum(-1)
         for candidate, said, logprob in zip(row["candidates"], tokens, sums, strict=True):
             assert candidate["response"].endswith(f"Answer: {candidate['answer']}")
             if len(said) == candidate["tokens"]:

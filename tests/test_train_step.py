@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import write_files
 from flax import nnx
 
 from roserag_jax.models import adapter as adapters
@@ -20,6 +21,7 @@ PAIRS = [
     Pair(f"q{i}", RNG.integers(3, 131, p).tolist(), RNG.integers(3, 131, c).tolist(), RNG.integers(3, 131, r).tolist())
     for i, (p, c, r) in enumerate([(20, 5, 9), (33, 12, 3), (9, 7, 7), (14, 2, 11), (25, 6, 6), (30, 8, 4), (5, 5, 5)])
 ]
+BEGINNING = RNG.integers(3, 131, 40).tolist()
 
 
 def adapter_with_life(opened, mesh):
@@ -27,12 +29,12 @@ def adapter_with_life(opened, mesh):
     return jax.tree.map(lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), state)
 
 
-def gradient(model, batch, objective):
+def gradient(model, batch, objective, shared=None):
     """Adapter gradient of the mean loss over the real rows, by path."""
     graph, adapter, base = nnx.split(model, LoRAParam, ...)
 
     def loss(adapter):
-        losses, _ = pair_losses(nnx.merge(graph, adapter, base), batch, objective)
+        losses, _ = pair_losses(nnx.merge(graph, adapter, base), batch, objective, shared)
         return (losses * batch.weights).sum() / batch.weights.sum()
 
     value, grads = jax.jit(jax.value_and_grad(loss))(adapter)
@@ -46,7 +48,7 @@ def test_orpo_gradient_equals_peft(tiny_folder, tiny_llama, one_device, tmp_path
 
     opened, base = tiny_llama
     state = adapter_with_life(opened, one_device)
-    adapters.save(state, LORA, "", tmp_path)
+    write_files(tmp_path, adapters.to_files(state, LORA, ""))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama")[0])
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
 
@@ -76,10 +78,15 @@ def test_orpo_gradient_equals_peft(tiny_folder, tiny_llama, one_device, tmp_path
 
 
 def test_what_changes_nothing(tiny_llama, one_device):
-    """Remat, padding and the order of rows leave loss and gradient as they are."""
+    """Remat, padding, the order of rows and a beginning read once leave loss and gradient as they are."""
     opened, base = tiny_llama
     model = weights.assemble(opened.config, base, LORA, adapter_with_life(opened, one_device))
-    batch = Stream(PAIRS, 8, 1, 0, 0).collate(0)
+    pairs = [pair._replace(prompt=BEGINNING + pair.prompt) for pair in PAIRS]
+    stream = Stream(pairs, 8, 1, 0, 0)
+    apart = stream.collate(0)
+    assert stream.shared.tolist() == BEGINNING and apart.prompt.shape[1] == 32
+    stream.shared = stream.shared[:0]
+    batch = stream.collate(0)
     value, expected = gradient(model, batch, Objective("orpo", 0.3, "none"))
     wider = batch._replace(
         prompt=np.pad(batch.prompt, ((0, 0), (0, 16)), constant_values=7),
@@ -87,8 +94,10 @@ def test_what_changes_nothing(tiny_llama, one_device):
         targets=np.pad(batch.targets, ((0, 0), (0, 0), (0, 16)), constant_values=7),
     )
     turned = type(batch)(*(a[::-1] for a in batch))
-    for other, remat in ((batch, "layer"), (batch, "dots"), (wider, "none"), (turned, "none")):
-        other_value, other_gradient = gradient(model, other, Objective("orpo", 0.3, remat))
+    cases = [(batch, "layer"), (batch, "dots"), (wider, "none"), (turned, "none"), (apart, "none"), (apart, "layer")]
+    for other, remat in cases:
+        shared = np.array(BEGINNING) if other is apart else None
+        other_value, other_gradient = gradient(model, other, Objective("orpo", 0.3, remat), shared)
         np.testing.assert_allclose(other_value, value, atol=1e-5)
         for path, grad in expected.items():
             np.testing.assert_allclose(other_gradient[path], grad, atol=2e-6)

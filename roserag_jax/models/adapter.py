@@ -17,13 +17,13 @@ def _tensor_name(projection: str, kind: str, layer: int) -> str:
     return f"base_model.model.model.layers.{layer}.{module_name(projection)}.lora_{letter}.weight"
 
 
-def save(adapter: nnx.State, lora: LoRAConfig, base: str, folder: Path) -> None:
-    """Write an adapter that `peft.PeftModel.from_pretrained(model, folder)` and vLLM load.
+def to_files(adapter: nnx.State, lora: LoRAConfig, base: str) -> dict[str, str | bytes]:
+    """The files of a folder that `peft.PeftModel.from_pretrained(model, folder)` and vLLM load, by name.
 
     Args:
       base: what the adapter belongs to, written as `base_model_name_or_path`.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {}
     for (_, projection, kind), variable in nnx.to_flat_state(adapter):
@@ -44,9 +44,10 @@ def save(adapter: nnx.State, lora: LoRAConfig, base: str, folder: Path) -> None:
         "use_rslora": False,
         "use_dora": False,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return {
+        "adapter_config.json": json.dumps(config, indent=2) + "\n",
+        "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
+    }
 
 
 def read_config(folder: Path) -> LoRAConfig:

@@ -1,7 +1,7 @@
 """The two attentions: a prompt over itself, and branches over their shared prompt and themselves.
 
-Axes: B batch, N branches, P prompt, S branch length, M own-cache slots, H query heads, K key/value heads,
-G = H / K query heads per key/value head, h head size.
+Axes: B batch, N branches, C shared beginning, P prompt, S branch length, M own-cache slots, H query heads,
+K key/value heads, G = H / K query heads per key/value head, h head size.
 
 Keys and values carry their head axis before the token axis, because every product here is then a plain batched matrix
 product over (B, K), which is what XLA is fastest at on every backend. Scores and softmax are float32 throughout.
@@ -21,14 +21,14 @@ def _scores(q, k, softcap):
 
 def prompt_attention(
     q: Float[Array, "B P H h"],
-    k: Float[Array, "B K P h"],
-    v: Float[Array, "B K P h"],
+    k: Float[Array, "B K C+P h"],
+    v: Float[Array, "B K C+P h"],
     *,
     window: Int[Array, ""] | None,
     softcap: float | None,
     block: int = 256,
 ) -> Float[Array, "B P H h"]:
-    """Causal self-attention in blocks of queries; `q` is already scaled.
+    """Causal self-attention in blocks of queries; `q` is already scaled. Keys may begin C tokens before the queries.
 
     Each block sees a static number of keys, which halves the work of a full square and keeps the scores small. Padding
     is on the right, so causality alone keeps it out of every real query's sight; padded queries give finite nonsense.
@@ -37,20 +37,20 @@ def prompt_attention(
       window: how many positions back a query sees, itself included; None for no limit.
     """
     B, P, H, h = q.shape
-    K = k.shape[1]
+    K, C = k.shape[1], k.shape[2] - P
     q = q.reshape(B, P, K, H // K, h).transpose(0, 2, 3, 1, 4)  # B K G P h
     blocks = []
     for start in range(0, P, block):
         stop = min(start + block, P)
-        T = stop - start
+        T, keys = stop - start, C + stop
         block_q = q[:, :, :, start:stop].reshape(B, K, -1, h)
-        scores = _scores(block_q, k[:, :, :stop], softcap).reshape(B, K, H // K, T, stop)
-        query, key = jnp.arange(start, stop)[:, None], jnp.arange(stop)[None]
+        scores = _scores(block_q, k[:, :, :keys], softcap).reshape(B, K, H // K, T, keys)
+        query, key = jnp.arange(C + start, keys)[:, None], jnp.arange(keys)[None]
         seen = key <= query
         if window is not None:
             seen &= query - key < window
         weights = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=-1).astype(v.dtype)
-        out = weights.reshape(B, K, -1, stop) @ v[:, :, :stop]
+        out = weights.reshape(B, K, -1, keys) @ v[:, :, :keys]
         blocks.append(out.reshape(B, K, H // K, T, h))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, P, H, h)
 

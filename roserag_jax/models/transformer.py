@@ -1,7 +1,7 @@
 """The network: one decoder for every family, built on `prefill` (a prompt, once) and `extend` (its N branches).
 
-Axes: B batch, N branches, P prompt, S branch length, M own-cache slots, L layers, D model, H query heads,
-K key/value heads, h head size, V vocabulary.
+Axes: B batch, N branches, C shared beginning, P prompt, S branch length, M own-cache slots, L layers, D model,
+H query heads, K key/value heads, h head size, V vocabulary.
 
 A prompt's last token opens every branch: prefill takes `tokens[:-1]`, a branch is `[tokens[-1], *response[:-1]]` and
 its targets are the response. So prefill needs no logits and the vocabulary projection meets response positions only.
@@ -167,31 +167,44 @@ class Transformer(nnx.Module):
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def prefill(
-        self, prompt: Int[Array, "B P"], lengths: Int[Array, "B"], *, remat: str = "none", dropout_key=None
+        self,
+        prompt: Int[Array, "B P"],
+        lengths: Int[Array, "B"],
+        shared: PrefixCache | None = None,
+        *,
+        remat: str = "none",
+        dropout_key=None,
     ) -> PrefixCache:
         """Keys and values of right-padded prompts, each without its last token.
 
         Args:
           lengths: real tokens of each row of `prompt`; 0 is allowed (a prompt of one token).
+          shared: the C tokens that all prompts begin with, as `prefill` of one row without padding returned them;
+            `prompt` is then what follows, and the result holds both.
           remat: what the backward pass recomputes: 'none', 'layer' (all of a layer) or 'dots' (all but projections).
           dropout_key: LoRA dropout, in training only.
         """
         c = self.config
         B, P = prompt.shape
-        positions = jnp.broadcast_to(jnp.arange(P), (B, P)).reshape(-1)
+        C = 0 if shared is None else shared.k.shape[3]
+        positions = jnp.broadcast_to(C + jnp.arange(P), (B, P)).reshape(-1)
 
-        def body(x, layer, ropes, window, key, _):
+        def body(x, layer, ropes, window, key, before):
             q, k, v = layer.qkv(x, ropes, key)
             q = q.reshape(B, P, c.num_heads, c.head_dim)
             k, v = (a.reshape(B, P, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3) for a in (k, v))
+            if before is not None:
+                join = lambda first, rest: jnp.concatenate([jnp.repeat(first, B, axis=0), rest], axis=2)
+                k, v = (join(*pair) for pair in zip(before, (k, v), strict=True))
             k, v = (constrain(a, "batch", "heads", None, None) for a in (k, v))
             with jax.named_scope("prompt_attention"):
                 out = prompt_attention(q, k, v, window=window, softcap=c.attention_softcap)
             return layer.finish(x, out.reshape(B * P, -1), key), (k, v)
 
         x = self._embed(prompt)
-        _, (k, v) = self._scan(body, x, positions, None, remat, dropout_key)
-        return PrefixCache(k, v, lengths)
+        before = None if shared is None else (shared.k, shared.v)
+        _, (k, v) = self._scan(body, x, positions, before, remat, dropout_key)
+        return PrefixCache(k, v, C + lengths)
 
     def extend(
         self, branches: Int[Array, "B N S"], cache: PrefixCache, *, remat: str = "none", dropout_key=None

@@ -12,8 +12,7 @@ import numpy as np
 
 from roserag_jax.rag import answers
 from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, response_tokens
-from roserag_jax.runtime.sampler import Engine, Sampling
-from roserag_jax.runtime.session import bucket
+from roserag_jax.runtime.sampler import Engine, Sampling, bucket
 
 _GREEDY = Sampling()
 # First sample index of each source, so that the draws of one do not move when the other's number changes.
@@ -34,13 +33,22 @@ def rationale_of(text: str, finished: bool) -> str | None:
 
 
 def generate_batch(
-    engine: Engine, tokenizer, options, rows: list[dict], plain: list[Prompt], guided: list[Prompt], newline_ids, say
+    engine: Engine,
+    tokenizer,
+    options,
+    rows: list[dict],
+    plain: list[Prompt],
+    guided: list[Prompt],
+    shared,
+    newline_ids,
+    say,
 ) -> list[dict]:
     """Candidates for one batch of questions.
 
     Args:
       options: `config.generate`.
       plain, guided: the prompts of `rows`; empty prompts past the last row fill the batch.
+      shared: what all plain and what all guided prompts begin with, from `engine.read_shared`.
       newline_ids: tokens that end the decoded answer, besides the end of the turn.
       say: called with a phrase before each long part.
 
@@ -51,8 +59,7 @@ def generate_batch(
     """
     ids = [row["id"] for row in rows] + [""] * (len(plain) - len(rows))
     sampling = Sampling(options.temperature, options.top_p)
-    plain_bucket, guided_bucket = (bucket(max(len(p.tokens) for p in prompts)) for prompts in (plain, guided))
-    plain_cache = engine.prefill([p.tokens for p in plain], plain_bucket)
+    plain_cache = engine.prefill([p.tokens for p in plain], shared[0])
 
     rationales = [[] for _ in rows]  # per row: (source, rationale)
     dropped = [{"no whole sentence": 0, "repeated": 0, "no answer": 0} for _ in rows]
@@ -60,7 +67,7 @@ def generate_batch(
         if not count:
             continue
         say(f"sampling {count} {source} rationales for each of {len(rows)} questions")
-        cache = plain_cache if source == "plain" else engine.prefill([p.tokens for p in guided], guided_bucket)
+        cache = plain_cache if source == "plain" else engine.prefill([p.tokens for p in guided], shared[1])
         openings = [[p.tokens[-1:]] * count for p in prompts]
         out = engine.decode(cache, openings, 1, ids, _FIRST_SAMPLE[source], sampling, options.max_tokens)
         for i in range(len(rows)):

@@ -9,8 +9,7 @@ import grain
 import numpy as np
 
 from roserag_jax.rag.prompts import prompt_tokens, response_tokens
-from roserag_jax.runtime.sampler import pad
-from roserag_jax.runtime.session import bucket
+from roserag_jax.runtime.sampler import bucket, pad, shared_length
 
 
 class Pair(NamedTuple):
@@ -25,7 +24,7 @@ class Pair(NamedTuple):
 class Batch(NamedTuple):
     """Host arrays of one step. Rows that only fill the batch have weight 0."""
 
-    prompt: np.ndarray  # [B, P] all but the prompt's last token
+    prompt: np.ndarray  # [B, P] the prompt after its shared beginning, but for its last token
     prompt_lengths: np.ndarray  # [B]
     branches: np.ndarray  # [B, 2, S] the prompt's last token, then the response but for its last
     targets: np.ndarray  # [B, 2, S] the response
@@ -62,10 +61,15 @@ def epoch_order(lengths: list[int], batch: int, seed: int, epoch: int) -> list[l
 
 
 class Stream:
-    """Batches of the whole run by step; iteration can begin at any step and gives the same batches from there on."""
+    """Batches of the whole run by step; iteration can begin at any step and gives the same batches from there on.
+
+    `shared` [C] are the tokens that all prompts begin with; batches leave them out.
+    """
 
     def __init__(self, pairs: list[Pair], batch: int, epochs: int, seed: int, pad_id: int):
         self.pairs, self.batch, self.pad_id = pairs, batch, pad_id
+        prompts = [pair.prompt for pair in pairs]
+        self.shared = np.array(prompts[0][: shared_length(prompts)], np.int32)
         lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
         self.order = [b for epoch in range(epochs) for b in epoch_order(lengths, batch, seed, epoch)]
 
@@ -81,9 +85,8 @@ class Stream:
         rows = [self.pairs[i] for i in self.order[step]]
         weights = np.array([1.0] * len(rows) + [0.0] * (self.batch - len(rows)), np.float32)
         rows += [rows[0]] * (self.batch - len(rows))
-        prompt, prompt_lengths = pad(
-            [r.prompt[:-1] for r in rows], bucket(max(len(r.prompt) for r in rows)), self.pad_id
-        )
+        prompts = [r.prompt[len(self.shared) : -1] for r in rows]
+        prompt, prompt_lengths = pad(prompts, bucket(max(map(len, prompts))), self.pad_id)
         responses = [response for r in rows for response in (r.chosen, r.rejected)]
         targets, lengths = pad(responses, bucket(max(map(len, responses))), self.pad_id)
         first = np.repeat([r.prompt[-1:] for r in rows], 2, axis=0)

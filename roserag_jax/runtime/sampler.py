@@ -5,6 +5,7 @@ Axes: B batch, N branches, P prompt, S opening length, T new tokens, V vocabular
 
 import dataclasses
 import functools
+import os
 import zlib
 from typing import NamedTuple
 
@@ -63,11 +64,28 @@ class Engine:
         batch = lambda a: sharding(a.shape, ("batch",) + (None,) * (a.ndim - 1), self.mesh)
         return [jax.device_put(a, batch(a)) for a in map(np.asarray, arrays)]
 
-    def prefill(self, prompts: list[list[int]], bucket: int) -> PrefixCache:
-        """Read prompts (all but their last token), padded to `bucket` tokens; an empty one only fills the batch."""
-        tokens, lengths = pad([p[:-1] for p in prompts], bucket, self.pad_id)
+    def read_shared(self, prompts: list[list[int]]) -> PrefixCache | None:
+        """Read what all prompts of a stage begin with (instructions, worked examples); None where it is short."""
+        C = shared_length(prompts)
+        return self._read([prompts[0][:C]], C, None) if C else None
+
+    def prefill(
+        self, prompts: list[list[int]], shared: PrefixCache | None = None, length: int | None = None
+    ) -> PrefixCache:
+        """Read prompts (all but their last token); an empty one only fills the batch.
+
+        Args:
+          shared: their common beginning, read before.
+          length: padded length of what follows it; by default the bucket of the longest.
+        """
+        C = 0 if shared is None else shared.k.shape[3]
+        rest = [p[C:-1] for p in prompts]
+        return self._read(rest, length or bucket(max(map(len, rest))), shared)
+
+    def _read(self, rows, length, shared):
+        tokens, lengths = pad(rows, length, self.pad_id)
         with jax.set_mesh(self.mesh):
-            return _prefill(self.graph, self.state, *self._place(tokens, lengths))
+            return _prefill(self.graph, self.state, *self._place(tokens, lengths), shared)
 
     def score(self, cache: PrefixCache, prompts, responses: list[list[list[int]]], bucket: int) -> np.ndarray:
         """Log-probabilities [B, N, bucket] of N responses (tokens, stop token included) per prompt; 0 past each end."""
@@ -113,6 +131,24 @@ class Engine:
             return Decoded(*map(np.asarray, out))
 
 
+def bucket(length: int) -> int:
+    """The padded length for `length` tokens: few sizes, so few compilations, and at most a quarter of it padding."""
+    for step, limit in ((16, 128), (64, 512), (128, 1024)):
+        if length <= limit:
+            return max(-(-length // step), 1) * step
+    return -(-length // 256) * 256
+
+
+def shared_length(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts (the empty ones aside) begin with; 0 where they are too few to be read apart.
+
+    The last token of a prompt opens its branches and is never among them.
+    """
+    prompts = [p for p in prompts if p]
+    common = min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=0) - 1)
+    return common if common >= 32 else 0
+
+
 def pad(rows: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Right-padded tokens [rows, length] and the rows' lengths."""
     tokens = np.full((len(rows), length), pad_id, np.int32)
@@ -122,8 +158,8 @@ def pad(rows: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(graph, state, tokens, lengths):
-    return nnx.merge(graph, state).prefill(tokens, lengths)
+def _prefill(graph, state, tokens, lengths, shared):
+    return nnx.merge(graph, state).prefill(tokens, lengths, shared)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -79,11 +79,3 @@ class Session:
     def engine(self, adapter: Path | None = None) -> Engine:
         """An engine over `model(adapter)`."""
         return Engine(self.model(adapter), self.mesh, self.stop_ids, self.pad_id, self.config.seed)
-
-
-def bucket(length: int) -> int:
-    """The padded length for `length` tokens: few sizes, so few compilations, and at most a quarter of it padding."""
-    for step, limit in ((16, 128), (64, 512), (128, 1024)):
-        if length <= limit:
-            return -(-length // step) * step
-    return -(-length // 256) * 256

@@ -1,6 +1,7 @@
 """The training step: prompts once, two branches each, a loss of their log-probabilities, and AdamW on the adapter.
 
-Axes: B pairs, A accumulated parts, N = 2 branches (chosen, rejected), P prompt, S response, D model.
+Axes: B pairs, A accumulated parts, C shared beginning, N = 2 branches (chosen, rejected), P prompt, S response,
+D model.
 """
 
 import dataclasses
@@ -9,9 +10,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from roserag_jax.models.logprobs import token_logprobs
 from roserag_jax.models.lora import LoRAParam
@@ -46,10 +49,20 @@ def make_optimizer(learning_rate: float, steps: int, warmup: float, weight_decay
     return optax.chain(optax.clip_by_global_norm(clip), adamw), schedule
 
 
-def pair_losses(model: Transformer, batch: Batch, objective: Objective, dropout_key=None):
-    """Loss [B] of each pair and its metrics, each [B]."""
-    keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    cache = model.prefill(batch.prompt, batch.prompt_lengths, remat=objective.remat, dropout_key=keys[0])
+def pair_losses(
+    model: Transformer, batch: Batch, objective: Objective, shared: Int[Array, "C"] | None = None, dropout_key=None
+):
+    """Loss [B] of each pair and its metrics, each [B].
+
+    Args:
+      shared: tokens that all prompts begin with and that `batch` leaves out; read once, with their gradient.
+    """
+    keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+    before = None
+    if shared is not None and shared.size:
+        length = jnp.full(1, shared.size)
+        before = model.prefill(shared[None], length, remat=objective.remat, dropout_key=keys[2])
+    cache = model.prefill(batch.prompt, batch.prompt_lengths, before, remat=objective.remat, dropout_key=keys[0])
     one = objective.loss == "sft"
     branches, targets, lengths = batch.branches, batch.targets, batch.response_lengths
     if one:  # the rejected branch would only be read and thrown away
@@ -78,10 +91,19 @@ class TrainStep:
     Args:
       model: the network with its adapter; frozen parameters are inputs of the step, never donated.
       accumulate: parts that a batch is worked through in; gradients equal the whole batch's, weights included.
+      shared: tokens that all prompts begin with and that batches leave out.
     """
 
     def __init__(
-        self, model: Transformer, mesh: Mesh, objective: Objective, optimizer, schedule, accumulate: int, seed: int
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        objective: Objective,
+        optimizer,
+        schedule,
+        accumulate: int,
+        seed: int,
+        shared: Int[np.ndarray, "C"] | None = None,
     ):
         self.graph, adapter, self.base = nnx.split(model, LoRAParam, ...)
         self.mesh, self.accumulate = mesh, accumulate
@@ -94,7 +116,13 @@ class TrainStep:
             )
             self.initial = start(adapter)
         step = functools.partial(
-            _step, graph=self.graph, objective=objective, optimizer=optimizer, schedule=schedule, seed=seed
+            _step,
+            graph=self.graph,
+            objective=objective,
+            optimizer=optimizer,
+            schedule=schedule,
+            seed=seed,
+            shared=shared,
         )
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
@@ -112,14 +140,14 @@ class TrainStep:
             return self._step(state, self.base, Batch(*map(place, batch)), step)
 
 
-def _step(state, base, parts, step, *, graph, objective, optimizer, schedule, seed):
+def _step(state, base, parts, step, *, graph, objective, optimizer, schedule, seed, shared):
     total = parts.weights.sum()
 
     def weighted(adapter, part, index):
         key = None
         if objective.dropout:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), index)
-        loss, metrics = pair_losses(nnx.merge(graph, adapter, base), part, objective, key)
+        loss, metrics = pair_losses(nnx.merge(graph, adapter, base), part, objective, shared, key)
         mean = lambda value: (value * part.weights).sum() / total
         return mean(loss), {"loss": mean(loss)} | jax.tree.map(mean, metrics)
 
