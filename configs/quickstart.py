@@ -13,15 +13,15 @@ def get_config():
     config.model = str(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
     config.dtype = "float32"
     config.workdir = "runs/quickstart"
-    config.data.train_rows, config.data.eval_rows = 32, 32
+    config.data.train_rows, config.data.eval_rows = 40, 48
     config.data.synthetic_passages = 4
     config.data.synthetic_counterfactual = 0.25
     config.prompt.passages, config.prompt.examples, config.prompt.max_tokens = 4, 2, 512
     config.generate.guided_samples, config.generate.plain_samples = 3, 3
-    config.generate.max_tokens, config.generate.answer_tokens, config.generate.batch = 40, 12, 16
+    config.generate.max_tokens, config.generate.answer_tokens, config.generate.batch = 40, 12, 20
     config.generate.temperature = 0.7
     config.train.learning_rate = 1e-3
     config.train.epochs, config.train.batch = 2, 4
     config.train.max_response, config.train.remat = 80, "none"
-    config.evaluate.max_tokens, config.evaluate.batch = 48, 32
+    config.evaluate.max_tokens, config.evaluate.batch = 48, 48
     return config
