@@ -38,6 +38,7 @@ def test_scores_are_the_official_ones(prediction, golden, em, f1):
         ("Because.\n**Answer:** Paris\nAnswer: Rome", ("Because.", "Paris", True)),
         ("So the\nfinal answer is: 1984", ("So the", "1984", True)),
         ("So.\nThe answer is: 1984", ("So.", "1984", True)),
+        ("It is by Ada. Answer: Ada.", ("It is by Ada.", "Ada", True)),
         ("Answer: no", ("", "no", True)),
         ("Thinking.\nParis.", ("Thinking.\nParis.", "Paris", False)),
         ("Reason.\nAnswer:", ("Reason.\nAnswer:", "Answer:", False)),

@@ -9,7 +9,9 @@ import collections
 import re
 import string
 
-_ANSWER = re.compile(r"^[\s*#>_]*(?:the )?(?:final )?answer(?: is)?[\s*_]*:[\s*_]*(.*)$", re.IGNORECASE | re.MULTILINE)
+_ANSWER = re.compile(
+    r"(?:^[\s*#>_]*|(?<=[.!?] ))(?:the )?(?:final )?answer(?: is)?[\s*_]*:[\s*_]*(.*)$", re.IGNORECASE | re.MULTILINE
+)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = set(string.punctuation)
 
@@ -49,9 +51,9 @@ def contains(prediction: str, golden: list[str]) -> float:
 
 
 def parse(response: str) -> tuple[str, str, bool]:
-    """Split a response into `(rationale, answer, parsed)` at its first line that begins with 'Answer:'.
+    """Split a response into `(rationale, answer, parsed)` at its first line or sentence that begins with 'Answer:'.
 
-    Without such a line `parsed` is False, the rationale is the whole response and the answer its last line, so that a
+    Without one `parsed` is False, the rationale is the whole response and the answer its last line, so that a
     model that simply says the answer is not counted wrong for its manners.
     """
     found = _ANSWER.search(response)
