@@ -83,7 +83,9 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "rank": Option(16, "of the adapter"),
         "alpha": Option(32.0, "the adapter's product is scaled by alpha / rank"),
         "dropout": Option(0.0, "on the adapter's input while training"),
+        "rslora": Option(False, "scale by alpha / sqrt(rank) instead (rsLoRA)"),
         "targets": Option(PROJECTION_NAMES, "projections that get an adapter"),
+        "start": Option("", "PEFT folder of an adapter of this shape that training goes on from; empty is a new one"),
     },
     "train": {
         "loss": Option("orpo", "orpo learns from pairs, sft from the chosen responses alone", ("orpo", "sft")),
@@ -152,8 +154,16 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def validate(config: ConfigDict) -> None:
+def get_config() -> ConfigDict:
+    """The configuration where `--config` names none; a command is then told the rest by its options."""
+    return defaults()
+
+
+def validate(config: ConfigDict, workdir: bool = True) -> None:
     """Check everything that can be checked before anything expensive.
+
+    Args:
+      workdir: whether the command needs `config.workdir`.
 
     Raises:
       UserError: naming the option, its value and what is allowed.
@@ -202,8 +212,8 @@ def validate(config: ConfigDict) -> None:
     if config.retrieve.retriever == "bm25" and not config.retrieve.corpus:
         fail("retrieve.corpus", "bm25 needs a corpus: a .jsonl file or a folder")
     if not config.model:
-        fail("model", "name a Hub id, a Hugging Face folder or a .gguf file")
-    if not config.workdir:
+        fail("model", "name a Hub id, a Hugging Face folder or a .gguf file, or --config configs/NAME.py that does")
+    if workdir and not config.workdir:
         fail("workdir", "name the folder that everything goes to")
 
 
@@ -223,21 +233,22 @@ def _flag_error(error: Exception) -> str:
     return text
 
 
-def main(run: Callable[[ConfigDict], None], doc: str) -> None:
+def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True) -> None:
     """Run a command: read its options, call `run(config)`, and turn errors meant for people into one line.
+
+    Args:
+      workdir: whether the command needs `config.workdir`.
 
     Exit status: 0 done; 2 something for the user to put right; 130 Ctrl-C and 143 SIGTERM, after which the same command
     goes on where it stopped.
     """
-    config_flags.DEFINE_config_file("config", None, "the configuration file; --config.a.b=value sets an option")
+    config_flags.DEFINE_config_file("config", __file__, "the configuration file; --config.a.b=value sets an option")
     flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")
 
     def start(argv):
         if len(argv) > 1:
             raise UserError(f"Unexpected argument {argv[1]!r}; options are written --config.section.option=value.")
-        if flags.FLAGS.config is None:
-            raise UserError("--config is missing; for example --config configs/quickstart.py.")
-        validate(flags.FLAGS.config)
+        validate(flags.FLAGS.config, workdir)
         run(flags.FLAGS.config)
 
     if {"--help", "-h", "--options"} & set(sys.argv[1:]):

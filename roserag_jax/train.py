@@ -9,9 +9,11 @@ moment, the same command goes on and ends with the same adapter.
 
 import json
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from roserag_jax import config as options
 from roserag_jax import evaluate, select
@@ -23,7 +25,7 @@ from roserag_jax.runtime.loader import Stream, tokenize
 from roserag_jax.runtime.progress import Progress
 from roserag_jax.runtime.session import Session
 from roserag_jax.runtime.train_step import Objective, TrainStep, make_optimizer
-from roserag_jax.workdir import Recipe, Workdir, to_lines, write_atomic
+from roserag_jax.workdir import Recipe, Workdir, digest, to_lines, write_atomic
 
 ARTIFACT = "adapter"
 _NO_INFLUENCE = ("train.checkpoint_every", "train.keep_checkpoints", "train.evaluate", "train.remat")
@@ -32,6 +34,8 @@ _NO_INFLUENCE = ("train.checkpoint_every", "train.keep_checkpoints", "train.eval
 def recipe(config, workdir: Workdir) -> Recipe:
     """What the adapter is made from."""
     inputs = {"pairs.jsonl": workdir.check(select.ARTIFACT)}
+    if config.lora.start:
+        inputs["config.lora.start"] = digest(epath.Path(config.lora.start).expanduser())
     names = [*Session.model_options, "seed", "lora", "train"]
     return Recipe(options.subset(config, *names, without=_NO_INFLUENCE), inputs)
 
@@ -51,8 +55,7 @@ def make(session: Session, workdir: Workdir) -> None:
         raise UserError(f"config.train.max_response={train.max_response}: every response is longer; raise it.")
     stream = Stream(pairs, train.batch, train.epochs, config.seed, session.pad_id)
 
-    key = jax.random.key(config.seed)
-    adapter = weights.init_adapter(session.source.config, session.lora, session.mesh, key)
+    adapter = _starting_adapter(session)
     model = weights.assemble(session.source.config, session.base, session.lora, adapter)
     optimizer, schedule = make_optimizer(train.learning_rate, len(stream), train.warmup, train.weight_decay, train.clip)
     objective = Objective(train.loss, train.beta, train.remat, session.lora.dropout > 0)
@@ -71,6 +74,15 @@ def make(session: Session, workdir: Workdir) -> None:
     for old in folder.iterdir():
         if old.name != checkpoints.folder.name:
             old.rmtree()
+
+
+def _starting_adapter(session: Session):
+    """A fresh adapter, or the one that training goes on from."""
+    config, start = session.config, session.config.lora.start
+    if not start:
+        key = jax.random.key(config.seed)
+        return weights.init_adapter(session.source.config, session.lora, session.mesh, key)
+    return adapters.load(Path(start).expanduser(), session.source.config, session.mesh)[1]
 
 
 def _steps(step_function, stream, state, done, checkpoints, log, train):
@@ -143,6 +155,7 @@ class _Log:
 def run(config) -> None:
     """The command."""
     workdir, session = Workdir(config.workdir), Session(config)
+    _ = session.lora  # refused now rather than after an hour of sampling
     with workdir.lock():
         results = {}
         if config.train.evaluate:

@@ -71,6 +71,29 @@ def test_logits_equal_transformers(family, tiny_folder, one_device):
     np.testing.assert_allclose(stepped, ours, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_equal_transformers(family, tiny_folder, one_device):
+    """After every layer, and far beyond the window and the original length of RoPE's scaling."""
+    import dataclasses
+
+    folder, reference = tiny_folder(family)
+    opened = source.open_source(str(folder))
+    base = weights.load_base(opened, jnp.dtype("float32"), one_device)
+    tokens = RNG.integers(3, 131, 400)
+    with torch.no_grad():
+        theirs = reference.model(torch.tensor(tokens)[None], output_hidden_states=True).hidden_states
+        theirs = [reference.model.norm(hidden)[0, 380:].numpy() for hidden in theirs[1:-1]] + [theirs[-1][0, 380:]]
+    for count in range(1, 4):
+        config = dataclasses.replace(
+            opened.config, num_layers=count, sliding_layers=opened.config.sliding_layers[:count]
+        )
+        cut = lambda path, v, count=count: (path, v.replace(v.get_value()[:count] if path[0] == "layers" else v[...]))
+        first = nnx.from_flat_state([cut(path, v) for path, v in nnx.to_flat_state(base)])
+        model = weights.assemble(config, first)
+        ours = model.extend(tokens[None, None, 380:], model.prefill(tokens[None, :380], np.array([380])))[0, 0]
+        np.testing.assert_allclose(ours, theirs[count - 1], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_shared_beginning_changes_nothing(family, tiny_folder, one_device):
     """Prompts read behind their common beginning leave the keys and values that they leave when read whole."""
@@ -86,7 +109,7 @@ def test_a_shared_beginning_changes_nothing(family, tiny_folder, one_device):
     np.testing.assert_allclose(behind.v, whole.v, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (2, 1, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (1, 1, 8)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_sharded_equals_one_device(family, shape, tiny_folder, one_device):
     """Eight devices, also with more tensor devices than key/value heads."""
@@ -113,14 +136,15 @@ def random_adapter(opened, lora, mesh):
     return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), state)
 
 
-def test_adapter_in_peft_and_back(tiny_folder, tiny_llama, one_device, tmp_path):
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapter_in_peft_and_back(rslora, tiny_folder, tiny_llama, one_device, tmp_path):
     """An adapter written here gives the same logits in peft; read back it is the same; merged too."""
     peft = pytest.importorskip("peft")
     import transformers
 
     opened, base = tiny_llama
     folder = tiny_folder("llama")[0]
-    lora = LoRAConfig(4, 12.0, 0.0, ("q_proj", "v_proj", "down_proj"))
+    lora = LoRAConfig(4, 12.0, 0.0, ("q_proj", "v_proj", "down_proj"), rslora)
     state = random_adapter(opened, lora, one_device)
     model = weights.assemble(opened.config, base, lora, state)
     ours = branch_logits(model, TOKENS[:1], np.array([0]), TOKENS[None, :1])[0, 0]
@@ -168,6 +192,7 @@ def test_what_is_not_implemented_is_refused(tiny_folder, tmp_path):
     refuse("model type 'gpt2'", model_type="gpt2", n_head=2, n_embd=8)
     refuse("model type 'nonsense'", model_type="nonsense")
     refuse("activation 'relu'", hidden_act="relu")
+    refuse("auto_map=.* is not implemented", auto_map={"AutoModel": "modeling.Own"})
     refuse("rope_type 'yarn'", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
     (folder / "config.json").write_text(json.dumps(config))
     weight_file = folder / "model.safetensors"
@@ -177,6 +202,16 @@ def test_what_is_not_implemented_is_refused(tiny_folder, tmp_path):
     weight_file.unlink()
     with pytest.raises(UserError, match="never pickles"):
         source.open_source(str(folder))
+    outside = tmp_path / "weights"
+    outside.write_bytes(b"")
+    weight_file.symlink_to(outside)
+    with pytest.raises(UserError, match="leads out of its folder"):
+        source.open_source(str(folder))
+    for name in ("../weights.safetensors", "/etc/weights.safetensors", "weights.bin"):
+        index = {"weight_map": {"x": name}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(UserError, match=r"is not a plain \*.safetensors name"):
+            source.open_source(str(folder))
     with pytest.raises(UserError, match="could not be fetched"):
         source.open_source("nobody/nothing")
 

@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from roserag_jax.errors import UserError
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig, LoRAParam
-from roserag_jax.models.weights import abstract_model, module_name, placed
+from roserag_jax.models.sharding import sharding
+from roserag_jax.models.weights import abstract_model, module_name
 
 
 def _tensor_name(projection: str, kind: str, layer: int) -> str:
@@ -41,13 +43,20 @@ def to_files(adapter: nnx.State, lora: LoRAConfig, base: str) -> dict[str, str |
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "use_rslora": False,
+        "use_rslora": lora.rslora,
         "use_dora": False,
     }
     return {
         "adapter_config.json": json.dumps(config, indent=2) + "\n",
         "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
     }
+
+
+# What the network implements of PEFT's fields that change what an adapter computes or holds.
+_PLAIN = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(
+    "use_dora fan_in_fan_out lora_bias modules_to_save rank_pattern alpha_pattern exclude_modules layers_to_transform "
+    "layer_replication use_qalora alora_invocation_tokens trainable_token_indices target_parameters".split()
+)
 
 
 def read_config(folder: Path) -> LoRAConfig:
@@ -60,17 +69,21 @@ def read_config(folder: Path) -> LoRAConfig:
     if not file.is_file():
         raise UserError(f"{folder} holds no adapter (no adapter_config.json).")
     config = json.loads(file.read_text())
-    plain = {"peft_type": "LORA", "bias": "none"}
-    for key in ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        plain[key] = None
-    for key, wanted in plain.items():
+    for key, wanted in _PLAIN.items():
         if (config.get(key) or None) != wanted:
             raise UserError(f"{file}: {key}={config[key]!r} is not implemented.")
     targets = config["target_modules"]
-    targets = PROJECTIONS if targets == "all-linear" else tuple(targets)
+    if isinstance(targets, str) and targets != "all-linear":
+        raise UserError(f"{file}: target_modules={targets!r} is a pattern, which is not implemented; list the modules.")
+    targets = (
+        PROJECTIONS
+        if targets == "all-linear"
+        else tuple(t for t in PROJECTIONS if t in targets) + tuple(t for t in targets if t not in PROJECTIONS)
+    )
     if unknown := set(targets) - set(PROJECTIONS):
         raise UserError(f"{file}: target_modules {sorted(unknown)} are unknown; known: {', '.join(PROJECTIONS)}.")
-    return LoRAConfig(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), targets)
+    dropout, rslora = config.get("lora_dropout", 0.0), bool(config.get("use_rslora"))
+    return LoRAConfig(config["r"], config["lora_alpha"], dropout, targets, rslora)
 
 
 def load(folder: Path, model_config, mesh: Mesh) -> tuple[LoRAConfig, nnx.State]:
@@ -101,4 +114,9 @@ def load(folder: Path, model_config, mesh: Mesh) -> tuple[LoRAConfig, nnx.State]
     values = {path: stack(path, v.get_value().shape) for path, v in nnx.to_flat_state(state)}
     if tensors:
         raise UserError(f"{file}: {len(tensors)} tensors are unknown, first {min(tensors)}.")
-    return lora, placed(state, mesh, lambda path, index: values[path][index])
+    placed = []
+    for path, variable in nnx.to_flat_state(state):
+        value = values[path]
+        layout = sharding(value.shape, variable.get_metadata()["axes"], mesh)
+        placed.append((path, variable.replace(jax.make_array_from_callback(value.shape, layout, value.__getitem__))))
+    return lora, nnx.from_flat_state(placed)

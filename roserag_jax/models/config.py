@@ -1,4 +1,4 @@
-"""What a network is: one `ModelConfig`, read from a Hugging Face `config.json` or from a GGUF header.
+"""What a network is: one `ModelConfig`, read from a `transformers` configuration.
 
 A family differs from the Llama block in a handful of ways, each of them a field here. A setting that changes the
 mathematics and that the network does not implement is refused by name, never ignored.
@@ -48,7 +48,7 @@ class ModelConfig:
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
 
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -82,14 +82,18 @@ def _common(hf, source: str) -> dict:
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_embeddings": hf.tie_word_embeddings,
+        "qkv_bias": bool(getattr(hf, "attention_bias", False)),
+        "out_bias": bool(getattr(hf, "attention_bias", False)),
         "activation": _ACTIVATIONS[activation],
         "max_positions": hf.max_position_embeddings,
     }
 
 
-def _sliding(hf) -> dict:
+def _sliding(hf, source: str) -> dict:
     """Window and the layers it applies to, from `sliding_window` and `layer_types`."""
     types = getattr(hf, "layer_types", None) or []
+    if unknown := set(types) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{source}: layer_types {sorted(unknown)} are not implemented.")
     layers = tuple(kind == "sliding_attention" for kind in types)
     window = getattr(hf, "sliding_window", None)
     if window is None or not any(layers):
@@ -98,11 +102,7 @@ def _sliding(hf) -> dict:
 
 
 def _llama(hf, source):
-    return _common(hf, source) | {
-        "qkv_bias": bool(hf.attention_bias),
-        "out_bias": bool(hf.attention_bias),
-        "mlp_bias": bool(hf.mlp_bias),
-    }
+    return _common(hf, source) | {"mlp_bias": bool(hf.mlp_bias)}
 
 
 def _mistral(hf, source):
@@ -111,12 +111,11 @@ def _mistral(hf, source):
 
 
 def _qwen2(hf, source):
-    return _common(hf, source) | {"qkv_bias": True} | _sliding(hf)
+    return _common(hf, source) | {"qkv_bias": True} | _sliding(hf, source)
 
 
 def _qwen3(hf, source):
-    bias = bool(hf.attention_bias)
-    return _common(hf, source) | {"qkv_bias": bias, "out_bias": bias, "qk_norm": True} | _sliding(hf)
+    return _common(hf, source) | {"qk_norm": True} | _sliding(hf, source)
 
 
 def _gemma(hf, source):
@@ -132,7 +131,7 @@ def _gemma2(hf, source):
             "attention_softcap": hf.attn_logit_softcapping,
             "final_softcap": hf.final_logit_softcapping,
         }
-        | _sliding(hf)
+        | _sliding(hf, source)
     )
 
 
@@ -149,6 +148,12 @@ def _gemma3(hf, source):
     }
 
 
+# Fields that change what a known model type computes, by what they would need.
+_REFUSED = {
+    "quantization_config": "use the original, unquantised weights",
+    "use_bidirectional_attention": "attention here is causal",
+    "auto_map": "the model comes with code of its own, which is never run",
+}
 _READERS = {
     "llama": _llama,
     "mistral": _mistral,
@@ -169,40 +174,7 @@ def from_hf(hf, source: str) -> ModelConfig:
     reader = _READERS.get(hf.model_type)
     if reader is None:
         raise UserError(f"{source}: model type {hf.model_type!r} is unknown here; known: {', '.join(_READERS)}.")
-    if getattr(hf, "quantization_config", None):
-        raise UserError(f"{source}: quantized weights are not supported; use the original model.")
+    for field, why in _REFUSED.items():
+        if getattr(hf, field, None):
+            raise UserError(f"{source}: {field}={getattr(hf, field)!r} is not implemented: {why}.")
     return ModelConfig(**reader(hf, source))
-
-
-def from_gguf(fields: dict[str, Any], tensors: list[str], source: str) -> ModelConfig:
-    """Read the header of a GGUF file, given as a dict of its metadata and the names of its tensors.
-
-    Raises:
-      UserError: the architecture, or a setting that changes the mathematics, is not implemented.
-    """
-    arch = fields["general.architecture"]
-    if arch != "llama":
-        raise UserError(
-            f"{source}: GGUF architecture {arch!r} is unknown here; known: llama. Use a Hugging Face folder."
-        )
-    get = lambda key, default=None: fields.get(f"llama.{key}", default)
-    if get("rope.scaling.type", "none") != "none" or get("expert_count", 0) or "rope_freqs.weight" in tensors:
-        raise UserError(f"{source}: RoPE scaling and experts are not read from GGUF; use the Hugging Face folder.")
-    heads, dim = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", dim // heads)
-    if get("rope.dimension_count", head_dim) != head_dim:
-        raise UserError(f"{source}: rotating only {get('rope.dimension_count')} of {head_dim} dimensions is unknown.")
-    return ModelConfig(
-        family="llama",
-        vocab_size=get("vocab_size"),
-        embed_dim=dim,
-        num_layers=get("block_count"),
-        num_heads=heads,
-        num_kv_heads=get("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        mlp_dim=get("feed_forward_length"),
-        norm_eps=get("attention.layer_norm_rms_epsilon"),
-        rope_theta=get("rope.freq_base", 10000.0),
-        tie_embeddings="output.weight" not in tensors,
-        max_positions=get("context_length"),
-    )

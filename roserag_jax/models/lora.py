@@ -26,15 +26,16 @@ class LoRAConfig:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] = PROJECTIONS
+    rslora: bool = False
 
     @property
     def scale(self) -> float:
-        """Factor of the low-rank product, alpha / r."""
-        return self.alpha / self.rank
+        """Factor of the low-rank product: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias + alpha / r * dropout(x) @ A @ B`, for one projection of every layer."""
+    """`x @ kernel + bias + scale * dropout(x) @ A @ B`, for one projection of every layer."""
 
     def __init__(self, name, config, in_dim, out_dim, axes, lora: LoRAConfig, dtype, rngs, bias=False):
         L, bound = config.num_layers, in_dim**-0.5

@@ -3,7 +3,6 @@
 Every source speaks Hugging Face's tensor names and layouts. No pickle and no remote code is ever loaded.
 """
 
-import functools
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ import numpy as np
 
 from roserag_jax.errors import UserError
 from roserag_jax.models import config as model_config
+from roserag_jax.models.gguf import GGUFFile
 
 
 class Source(Protocol):
@@ -33,23 +33,28 @@ class Source(Protocol):
         ...
 
 
+def _read_hf_config(path: Path):
+    """The `transformers` configuration of a Hugging Face folder."""
+    import transformers
+
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"config.model: {path} has no config.json; name a Hugging Face folder, a .gguf file or a Hub id."
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        kind = json.loads((path / "config.json").read_text()).get("model_type")
+        raise UserError(f"{path}/config.json: model type {kind!r} cannot be read: {error}") from error
+
+
 class HuggingFaceFolder:
     """A folder with `config.json` and one or many safetensors files."""
 
     def __init__(self, path: Path):
-        import transformers
         from safetensors import SafetensorError, safe_open
 
-        self.path = path
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"config.model: {path} has no config.json; name a Hugging Face folder, a .gguf file or a Hub id."
-            )
-        try:
-            self._hf = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except (ValueError, KeyError) as error:
-            kind = json.loads((path / "config.json").read_text()).get("model_type")
-            raise UserError(f"{path}/config.json: model type {kind!r} cannot be read: {error}") from error
+        self.path, self._hf = path, _read_hf_config(path)
         self.config = model_config.from_hf(self._hf, str(path / "config.json"))
         self._files = {}
         for file in self._weight_files():
@@ -68,6 +73,10 @@ class HuggingFaceFolder:
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise UserError(f"{index}: {name!r} is not a plain *.safetensors name inside the folder.")
+            # The Hub's cache links to files beside its snapshots; nothing else may lead out of the folder.
+            root = self.path.parent.parent if self.path.parent.name == "snapshots" else self.path
+            if not (self.path / name).resolve().is_relative_to(root.resolve()):
+                raise UserError(f"{self.path / name} leads out of its folder; put the file itself there.")
             if not (self.path / name).is_file():
                 raise UserError(f"{self.path} has no {name}; only safetensors weights are read, never pickles.")
         return [self.path / name for name in names]
@@ -83,109 +92,6 @@ class HuggingFaceFolder:
     def hf_config(self):
         """The configuration as downloaded."""
         return self._hf
-
-
-_GGUF_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def _hf_name(name: str) -> str:
-    """Hugging Face's name of a GGUF tensor; the name itself where there is none, so that it is reported as unknown."""
-    if name.startswith("blk."):
-        _, layer, part, kind = name.split(".")
-        return f"model.layers.{layer}.{_GGUF_NAMES.get(part, part)}.{kind}"
-    part, _, kind = name.partition(".")
-    return f"{_GGUF_NAMES.get(part, part)}.{kind}"
-
-
-@functools.lru_cache(maxsize=1)
-def read_gguf(path: Path):
-    """The header of a GGUF file; it takes seconds where the vocabulary is large, and two readers ask for it.
-
-    Raises:
-      UserError: there is no such file, or it is damaged.
-    """
-    import gguf
-
-    if not path.is_file():
-        raise UserError(f"config.model: there is no file {path}.")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
-        raise UserError(f"{path} is not a readable GGUF file: {error}") from error
-
-
-class GGUFFile:
-    """A `.gguf` file of the Llama architecture, dequantised tensor by tensor to float32."""
-
-    def __init__(self, path: Path):
-        reader = read_gguf(path)
-        self.path = path
-        self._tensors = {_hf_name(t.name): t for t in reader.tensors}
-        self.fields = {
-            name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.")
-        }
-        for name in ("bos", "eos", "padding"):
-            if key := reader.fields.get(f"tokenizer.ggml.{name}_token_id"):
-                self.fields[f"{name}_token_id"] = key.contents()
-        self.config = model_config.from_gguf(self.fields, [t.name for t in reader.tensors], str(path))
-        # One stacked parameter is read from as many tensors as there are layers, once per device that holds a piece.
-        self._dequantized = functools.lru_cache(maxsize=self.config.num_layers)(self._dequantize)
-
-    def shapes(self):
-        """Shape of every tensor, by name (GGUF lists dimensions fastest first)."""
-        return {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
-
-    def read(self, name, index):
-        """Read one piece of the dequantised tensor."""
-        return self._dequantized(name)[index]
-
-    def _dequantize(self, name):
-        import gguf
-
-        tensor = self._tensors[name]
-        weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        for part, heads in (("q_proj", self.config.num_heads), ("k_proj", self.config.num_kv_heads)):
-            if f".{part}." in name:
-                # llama.cpp stores each head's rotary pairs side by side; Hugging Face stores the two halves apart.
-                pairs = weights.reshape(heads, -1, 2, *weights.shape[1:])
-                weights = pairs.swapaxes(1, 2).reshape(weights.shape)
-        return weights
-
-    def hf_config(self):
-        """A `LlamaConfig` with the sizes of the file's header."""
-        import transformers
-
-        c, token = self.config, lambda kind: self.fields.get(f"{kind}_token_id")
-        return transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.embed_dim,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            intermediate_size=c.mlp_dim,
-            rms_norm_eps=c.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-            tie_word_embeddings=c.tie_embeddings,
-            max_position_embeddings=c.max_positions,
-            bos_token_id=token("bos"),
-            eos_token_id=token("eos"),
-            pad_token_id=token("padding"),
-            architectures=["LlamaForCausalLM"],
-        )
 
 
 def resolve(model: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -212,6 +118,15 @@ def resolve(model: str, revision: str | None = None, weights: bool = True) -> Pa
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the network and, for a gated "
             "model, `hf auth login`; or give a local folder."
         ) from error
+
+
+def read_config(model: str, revision: str | None = None) -> tuple[Path, model_config.ModelConfig]:
+    """Where a model lies and what it is, without its weights: of a Hub id only the small files are fetched."""
+    path = resolve(model, revision, weights=False)
+    if path.suffix == ".gguf":
+        return path, GGUFFile(path).config
+    hf = _read_hf_config(path)
+    return path, model_config.from_hf(hf, str(path / "config.json"))
 
 
 def open_source(model: str, revision: str | None = None) -> Source:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from roserag_jax.errors import UserError
-from roserag_jax.models.source import read_gguf, resolve
+from roserag_jax.models import gguf
+from roserag_jax.models.source import resolve
 
 
 def load(model: str, tokenizer: str = "", revision: str | None = None):
@@ -24,7 +25,7 @@ def _from_gguf(path: Path):
     import transformers
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    fields = read_gguf(path).fields
+    fields = gguf.read(path).fields
     get = lambda key, default=None: fields[f"tokenizer.{key}"].contents() if f"tokenizer.{key}" in fields else default
     # llama.cpp's names of the pre-tokenizers: how text is split before the merges apply.
     digits = pre_tokenizers.Digits(individual_digits=True)

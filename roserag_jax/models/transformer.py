@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from roserag_jax.models import rope
 from roserag_jax.models.attention import branch_attention, prompt_attention
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import Linear, LoRAConfig
@@ -46,28 +47,6 @@ class OwnCache:
     slot: Int[Array, ""]
 
 
-def _inverse_frequencies(head_dim: int, theta: float, scaling: tuple) -> np.ndarray:
-    """RoPE's inverse frequencies [h / 2], with linear (arXiv 2306.15595) or Llama-3.1 scaling."""
-    inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    options = dict(scaling)
-    if options.get("rope_type") == "linear":
-        inverse = inverse / options["factor"]
-    elif options.get("rope_type") == "llama3":
-        # Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1's release).
-        low, high = options["low_freq_factor"], options["high_freq_factor"]
-        turns = options["original_max_position_embeddings"] * inverse / (2 * np.pi)
-        blend = np.clip((turns - low) / (high - low), 0, 1)
-        inverse = (1 - blend) * inverse / options["factor"] + blend * inverse
-    return inverse.astype(np.float32)
-
-
-def _rotate(x: Float[Array, "... heads h"], cos: Float[Array, "... half"], sin: Float[Array, "... half"]):
-    """Rotary embedding of the two halves of each head, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 class RMSNorm(nnx.Module):
     """Root-mean-square norm in float32; Gemma multiplies by 1 + weight before rounding, the others by weight after."""
 
@@ -83,6 +62,13 @@ class RMSNorm(nnx.Module):
         if self.plus_one:
             return (y * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
         return self.scale[...] * y.astype(x.dtype)
+
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class Layer(nnx.Module):
@@ -107,16 +93,16 @@ class Layer(nnx.Module):
         if c.post_norms:
             self.post_attn_norm, self.post_mlp_norm = norm(D), norm(D)
 
-    def qkv(self, x: Float[Array, "T D"], rope, key):
+    def qkv(self, x: Float[Array, "T D"], angles, key):
         """Queries (scaled) [T, H, h], keys and values [T, K, h], rotated to their positions."""
-        c, (cos, sin) = self.config, rope
+        c, (cos, sin) = self.config, angles
         x = self.attn_norm(x)
         q = self.q_proj(x, key).reshape(-1, c.num_heads, c.head_dim)
         k = self.k_proj(x, key).reshape(-1, c.num_kv_heads, c.head_dim)
         v = self.v_proj(x, key).reshape(-1, c.num_kv_heads, c.head_dim)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return _rotate(q, cos, sin) * jnp.asarray(c.attention_scale, q.dtype), _rotate(k, cos, sin), v
+        return rope.rotate(q, cos, sin) * jnp.asarray(c.attention_scale, q.dtype), rope.rotate(k, cos, sin), v
 
     def finish(self, x: Float[Array, "T D"], attended: Float[Array, "T Hh"], key) -> Float[Array, "T D"]:
         """Output projection and MLP, each added to the residual stream."""
@@ -124,7 +110,7 @@ class Layer(nnx.Module):
         x = x + (self.post_attn_norm(y) if self.config.post_norms else y)
         y = self.mlp_norm(x)
         gate = self.gate_proj(y, key)
-        gate = jax.nn.silu(gate) if self.config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        gate = ACTIVATIONS[self.config.activation](gate)
         y = self.down_proj(gate * self.up_proj(y, key), key)
         return x + (self.post_mlp_norm(y) if self.config.post_norms else y)
 
@@ -189,8 +175,8 @@ class Transformer(nnx.Module):
         C = 0 if shared is None else shared.k.shape[3]
         positions = jnp.broadcast_to(C + jnp.arange(P), (B, P)).reshape(-1)
 
-        def body(x, layer, ropes, window, key, before):
-            q, k, v = layer.qkv(x, ropes, key)
+        def body(x, layer, angles, window, key, before):
+            q, k, v = layer.qkv(x, angles, key)
             q = q.reshape(B, P, c.num_heads, c.head_dim)
             k, v = (a.reshape(B, P, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3) for a in (k, v))
             if before is not None:
@@ -256,9 +242,9 @@ class Transformer(nnx.Module):
         P = cache.k.shape[3]
         prefix_seen = jnp.broadcast_to(jnp.arange(P) < cache.lengths[:, None, None, None], (B, N, S, P))
 
-        def body(carry, layer, ropes, window, key, xs):
+        def body(carry, layer, angles, window, key, xs):
             (x, own_kv), (index, prefix_k, prefix_v) = carry, xs
-            q, k, v = layer.qkv(x, ropes, key)
+            q, k, v = layer.qkv(x, angles, key)
             q = q.reshape(B, N, S, c.num_heads, c.head_dim)
             k, v = (a.reshape(B, N, S, c.num_kv_heads, c.head_dim).transpose(0, 3, 1, 2, 4) for a in (k, v))
             k, v = (constrain(a, "batch", "heads", None, None, None) for a in (k, v))
@@ -298,30 +284,26 @@ class Transformer(nnx.Module):
         return constrain(x.reshape(-1, x.shape[-1]), "batch", None)
 
     def _scan(self, body, carry, positions, xs, remat, dropout_key):
-        """Scan `body(carry, layer, rope, window, key, xs)` over the layers.
+        """Scan `body(carry, layer, angles, window, key, xs)` over the layers.
 
         Layers that differ (sliding or full attention, and their RoPE base) differ in scanned data, not in code.
         """
         c = self.config
         graph, state = nnx.split(self.layers)
-        ropes = [self._rope(positions, c.rope_theta, c.rope_scaling)]
+        angles = [rope.tables(positions, rope.inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))]
         sliding = window = None
         if c.sliding_window is not None:
             sliding = jnp.asarray(c.sliding_layers)
             window = jnp.where(sliding, c.sliding_window, np.iinfo(np.int32).max)
             if c.rope_local_theta is not None:
-                ropes.append(self._rope(positions, c.rope_local_theta, ()))
+                angles.append(rope.tables(positions, rope.inverse_frequencies(c.head_dim, c.rope_local_theta)))
         keys = None if dropout_key is None else jax.random.split(dropout_key, c.num_layers)
 
         def step(carry, scanned):
             layer_state, slides, layer_window, key, layer_xs = scanned
-            rope = ropes[0]
-            if len(ropes) == 2:
-                rope = jax.tree.map(lambda full, local: jnp.where(slides, local, full), *ropes)
-            return body(carry, nnx.merge(graph, layer_state), rope, layer_window, key, layer_xs)
+            of_layer = angles[0]
+            if len(angles) == 2:
+                of_layer = jax.tree.map(lambda full, local: jnp.where(slides, local, full), *angles)
+            return body(carry, nnx.merge(graph, layer_state), of_layer, layer_window, key, layer_xs)
 
         return jax.lax.scan(_REMAT[remat](step), carry, (state, sliding, window, keys, xs))
-
-    def _rope(self, positions, theta, scaling):
-        angles = positions[:, None].astype(jnp.float32) * _inverse_frequencies(self.config.head_dim, theta, scaling)
-        return jnp.cos(angles), jnp.sin(angles)

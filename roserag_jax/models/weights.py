@@ -4,6 +4,7 @@ A parameter's path says which tensors it is made of; one table serves every fami
 call otherwise. Projections are stored transposed (Hugging Face keeps [out, in], the network [in, out]).
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from roserag_jax.errors import UserError
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig, LoRAParam
-from roserag_jax.models.sharding import state_shardings
+from roserag_jax.models.sharding import sharding, state_shardings
 from roserag_jax.models.source import Source
 from roserag_jax.models.transformer import Transformer
 
@@ -67,45 +68,51 @@ def _check(source: Source, expected: dict[str, tuple[int, ...]]) -> None:
             raise UserError(f"{source.path}: {label}: {', '.join(names[:8])}{more}.")
 
 
-def placed(state: nnx.State, mesh: Mesh, read) -> nnx.State:
-    """The abstract `state` with arrays; each device's piece comes from `read(path, index)` into its sharding."""
-    shardings = dict(nnx.to_flat_state(state_shardings(state, mesh)))
-    filled = []
-    for path, variable in nnx.to_flat_state(state):
-        callback = lambda index, path=path: read(path, index)
-        array = jax.make_array_from_callback(variable.get_value().shape, shardings[path].get_value(), callback)
-        filled.append((path, variable.replace(array)))
-    return nnx.from_flat_state(filled)
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_layer(stacked, layer, i):
+    return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
 
 
 def load_base(source: Source, dtype, mesh: Mesh) -> nnx.State:
-    """The frozen parameters, each tensor read and placed straight into its sharding.
+    """The frozen parameters: each tensor is read, converted and placed straight into its sharding.
+
+    Stacked parameters are filled layer by layer on the devices, so the host never holds more than one tensor beside the
+    result, and each process reads only the pieces that its devices hold.
 
     Raises:
       UserError: tensors are missing, unknown or of another shape.
     """
     base = nnx.state(abstract_model(source.config, LoRAConfig(), dtype))
-    leaves = {path: (tensor_name(path, source.config), v.get_value().shape) for path, v in nnx.to_flat_state(base)}
-
+    leaves = [
+        (path, variable, tensor_name(path, source.config), variable.get_value().shape)
+        for path, variable in nnx.to_flat_state(base)
+    ]
     expected = {}
-    for path, (name, shape) in leaves.items():
+    for path, _, name, shape in leaves:
         inner = shape[1:] if "{}" in name else shape
         inner = inner[::-1] if path[-1] == "kernel" else inner
         layers = range(shape[0]) if "{}" in name else [None]
         expected.update({name.format(i): inner for i in layers})
     _check(source, expected)
 
-    def read(path, index):
-        name, shape = leaves[path]
-        index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
-        if "{}" not in name:
-            return source.read(name, index).astype(dtype)
-        layers = range(index[0].start, index[0].stop)
-        if path[-1] == "kernel":
-            return np.stack([source.read(name.format(i), index[:0:-1]).T.astype(dtype) for i in layers])
-        return np.stack([source.read(name.format(i), index[1:]).astype(dtype) for i in layers])
+    def read(name, transposed, shape, axes):
+        def piece(index):
+            index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
+            return (source.read(name, index[::-1]).T if transposed else source.read(name, index)).astype(dtype)
 
-    return placed(base, mesh, read)
+        return jax.make_array_from_callback(shape, sharding(shape, axes, mesh), piece)
+
+    filled = []
+    for path, variable, name, shape in leaves:
+        transposed, axes = path[-1] == "kernel", variable.get_metadata()["axes"]
+        if "{}" not in name:
+            array = read(name, transposed, shape, axes)
+        else:
+            array = jnp.zeros(shape, dtype, device=sharding(shape, axes, mesh))
+            for i in range(shape[0]):
+                array = _set_layer(array, read(name.format(i), transposed, shape[1:], axes[1:]), i)
+        filled.append((path, variable.replace(array)))
+    return nnx.from_flat_state(filled)
 
 
 def assemble(config: ModelConfig, base: nnx.State, lora: LoRAConfig | None = None, adapter=None) -> Transformer:

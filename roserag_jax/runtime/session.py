@@ -6,9 +6,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from roserag_jax.errors import UserError
 from roserag_jax.models import adapter as adapters
 from roserag_jax.models import source, tokenizer, weights
-from roserag_jax.models.lora import LoRAConfig
+from roserag_jax.models.lora import PROJECTIONS, LoRAConfig
 from roserag_jax.runtime.mesh import make_mesh
 from roserag_jax.runtime.sampler import Engine
 
@@ -52,9 +53,23 @@ class Session:
 
     @functools.cached_property
     def lora(self) -> LoRAConfig:
-        """The adapter that the configuration asks for."""
+        """The adapter that the configuration asks for.
+
+        Raises:
+          UserError: `config.lora.start` is another kind of adapter.
+        """
         c = self.config.lora
-        return LoRAConfig(c.rank, c.alpha, c.dropout, tuple(c.targets))
+        targets = tuple(t for t in PROJECTIONS if t in c.targets)
+        asked = LoRAConfig(c.rank, c.alpha, c.dropout, targets, c.rslora)
+        if c.start:
+            found = adapters.read_config(Path(c.start).expanduser())
+            for name in ("rank", "alpha", "rslora", "targets"):
+                theirs, ours = getattr(found, name), getattr(asked, name)
+                if theirs != ours:
+                    raise UserError(
+                        f"config.lora.start={c.start} has {name} {theirs!r}, not {ours!r}: set config.lora.{name}."
+                    )
+        return asked
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
