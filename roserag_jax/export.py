@@ -6,6 +6,8 @@ python -m roserag_jax.export --config configs/quickstart.py [--config.export.fol
 import shutil
 from pathlib import Path
 
+import transformers
+
 from roserag_jax import config as options
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_folder
@@ -30,6 +32,9 @@ def run(config) -> None:
         building.mkdir(parents=True)
         weights.save_merged(session.model(Path(adapter)), session.source, building)
         session.tokenizer.save_pretrained(building)
+        if not (building / "generation_config.json").exists():  # a GGUF file has none; without it nothing may stop a turn
+            ends = transformers.GenerationConfig(eos_token_id=list(session.stop_ids), pad_token_id=session.pad_id)
+            ends.save_pretrained(building)
         if folder.exists():
             if not (folder / "config.json").exists():
                 raise UserError(f"{folder} exists and is no exported model; name another config.export.folder.")

