@@ -27,6 +27,8 @@ class Option(NamedTuple):
 
 PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+LOSSES = ("orpo", "sft", "dpo", "ipo", "simpo", "cpo")
+
 OPTIONS: dict[str, dict[str, Option] | Option] = {
     "model": Option("", "Hub id, local Hugging Face folder or .gguf file of the base model"),
     "revision": Option("", "branch, tag or commit of a Hub id; empty is the default branch"),
@@ -88,8 +90,13 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "start": Option("", "PEFT folder of an adapter of this shape that training goes on from; empty is a new one"),
     },
     "train": {
-        "loss": Option("orpo", "orpo learns from pairs, sft from the chosen responses alone", ("orpo", "sft")),
-        "beta": Option(0.1, "weight of ORPO's odds-ratio term; the paper keeps it under 0.5"),
+        "loss": Option("orpo", "sft learns from the chosen responses alone, the others from pairs", LOSSES),
+        "beta": Option(
+            0.1, "weight of ORPO's odds-ratio term (the paper keeps it under 0.5); the others' reward scale"
+        ),
+        "gamma": Option(0.5, "SimPO's target margin"),
+        "sft_weight": Option(1.0, "weight of CPO's likelihood term"),
+        "label_smoothing": Option(0.0, "share of pairs taken to be the wrong way round; for dpo, simpo and cpo"),
         "learning_rate": Option(2e-4, "peak, reached after the warm-up, then a cosine to zero"),
         "warmup": Option(0.1, "share of the steps that warm up"),
         "weight_decay": Option(0.0, "AdamW's, on the adapter"),
@@ -195,6 +202,10 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
             fail(name, "must be positive")
     if not 0 <= config.prompt.examples <= 2:
         fail("prompt.examples", "must be 0, 1 or 2")
+    if not 0 <= config.train.label_smoothing < 0.5:
+        fail("train.label_smoothing", "must be at least 0 and under 0.5")
+    if config.train.label_smoothing and config.train.loss not in ("dpo", "simpo", "cpo"):
+        fail("train.label_smoothing", f"config.train.loss={config.train.loss!r} has none")
     if config.lora.dropout >= 1:
         fail("lora.dropout", "must be under 1")
     if config.train.batch % config.train.accumulate:

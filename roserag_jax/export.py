@@ -32,7 +32,7 @@ def run(config) -> None:
         building.mkdir(parents=True)
         weights.save_merged(session.model(Path(adapter)), session.source, building)
         session.tokenizer.save_pretrained(building)
-        if not (building / "generation_config.json").exists():  # a GGUF file has none; without it nothing may stop a turn
+        if not (building / "generation_config.json").exists():  # a GGUF file has none, and a turn must end
             ends = transformers.GenerationConfig(eos_token_id=list(session.stop_ids), pad_token_id=session.pad_id)
             ends.save_pretrained(building)
         if folder.exists():

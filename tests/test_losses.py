@@ -26,6 +26,35 @@ def test_orpo_equals_trl():
     np.testing.assert_allclose(loss, -chosen - theirs, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "smoothing"), [("simpo", 0.0), ("simpo", 0.2), ("sigmoid", 0.1), ("ipo", 0.0)])
+def test_simpo_cpo_and_ipo_equal_trl(kind, smoothing):
+    """TRL's `cpo_loss`, of sums or of means; IPO's with a reference is the same of differences."""
+    trainer = pytest.importorskip("trl.experimental.cpo").CPOTrainer
+    chosen, rejected, reference, other = -RNG.uniform(0.01, 9, (4, 64)).astype(np.float32)
+    bare = types.SimpleNamespace(beta=0.7, simpo_gamma=0.4, label_smoothing=smoothing, loss_type=kind, alpha=0.0)
+    bare.accelerator = types.SimpleNamespace(device="cpu")
+    if kind == "ipo":
+        theirs = trainer.cpo_loss(bare, torch.tensor(chosen - reference), torch.tensor(rejected - other))[0]
+        loss, _ = losses.ipo(chosen, rejected, reference, other, 0.7)
+    else:
+        theirs = trainer.cpo_loss(bare, torch.tensor(chosen), torch.tensor(rejected))[0]
+        loss, parts = losses.simpo(chosen, rejected, 0.7, 0.4, smoothing)
+        if kind == "sigmoid":
+            loss, parts = losses.cpo(chosen, rejected, chosen / 9, 0.7, 2.0, smoothing)
+            loss -= 2.0 * parts["nll"]
+    np.testing.assert_allclose(loss, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_dpo_equals_torch():
+    chosen, rejected, reference, other = -RNG.uniform(0.01, 90, (4, 64)).astype(np.float32)
+    margin = torch.tensor(0.2 * ((chosen - reference) - (rejected - other)))
+    logsigmoid = torch.nn.functional.logsigmoid
+    theirs = -0.9 * logsigmoid(margin) - 0.1 * logsigmoid(-margin)
+    loss, parts = losses.dpo(chosen, rejected, reference, other, 0.2, 0.1)
+    np.testing.assert_allclose(loss, theirs, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(parts["reward_margin"], margin, rtol=1e-5)
+
+
 def test_orpo_gradient_equals_torch():
     chosen, rejected = -RNG.uniform(0.01, 4, (2, 32))
     c, r = (torch.tensor(x, requires_grad=True) for x in (chosen, rejected))

@@ -1,5 +1,7 @@
 """Real weights: SmolLM2-135M-Instruct and Gemma-3-270M from GGUF files, against transformers' reading of the same."""
 
+import copy
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +28,11 @@ def reference(smollm_path):
     ).eval()
 
 
+def exact_logits(reference, tokens):
+    """Transformers' logits in float64: in float32 its own rounding, some 6e-5 here, would be counted as ours."""
+    return hf_logits(copy.deepcopy(reference).double(), tokens)
+
+
 @pytest.fixture(scope="module")
 def prompts(smollm_tokenizer):
     """Ten prompts of about 100 to 1,000 tokens, as the stages build them."""
@@ -50,7 +57,7 @@ def test_logits_equal_transformers(smollm, reference, prompts):
     tokens = np.array(prompts[3])
     cut = len(tokens) - 24
     args = (tokens[None, :cut], np.array([cut]), tokens[None, None, cut:])
-    theirs = hf_logits(reference, tokens)[cut:]
+    theirs = exact_logits(reference, tokens)[cut:]
     np.testing.assert_allclose(branch_logits(smollm, *args)[0, 0], theirs, atol=1e-4, rtol=0)
     np.testing.assert_allclose(cached_logits(smollm, *args, opening=20)[0, 0], theirs, atol=1e-4, rtol=0)
 
@@ -92,18 +99,16 @@ def test_gemma_equals_transformers(prompts, smollm_tokenizer, one_device, tmp_pa
     tokens = np.array(asked[9])
     cut = len(tokens) - 16
     ours = branch_logits(model, tokens[None, :cut], np.array([cut]), tokens[None, None, cut:])[0, 0]
-    np.testing.assert_allclose(ours, hf_logits(reference, tokens)[cut:], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours, exact_logits(reference, tokens)[cut:], atol=1e-4, rtol=0)
     assert_same_greedy_tokens(model, 1, reference, asked, one_device)
 
 
 def test_bfloat16_is_as_near_as_transformers(smollm_source, one_device, reference, prompts):
     """In bfloat16 the network stays as close to the float32 truth as transformers' own bfloat16 does."""
-    import copy
-
     base = weights.load_base(smollm_source, jnp.dtype("bfloat16"), one_device)
     model = weights.assemble(smollm_source.config, base)
     tokens = np.array(prompts[0])
-    exact = hf_logits(reference, tokens)[-8:]
+    exact = exact_logits(reference, tokens)[-8:]
     with torch.no_grad():
         rounded = copy.deepcopy(reference).to(torch.bfloat16)(torch.tensor(tokens)[None]).logits[0, -8:].float().numpy()
     ours = branch_logits(model, tokens[None, :-8], np.array([len(tokens) - 8]), tokens[None, None, -8:])[0, 0]
@@ -123,7 +128,7 @@ def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_token
     engine = Engine(smollm, one_device, (2,), 0)
     newlines = candidates.newline_tokens(smollm_tokenizer)
     made = candidates.generate_batch(
-        engine, smollm_tokenizer, generate, rows, plain, guided, newlines, lambda phrase: None
+        engine, smollm_tokenizer, generate, rows, plain, guided, (None, None), newlines, lambda phrase: None
     )
     compared = 0
     for row, prompt in zip(made, plain, strict=True):

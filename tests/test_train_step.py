@@ -66,7 +66,7 @@ def test_orpo_gradient_equals_peft(tiny_folder, tiny_llama, one_device, tmp_path
 
     batch = Stream(PAIRS[:4], 4, 1, 0, 0).collate(0)
     model = weights.assemble(opened.config, base, LORA, state)
-    value, ours = gradient(model, batch, Objective("orpo", 0.3, "layer"))
+    value, ours = gradient(model, batch, Objective("orpo", 0.3, remat="layer"))
     np.testing.assert_allclose(value, total.item(), atol=1e-5)
     for name, parameter in theirs.named_parameters():
         if parameter.grad is None:
@@ -87,7 +87,7 @@ def test_what_changes_nothing(tiny_llama, one_device):
     assert stream.shared.tolist() == BEGINNING and apart.prompt.shape[1] == 32
     stream.shared = stream.shared[:0]
     batch = stream.collate(0)
-    value, expected = gradient(model, batch, Objective("orpo", 0.3, "none"))
+    value, expected = gradient(model, batch, Objective("orpo", 0.3, remat="none"))
     wider = batch._replace(
         prompt=np.pad(batch.prompt, ((0, 0), (0, 16)), constant_values=7),
         branches=np.pad(batch.branches, ((0, 0), (0, 0), (0, 16)), constant_values=7),
@@ -97,7 +97,7 @@ def test_what_changes_nothing(tiny_llama, one_device):
     cases = [(batch, "layer"), (batch, "dots"), (wider, "none"), (turned, "none"), (apart, "none"), (apart, "layer")]
     for other, remat in cases:
         shared = np.array(BEGINNING) if other is apart else None
-        other_value, other_gradient = gradient(model, other, Objective("orpo", 0.3, remat), shared)
+        other_value, other_gradient = gradient(model, other, Objective("orpo", 0.3, remat=remat), shared)
         np.testing.assert_allclose(other_value, value, atol=1e-5)
         for path, grad in expected.items():
             np.testing.assert_allclose(other_gradient[path], grad, atol=2e-6)
@@ -140,12 +140,22 @@ def test_dropout_is_random_and_repeatable(tiny_folder, one_device):
     global LORA
     plain, LORA = LORA, LoRAConfig(4, 8.0, 0.5)
     try:
-        run = lambda: run_steps(opened, one_device, steps=2, objective=Objective("orpo", 0.3, "layer", True))[0]
+        run = lambda: run_steps(opened, one_device, steps=2, objective=Objective("orpo", 0.3, dropout=True))[0]
         first = run()
         assert first == run()
     finally:
         LORA = plain
     assert first != run_steps(opened, one_device, steps=2)[0]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "cpo"])
+def test_every_loss_learns(loss, tiny_folder, one_device):
+    """The reward of chosen rises over that of rejected; the reference model starts as the model itself."""
+    opened = source.open_source(str(tiny_folder("llama")[0]))
+    losses, _ = run_steps(opened, one_device, steps=3, objective=Objective(loss, 0.5, remat="none"))
+    assert losses[-1] < losses[0]
+    at_start = {"dpo": np.log(2), "ipo": 1.0}
+    assert loss not in at_start or losses[0] == pytest.approx(at_start[loss], abs=1e-5)
 
 
 def test_sft_raises_the_chosen(tiny_folder, one_device):

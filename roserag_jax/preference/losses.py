@@ -1,6 +1,8 @@
-"""Losses: pure functions of response log-probabilities and lengths, in float32.
+"""Losses: pure functions of response log-probabilities, in float32.
 
 Axes: B pairs. A mean log-probability is a response's sum divided by its number of tokens, end-of-turn token included.
+Every loss returns its value [B] per pair and its parts, each [B]; 'reward_margin' is what it pushes up: the implicit
+reward of chosen over that of rejected.
 """
 
 import jax
@@ -29,23 +31,60 @@ def log_odds(mean_logprob: Float[Array, "B"]) -> Float[Array, "B"]:
     return mean_logprob - log1mexp(mean_logprob)
 
 
+def _logistic(logits: Float[Array, "B"], smoothing: float) -> Float[Array, "B"]:
+    """-log sigmoid(logits), with the share `smoothing` of the pairs taken to be labelled the wrong way round."""
+    return -(1 - smoothing) * jax.nn.log_sigmoid(logits) - smoothing * jax.nn.log_sigmoid(-logits)
+
+
 def orpo(chosen: Float[Array, "B"], rejected: Float[Array, "B"], beta: float):
     """Odds-ratio preference loss (ORPO, arXiv 2403.07691, equations 4 to 7).
 
     L = -chosen - beta * log sigmoid(log odds(chosen) - log odds(rejected)), of mean log-probabilities.
-
-    Returns:
-      The loss [B] of each pair and its parts, each [B]: 'nll', 'odds_loss' and 'log_odds_ratio'.
     """
     ratio = log_odds(chosen) - log_odds(rejected)
     odds_loss = -jax.nn.log_sigmoid(ratio)
-    return -chosen + beta * odds_loss, {"nll": -chosen, "odds_loss": odds_loss, "log_odds_ratio": ratio}
+    parts = {"nll": -chosen, "odds_loss": odds_loss, "log_odds_ratio": ratio}
+    return -chosen + beta * odds_loss, parts | {"reward_margin": beta * (chosen - rejected)}
 
 
 def sft(chosen: Float[Array, "B"]):
-    """Negative mean log-probability of the chosen response: supervised fine-tuning on accepted rationales.
-
-    Returns:
-      The loss [B] and its one part 'nll'.
-    """
+    """Negative mean log-probability of the chosen response: supervised fine-tuning on accepted rationales."""
     return -chosen, {"nll": -chosen}
+
+
+def dpo(chosen, rejected, reference_chosen, reference_rejected, beta: float, smoothing: float = 0.0):
+    """Direct preference optimisation (arXiv 2305.18290, equation 7), of summed log-probabilities [B].
+
+    L = -log sigmoid(beta * ((chosen - reference_chosen) - (rejected - reference_rejected))); with label smoothing, the
+    conservative form of Mitchell (2023), 'A note on DPO with noisy preferences'.
+    """
+    margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
+    return _logistic(margin, smoothing), {"reward_margin": margin}
+
+
+def ipo(chosen, rejected, reference_chosen, reference_rejected, beta: float):
+    """Identity preference optimisation (arXiv 2310.12036, equation 17), of mean log-probabilities [B].
+
+    L = (((chosen - reference_chosen) - (rejected - reference_rejected)) - 1 / (2 * beta))^2. Means, not sums, as the
+    authors advise for text (and as TRL does).
+    """
+    ratio = (chosen - reference_chosen) - (rejected - reference_rejected)
+    return jnp.square(ratio - 1 / (2 * beta)), {"reward_margin": beta * ratio}
+
+
+def simpo(chosen: Float[Array, "B"], rejected: Float[Array, "B"], beta: float, gamma: float, smoothing: float = 0.0):
+    """Simple preference optimisation (arXiv 2405.14734, equation 6), of mean log-probabilities.
+
+    L = -log sigmoid(beta * (chosen - rejected) - gamma).
+    """
+    margin = beta * (chosen - rejected)
+    return _logistic(margin - gamma, smoothing), {"reward_margin": margin}
+
+
+def cpo(chosen, rejected, chosen_mean, beta: float, sft_weight: float = 1.0, smoothing: float = 0.0):
+    """Contrastive preference optimisation (arXiv 2401.08417, equations 3 and 5), of summed log-probabilities [B].
+
+    L = -log sigmoid(beta * (chosen - rejected)) - sft_weight * chosen_mean.
+    """
+    margin = beta * (chosen - rejected)
+    return _logistic(margin, smoothing) - sft_weight * chosen_mean, {"nll": -chosen_mean, "reward_margin": margin}

@@ -20,6 +20,7 @@ from roserag_jax.models.logprobs import token_logprobs
 from roserag_jax.models.lora import LoRAParam
 from roserag_jax.models.sharding import sharding, state_shardings
 from roserag_jax.models.transformer import Transformer
+from roserag_jax.models.weights import assemble
 from roserag_jax.preference import losses
 from roserag_jax.runtime.loader import Batch
 
@@ -30,6 +31,9 @@ class Objective:
 
     loss: str = "orpo"
     beta: float = 0.1
+    gamma: float = 0.5
+    label_smoothing: float = 0.0
+    sft_weight: float = 1.0
     remat: str = "layer"
     dropout: bool = False
 
@@ -49,39 +53,67 @@ def make_optimizer(learning_rate: float, steps: int, warmup: float, weight_decay
     return optax.chain(optax.clip_by_global_norm(clip), adamw), schedule
 
 
+# Losses that compare with the reference model: the same network with its adapter off.
+REFERENCE_LOSSES = ("dpo", "ipo")
+
+
+def response_logprobs(model: Transformer, batch: Batch, shared=None, remat: str = "none", dropout_key=None):
+    """Summed log-probabilities [B, N] of a batch's responses; the arguments are those of `pair_losses`."""
+    keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+    before = None
+    if shared is not None and shared.size:
+        before = model.prefill(shared[None], jnp.full(1, shared.size), remat=remat, dropout_key=keys[2])
+    cache = model.prefill(batch.prompt, batch.prompt_lengths, before, remat=remat, dropout_key=keys[0])
+    hidden = model.extend(batch.branches, cache, remat=remat, dropout_key=keys[1])
+    logprobs = token_logprobs(hidden, batch.targets, model.table, model.config.final_softcap)
+    said = jnp.arange(batch.targets.shape[-1]) < batch.response_lengths[..., None]
+    return jnp.where(said, logprobs, 0.0).sum(-1)
+
+
 def pair_losses(
-    model: Transformer, batch: Batch, objective: Objective, shared: Int[Array, "C"] | None = None, dropout_key=None
+    model: Transformer,
+    batch: Batch,
+    objective: Objective,
+    shared: Int[Array, "C"] | None = None,
+    dropout_key=None,
+    reference: Transformer | None = None,
 ):
     """Loss [B] of each pair and its metrics, each [B].
 
     Args:
       shared: tokens that all prompts begin with and that `batch` leaves out; read once, with their gradient.
+      reference: the network without its adapter, for the losses that need it.
     """
-    keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-    before = None
-    if shared is not None and shared.size:
-        length = jnp.full(1, shared.size)
-        before = model.prefill(shared[None], length, remat=objective.remat, dropout_key=keys[2])
-    cache = model.prefill(batch.prompt, batch.prompt_lengths, before, remat=objective.remat, dropout_key=keys[0])
-    one = objective.loss == "sft"
-    branches, targets, lengths = batch.branches, batch.targets, batch.response_lengths
-    if one:  # the rejected branch would only be read and thrown away
-        branches, targets, lengths = branches[:, :1], targets[:, :1], lengths[:, :1]
-    hidden = model.extend(branches, cache, remat=objective.remat, dropout_key=keys[1])
-    logprobs = token_logprobs(hidden, targets, model.table, model.config.final_softcap)
-    logprobs = jnp.where(jnp.arange(targets.shape[-1]) < lengths[..., None], logprobs, 0.0).sum(-1)
-    means = logprobs / lengths
-    likelihood = means[:, 0]
-    if one:
-        loss, parts = losses.sft(likelihood)
-        return loss, parts | {"chosen_logprob": likelihood}
-    loss, parts = losses.orpo(means[:, 0], means[:, 1], objective.beta)
-    margin = means[:, 0] - means[:, 1]
+    o = objective
+    if o.loss == "sft":  # the rejected branch would only be read and thrown away
+        first = lambda a: a[:, :1]
+        batch = batch._replace(
+            branches=first(batch.branches), targets=first(batch.targets), response_lengths=first(batch.response_lengths)
+        )
+    sums = response_logprobs(model, batch, shared, o.remat, dropout_key)
+    chosen, *rejected = (sums / batch.response_lengths).T
+    if o.loss == "sft":
+        loss, parts = losses.sft(chosen)
+        return loss, parts | {"chosen_logprob": chosen}
+
+    (rejected,) = rejected
+    if o.loss in REFERENCE_LOSSES:
+        of_reference = response_logprobs(reference, batch, shared)
+    if o.loss == "orpo":
+        loss, parts = losses.orpo(chosen, rejected, o.beta)
+    elif o.loss == "dpo":
+        loss, parts = losses.dpo(*sums.T, *of_reference.T, o.beta, o.label_smoothing)
+    elif o.loss == "ipo":
+        loss, parts = losses.ipo(chosen, rejected, *(of_reference / batch.response_lengths).T, o.beta)
+    elif o.loss == "simpo":
+        loss, parts = losses.simpo(chosen, rejected, o.beta, o.gamma, o.label_smoothing)
+    else:
+        loss, parts = losses.cpo(*sums.T, chosen, o.beta, o.sft_weight, o.label_smoothing)
     return loss, parts | {
-        "chosen_logprob": means[:, 0],
-        "rejected_logprob": means[:, 1],
-        "margin": margin,
-        "accuracy": (margin > 0).astype(jnp.float32),
+        "chosen_logprob": chosen,
+        "rejected_logprob": rejected,
+        "margin": chosen - rejected,
+        "accuracy": (parts["reward_margin"] > 0).astype(jnp.float32),
     }
 
 
@@ -117,6 +149,7 @@ class TrainStep:
             self.initial = start(adapter)
         step = functools.partial(
             _step,
+            reference=nnx.split(assemble(model.config, self.base))[0] if objective.loss in REFERENCE_LOSSES else None,
             graph=self.graph,
             objective=objective,
             optimizer=optimizer,
@@ -140,14 +173,15 @@ class TrainStep:
             return self._step(state, self.base, Batch(*map(place, batch)), step)
 
 
-def _step(state, base, parts, step, *, graph, objective, optimizer, schedule, seed, shared):
+def _step(state, base, parts, step, *, reference, graph, objective, optimizer, schedule, seed, shared):
     total = parts.weights.sum()
 
     def weighted(adapter, part, index):
         key = None
         if objective.dropout:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), index)
-        loss, metrics = pair_losses(nnx.merge(graph, adapter, base), part, objective, shared, key)
+        without = None if reference is None else nnx.merge(reference, base)
+        loss, metrics = pair_losses(nnx.merge(graph, adapter, base), part, objective, shared, key, without)
         mean = lambda value: (value * part.weights).sum() / total
         return mean(loss), {"loss": mean(loss)} | jax.tree.map(mean, metrics)
 

@@ -1,0 +1,156 @@
+"""Pairs per second of the ORPO training step, beside a peer that does the same work in the same run.
+
+    python -m benchmarks.train_step --model PATH --prompt 700 --response 80 --pairs 4 --steps 3 --peer trl
+
+Peers: `trl` is the ORPO loss of TRL on a PEFT model (rank 16, all linear layers) with torch AdamW, without the trainer
+around it; `repeated` is this project's network with the prompt repeated for chosen and rejected. Tokens are random, the
+same for both. float32 on the CPU. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import time
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from roserag_jax.models import source, weights
+from roserag_jax.models.lora import LoRAConfig, LoRAParam
+from roserag_jax.preference import losses
+from roserag_jax.runtime.loader import Pair, Stream
+from roserag_jax.runtime.mesh import make_mesh
+from roserag_jax.runtime.train_step import Objective, TrainStep, make_optimizer, response_logprobs
+
+LORA = LoRAConfig(16, 32.0)
+
+
+def random_pairs(args, vocabulary: int) -> list[Pair]:
+    """Pairs of exactly the asked lengths."""
+    rng = np.random.default_rng(0)
+    tokens = lambda n: rng.integers(100, vocabulary - 100, n).tolist()
+    return [Pair(str(i), tokens(args.prompt), tokens(args.response), tokens(args.response)) for i in range(args.pairs)]
+
+
+def ours(args, opened, pairs) -> tuple[list[float], dict]:
+    """Seconds of each step, compilation aside, and the first step's metrics."""
+    mesh = make_mesh()
+    base = weights.load_base(opened, jnp.float32, mesh)
+    adapter = weights.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
+    model = weights.assemble(opened.config, base, LORA, adapter)
+    optimizer, schedule = make_optimizer(1e-4, args.steps, 0.1, 0.0, 1.0)
+    step = TrainStep(model, mesh, Objective(remat=args.remat), optimizer, schedule, 1, 0)
+    batch, state, seconds, first = Stream(pairs, args.pairs, 1, 0, 0).collate(0), step.initial, [], None
+    for number in range(args.steps + 1):
+        start = time.monotonic()
+        state, metrics = step(state, batch, number)
+        jax.block_until_ready(state)
+        seconds.append(time.monotonic() - start)
+        first = first or {name: float(value) for name, value in metrics.items()}
+    return seconds[1:], first
+
+
+def repeated(args, opened, pairs) -> tuple[list[float], dict]:
+    """The same loss and gradient with every prompt read twice."""
+    mesh = make_mesh()
+    base = weights.load_base(opened, jnp.float32, mesh)
+    adapter = weights.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
+    graph, adapter, base = nnx.split(weights.assemble(opened.config, base, LORA, adapter), LoRAParam, ...)
+    batch = Stream(pairs, args.pairs, 1, 0, 0).collate(0)
+    twice = lambda a: np.repeat(a, 2, axis=0)
+    alone = lambda a: a.reshape(-1, 1, *a.shape[2:])
+    batch = batch._replace(
+        prompt=twice(batch.prompt),
+        prompt_lengths=twice(batch.prompt_lengths),
+        branches=alone(batch.branches),
+        targets=alone(batch.targets),
+        response_lengths=alone(batch.response_lengths),
+    )
+
+    def loss(adapter, base):
+        sums = response_logprobs(nnx.merge(graph, adapter, base), batch, remat=args.remat)
+        chosen, rejected = (sums / batch.response_lengths).reshape(-1, 2).T
+        value, parts = losses.orpo(chosen, rejected, 0.1)
+        return value.mean(), jax.tree.map(jnp.mean, parts)
+
+    step, seconds, parts = jax.jit(jax.grad(loss, has_aux=True)), [], None
+    for _ in range(args.steps + 1):
+        start = time.monotonic()
+        _, parts = jax.block_until_ready(step(adapter, base))
+        seconds.append(time.monotonic() - start)
+    return seconds[1:], {name: float(value) for name, value in parts.items()}
+
+
+def trl(args, opened, pairs) -> tuple[list[float], dict]:
+    """TRL's concatenated forward and ORPO loss, backward, and an AdamW step."""
+    import peft
+    import torch
+    import transformers
+    from trl.experimental.orpo import ORPOTrainer
+
+    path = Path(opened.path)
+    where = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    model = transformers.AutoModelForCausalLM.from_pretrained(where[0], dtype=torch.float32, **where[1])
+    projections = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, projections).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    bare = object.__new__(ORPOTrainer)
+    bare.__dict__.update(
+        is_encoder_decoder=False,
+        padding_value=0,
+        aux_loss_enabled=False,
+        beta=0.1,
+        accelerator=types.SimpleNamespace(device="cpu", gather_for_metrics=lambda value: value),
+        args=types.SimpleNamespace(),
+    )
+    batch = {}
+    for side in ("chosen", "rejected"):
+        whole = torch.tensor([pair.prompt + getattr(pair, side) for pair in pairs])
+        labels = whole.clone()
+        labels[:, : args.prompt] = -100
+        batch |= {
+            f"{side}_input_ids": whole,
+            f"{side}_attention_mask": torch.ones_like(whole),
+            f"{side}_labels": labels,
+        }
+    seconds, first = [], None
+    for _ in range(args.steps + 1):
+        start = time.monotonic()
+        loss, metrics = bare.get_batch_loss_metrics(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.monotonic() - start)
+        first = first or {name: float(value) for name, value in metrics.items()}
+    return seconds[1:], {"log_odds_ratio": first["log_odds_chosen"]}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder or .gguf file")
+    parser.add_argument("--prompt", type=int, default=700, help="tokens of a prompt")
+    parser.add_argument("--response", type=int, default=80, help="tokens of each response")
+    parser.add_argument("--pairs", type=int, default=4, help="pairs of a step")
+    parser.add_argument("--steps", type=int, default=3, help="steps timed, after one that is not")
+    parser.add_argument("--remat", default="none", choices=("none", "layer", "dots"))
+    parser.add_argument("--peer", default="trl", choices=("trl", "repeated"))
+    args = parser.parse_args()
+    opened = source.open_source(args.model)
+    pairs = random_pairs(args, opened.config.vocab_size)
+    rates, firsts = {}, {}
+    for name, run in (("ours", ours), (args.peer, {"trl": trl, "repeated": repeated}[args.peer])):
+        seconds, first = run(args, opened, pairs)
+        rates[name], firsts[name] = args.pairs / float(np.median(seconds)), first["log_odds_ratio"]
+        print(f"{name}: {', '.join(f'{s:.1f}' for s in seconds)} s a step; log-odds ratio {firsts[name]:.5f}")
+    result = {"pairs_per_s": rates["ours"], "peer_pairs_per_s": rates[args.peer]}
+    result = {name: round(value, 4) for name, value in result.items()}
+    print(json.dumps(result | {"ratio": round(rates["ours"] / rates[args.peer], 2), "peer": args.peer} | vars(args)))
+
+
+if __name__ == "__main__":
+    main()
