@@ -230,7 +230,7 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
 
 def _flag_error(error: Exception) -> str:
     """What was meant, for an option that does not exist or a value that does not fit."""
-    text = str(error).strip("\"'").splitlines()[0]
+    text = str(error).strip('"').splitlines()[0]
     names = [name for name, _ in walk()]
     for argument in sys.argv[1:]:
         if not argument.startswith("--config."):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from roserag_jax import config as options
-from roserag_jax import evaluate, export, generate, retrieve, select, train
+from roserag_jax import evaluate, export, generate, inspect, retrieve, select, train
 from roserag_jax.errors import UserError
 from roserag_jax.rag import synthetic
 from roserag_jax.runtime import session
@@ -369,6 +369,29 @@ def test_every_configuration_builds(name):
     module = module_from_spec(spec := spec_from_file_location(name, file))
     spec.loader.exec_module(module)
     options.validate(module.get_config())
+
+
+def test_training_goes_on_from_an_adapter(finished, config_of, questions):
+    """`config.lora.start`: the first loss is not that of a fresh adapter; another shape is refused before any work."""
+    first = lambda config: json.loads((Workdir(config.workdir) / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    adapter = str(Workdir(finished.workdir) / "adapter")
+    config = config_of(questions, **{"lora.start": adapter, "train.evaluate": False})
+    train.run(config)
+    assert first(config) < first(finished)
+    with pytest.raises(UserError, match=r"has rank 4, not 8: set config.lora.rank"):
+        train.run(config_of(questions, **{"lora.start": adapter, "lora.rank": 8}))
+    with pytest.raises(UserError, match="holds no adapter"):
+        train.run(config_of(questions, **{"lora.start": finished.workdir}))
+
+
+def test_inspect(config_of, model_folder, capsys):
+    import transformers
+
+    inspect.run(config_of())
+    out = capsys.readouterr().out
+    reference = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    assert f"parameters           {reference.num_parameters():,}" in out
+    assert "rank 4 on 7 projections" in out and "without a chat template" in out and "'</s>'" in out
 
 
 def test_a_relative_workdir_can_hold_checkpoints(tmp_path, monkeypatch):
