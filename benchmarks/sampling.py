@@ -4,8 +4,8 @@
 
 Peers: `hf` is `generate(num_return_sequences=N)` of transformers; `repeated` is this engine with each prompt repeated
 N times instead of read once. float32, temperature 1, the whole vocabulary. Prefill and decoding are also timed apart,
-with the share of the machine's measured limits that they reach: prefill of the matrix-product rate, decoding of the time
-that reading the weights and the caches once per step would take. The last line is one JSON object.
+with the share of the machine's measured limits that they reach: prefill of the matrix-product rate, decoding of the
+time that reading the weights and the caches once per step would take. The last line is one JSON object.
 """
 
 import json
