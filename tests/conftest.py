@@ -1,6 +1,7 @@
 """Shared fixtures: eight simulated devices, small random models made by transformers, and the real SmolLM2."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,10 @@ import pytest
 from roserag_jax.models import source, weights
 from roserag_jax.runtime.mesh import make_mesh
 
+# Many tests compile the same programs anew, some in processes of their own: they share what one has compiled.
+_compiled = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+jax.config.update("jax_compilation_cache_dir", _compiled.name)
 # Not through XLA_FLAGS, which the processes that tests start would inherit.
 jax.config.update("jax_num_cpu_devices", 8)
 

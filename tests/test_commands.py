@@ -410,7 +410,7 @@ def test_workdir_never_reads_what_is_not_whole(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="changed or damaged"):
         work.rows("rows.jsonl")
-    work.unseal("rows.jsonl")
+    (tmp_path / "rows.jsonl.manifest.json").unlink()
     with pytest.raises(UserError, match="is missing"):
         work.check("rows.jsonl")
     assert not work.fresh("rows.jsonl", recipe)
