@@ -11,13 +11,13 @@ import argparse
 import json
 import time
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks import common
 from roserag_jax.models import source, weights
 from roserag_jax.models.lora import LoRAConfig, LoRAParam
 from roserag_jax.preference import losses
@@ -88,14 +88,10 @@ def trl(args, opened, pairs) -> tuple[list[float], dict]:
     """TRL's concatenated forward and ORPO loss, backward, and an AdamW step."""
     import peft
     import torch
-    import transformers
     from trl.experimental.orpo import ORPOTrainer
 
-    path = Path(opened.path)
-    where = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
-    model = transformers.AutoModelForCausalLM.from_pretrained(where[0], dtype=torch.float32, **where[1])
     projections = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, projections).train()
+    model = peft.get_peft_model(common.reference(args.model), projections).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     bare = object.__new__(ORPOTrainer)
     bare.__dict__.update(

@@ -164,6 +164,34 @@ def test_adapter_in_peft_and_back(rslora, tiny_folder, tiny_llama, one_device, t
     np.testing.assert_allclose(ours, hf_logits(merged, TOKENS[0]), atol=1e-5, rtol=0)
 
 
+def test_an_adapter_made_by_peft_loads_here(tiny_folder, tiny_llama, one_device, tmp_path):
+    """Saved by peft in its own way: the same logits here; what the network lacks is refused by name."""
+    peft = pytest.importorskip("peft")
+    import json
+
+    import transformers
+
+    opened, base = tiny_llama
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama")[0])
+    options = {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["up_proj", "k_proj"]}
+    options |= {"task_type": "CAUSAL_LM", "init_lora_weights": False}
+    theirs = peft.get_peft_model(reference, peft.LoraConfig(**options)).eval()
+    theirs.save_pretrained(tmp_path)
+    lora, state = adapters.load(tmp_path, opened.config, one_device)
+    assert lora == LoRAConfig(3, 5, 0.0, ("k_proj", "up_proj"), True)
+    ours = branch_logits(
+        weights.assemble(opened.config, base, lora, state), TOKENS[:1], np.array([0]), TOKENS[None, :1]
+    )
+    np.testing.assert_allclose(ours[0, 0], hf_logits(theirs, TOKENS[0]), atol=1e-5, rtol=0)
+
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for change in ({"use_dora": True}, {"rank_pattern": {"k_proj": 2}}, {"target_modules": "k.*"}, {"bias": "all"}):
+        file.write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=next(iter(change))):
+            adapters.load(tmp_path, opened.config, one_device)
+
+
 def test_a_fresh_adapter_changes_nothing(tiny_llama, one_device):
     opened, base = tiny_llama
     lora = LoRAConfig(4, 8.0)
