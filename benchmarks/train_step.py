@@ -35,12 +35,16 @@ def random_pairs(args, vocabulary: int) -> list[Pair]:
     return [Pair(str(i), tokens(args.prompt), tokens(args.response), tokens(args.response)) for i in range(args.pairs)]
 
 
+def with_adapter(opened):
+    """The mesh, and the float32 network on it with a fresh adapter."""
+    mesh = make_mesh()
+    adapter = weights.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
+    return mesh, weights.assemble(opened.config, weights.load_base(opened, jnp.float32, mesh), LORA, adapter)
+
+
 def ours(args, opened, pairs) -> tuple[list[float], dict]:
     """Seconds of each step, compilation aside, and the first step's metrics."""
-    mesh = make_mesh()
-    base = weights.load_base(opened, jnp.float32, mesh)
-    adapter = weights.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
-    model = weights.assemble(opened.config, base, LORA, adapter)
+    mesh, model = with_adapter(opened)
     optimizer, schedule = make_optimizer(1e-4, args.steps, 0.1, 0.0, 1.0)
     step = TrainStep(model, mesh, Objective(remat=args.remat), optimizer, schedule, 1, 0)
     batch, state, seconds, first = Stream(pairs, args.pairs, 1, 0, 0).collate(0), step.initial, [], None
@@ -55,10 +59,7 @@ def ours(args, opened, pairs) -> tuple[list[float], dict]:
 
 def repeated(args, opened, pairs) -> tuple[list[float], dict]:
     """The same loss and gradient with every prompt read twice."""
-    mesh = make_mesh()
-    base = weights.load_base(opened, jnp.float32, mesh)
-    adapter = weights.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
-    graph, adapter, base = nnx.split(weights.assemble(opened.config, base, LORA, adapter), LoRAParam, ...)
+    graph, adapter, base = nnx.split(with_adapter(opened)[1], LoRAParam, ...)
     batch = Stream(pairs, args.pairs, 1, 0, 0).collate(0)
     twice = lambda a: np.repeat(a, 2, axis=0)
     alone = lambda a: a.reshape(-1, 1, *a.shape[2:])

@@ -6,8 +6,6 @@ python -m roserag_jax.export --config configs/quickstart.py [--config.export.fol
 import shutil
 from pathlib import Path
 
-import transformers
-
 from roserag_jax import config as options
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_folder
@@ -18,6 +16,8 @@ from roserag_jax.workdir import Workdir
 
 def run(config) -> None:
     """The command."""
+    import transformers
+
     workdir, session = Workdir(config.workdir), Session(config)
     folder = Path(config.export.folder).expanduser() if config.export.folder else Path(workdir / "merged")
     if "://" in str(folder):

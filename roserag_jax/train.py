@@ -58,15 +58,8 @@ def make(session: Session, workdir: Workdir) -> None:
     adapter = _starting_adapter(session)
     model = weights.assemble(session.source.config, session.base, session.lora, adapter)
     optimizer, schedule = make_optimizer(train.learning_rate, len(stream), train.warmup, train.weight_decay, train.clip)
-    objective = Objective(
-        train.loss,
-        train.beta,
-        train.gamma,
-        train.label_smoothing,
-        train.sft_weight,
-        train.remat,
-        session.lora.dropout > 0,
-    )
+    named = ("loss", "beta", "gamma", "label_smoothing", "sft_weight", "remat")
+    objective = Objective(**{name: train[name] for name in named}, dropout=session.lora.dropout > 0)
     step_function = TrainStep(
         model, session.mesh, objective, optimizer, schedule, train.accumulate, config.seed, stream.shared
     )

@@ -75,13 +75,10 @@ def read_config(folder: Path) -> LoRAConfig:
     targets = config["target_modules"]
     if isinstance(targets, str) and targets != "all-linear":
         raise UserError(f"{file}: target_modules={targets!r} is a pattern, which is not implemented; list the modules.")
-    targets = (
-        PROJECTIONS
-        if targets == "all-linear"
-        else tuple(t for t in PROJECTIONS if t in targets) + tuple(t for t in targets if t not in PROJECTIONS)
-    )
+    targets = PROJECTIONS if targets == "all-linear" else targets
     if unknown := set(targets) - set(PROJECTIONS):
         raise UserError(f"{file}: target_modules {sorted(unknown)} are unknown; known: {', '.join(PROJECTIONS)}.")
+    targets = tuple(t for t in PROJECTIONS if t in targets)  # peft keeps them in no order
     dropout, rslora = config.get("lora_dropout", 0.0), bool(config.get("use_rslora"))
     return LoRAConfig(config["r"], config["lora_alpha"], dropout, targets, rslora)
 

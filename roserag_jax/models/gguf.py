@@ -138,7 +138,7 @@ def _transformers_config(arch: str, field, shapes, factors, source: str):
         if value != allowed:
             raise UserError(f"{source}: {arch}.{key}={value} is not implemented (only {allowed} is).")
     model_type, architecture = FAMILIES[arch]
-    rope_parameters = {"rope_theta": get("rope.freq_base", 10000.0)} | _rope(get, factors, head_dim, source)
+    rope_parameters = _rope(get, factors, head_dim, source)
     fields = {
         "vocab_size": shapes["model.embed_tokens.weight"][0],
         "hidden_size": dim,
@@ -171,25 +171,25 @@ def _transformers_config(arch: str, field, shapes, factors, source: str):
 
 
 def _rope(get, factors, head_dim: int, source: str) -> dict:
-    """RoPE's type and its parameters. Llama 3.1's scaling comes as a tensor of factors, from which it is recovered."""
-    kind = get("rope.scaling.type", "none")
+    """RoPE's parameters. Llama 3.1's scaling comes as a tensor of factors, from which it is recovered."""
+    kind, theta = get("rope.scaling.type", "none"), get("rope.freq_base", 10000.0)
     if factors is not None:
         stretch = float(factors.max())
         scaling = {
             "rope_type": "llama3",
+            "rope_theta": theta,
             "factor": stretch,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        theta = get("rope.freq_base", 10000.0)
         plain = rope.inverse_frequencies(head_dim, theta)
         scaled = rope.inverse_frequencies(head_dim, theta, tuple(scaling.items()))
         if np.allclose(plain / factors, scaled, rtol=1e-3):
             return scaling
         raise UserError(f"{source}: {_ROPE_FACTORS} is not Llama 3.1's scaling; use the model's Hugging Face folder.")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": get("rope.scaling.factor")}
+        return {"rope_type": "linear", "rope_theta": theta, "factor": get("rope.scaling.factor")}
     if kind != "none":
         raise UserError(f"{source}: rope.scaling.type={kind!r} is not implemented; use the Hugging Face folder.")
-    return {"rope_type": "default"}
+    return {"rope_type": "default", "rope_theta": theta}
