@@ -3,8 +3,8 @@
 Axes: B batch, N branches, C shared beginning, P prompt, S branch length, M own-cache slots, H query heads,
 K key/value heads, G = H / K query heads per key/value head, h head size.
 
-Keys and values carry their head axis before the token axis, because every product here is then a plain batched matrix
-product over (B, K), which is what XLA is fastest at on every backend. Scores and softmax are float32 throughout.
+Values are [..., tokens, h] and keys [..., h, tokens]: every product here is then a plain batched matrix product over
+(B, K) of operands that lie in memory as it reads them. Scores and softmax are float32 throughout.
 """
 
 import jax
@@ -15,13 +15,13 @@ _MASKED = -1e30  # finite: a row with every key masked stays finite, and so does
 
 
 def _scores(q, k, softcap):
-    scores = jnp.einsum("...qh,...sh->...qs", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def prompt_attention(
     q: Float[Array, "B P H h"],
-    k: Float[Array, "B K C+P h"],
+    k: Float[Array, "B K h C+P"],
     v: Float[Array, "B K C+P h"],
     *,
     window: Int[Array, ""] | None,
@@ -37,14 +37,14 @@ def prompt_attention(
       window: how many positions back a query sees, itself included; None for no limit.
     """
     B, P, H, h = q.shape
-    K, C = k.shape[1], k.shape[2] - P
+    K, C = k.shape[1], k.shape[3] - P
     q = q.reshape(B, P, K, H // K, h).transpose(0, 2, 3, 1, 4)  # B K G P h
     blocks = []
     for start in range(0, P, block):
         stop = min(start + block, P)
         T, keys = stop - start, C + stop
         block_q = q[:, :, :, start:stop].reshape(B, K, -1, h)
-        scores = _scores(block_q, k[:, :, :keys], softcap).reshape(B, K, H // K, T, keys)
+        scores = _scores(block_q, k[..., :keys], softcap).reshape(B, K, H // K, T, keys)
         query, key = jnp.arange(C + start, keys)[:, None], jnp.arange(keys)[None]
         seen = key <= query
         if window is not None:
@@ -57,9 +57,9 @@ def prompt_attention(
 
 def branch_attention(
     q: Float[Array, "B N S H h"],
-    prefix_k: Float[Array, "B K P h"],
+    prefix_k: Float[Array, "B K h P"],
     prefix_v: Float[Array, "B K P h"],
-    own_k: Float[Array, "B K N M h"],
+    own_k: Float[Array, "B K N h M"],
     own_v: Float[Array, "B K N M h"],
     *,
     prefix_seen: Bool[Array, "B N S P"],

@@ -28,7 +28,7 @@ from roserag_jax.models.sharding import constrain
 class PrefixCache:
     """Keys and values of the prompts, read by every branch and never written."""
 
-    k: Float[Array, "L B K P h"]
+    k: Float[Array, "L B K h P"]
     v: Float[Array, "L B K P h"]
     lengths: Int[Array, "B"]
 
@@ -40,7 +40,7 @@ class PrefixCache:
 class OwnCache:
     """Keys and values of the branches themselves. All branches write the same slots; `used` marks the real tokens."""
 
-    k: Float[Array, "L B K N M h"]
+    k: Float[Array, "L B K N h M"]
     v: Float[Array, "L B K N M h"]
     positions: Int[Array, "B N M"]
     used: Bool[Array, "B N M"]
@@ -172,16 +172,17 @@ class Transformer(nnx.Module):
         """
         c = self.config
         B, P = prompt.shape
-        C = 0 if shared is None else shared.k.shape[3]
+        C = 0 if shared is None else shared.v.shape[3]
         positions = jnp.broadcast_to(C + jnp.arange(P), (B, P)).reshape(-1)
 
         def body(x, layer, angles, window, key, before):
             q, k, v = layer.qkv(x, angles, key)
             q = q.reshape(B, P, c.num_heads, c.head_dim)
-            k, v = (a.reshape(B, P, c.num_kv_heads, c.head_dim).transpose(0, 2, 1, 3) for a in (k, v))
+            k, v = (a.reshape(B, P, c.num_kv_heads, c.head_dim) for a in (k, v))
+            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
             if before is not None:
-                join = lambda first, rest: jnp.concatenate([jnp.repeat(first, B, axis=0), rest], axis=2)
-                k, v = (join(*pair) for pair in zip(before, (k, v), strict=True))
+                join = lambda first, rest, axis: jnp.concatenate([jnp.repeat(first, B, axis=0), rest], axis)
+                k, v = join(before[0], k, 3), join(before[1], v, 2)
             k, v = (constrain(a, "batch", "heads", None, None) for a in (k, v))
             with jax.named_scope("prompt_attention"):
                 out = prompt_attention(q, k, v, window=window, softcap=c.attention_softcap)
@@ -230,28 +231,29 @@ class Transformer(nnx.Module):
     def own_cache(self, batch: int, branches: int, slots: int) -> OwnCache:
         """An empty own cache of `slots` tokens for each branch."""
         c, dtype = self.config, self.embed[...].dtype
-        shape = (c.num_layers, batch, c.num_kv_heads, branches, slots, c.head_dim)
-        empty = lambda: constrain(jnp.zeros(shape, dtype), None, "batch", "heads", None, None, None)
-        flat = (batch, branches, slots)
-        return OwnCache(empty(), empty(), jnp.zeros(flat, jnp.int32), jnp.zeros(flat, bool), jnp.int32(0))
+        rows, flat = (c.num_layers, batch, c.num_kv_heads, branches), (batch, branches, slots)
+        empty = lambda *sizes: constrain(jnp.zeros(rows + sizes, dtype), None, "batch", "heads", None, None, None)
+        return OwnCache(empty(c.head_dim, slots), empty(slots, c.head_dim), jnp.zeros(flat, jnp.int32), jnp.zeros(flat, bool), jnp.int32(0))
 
     def _branches(self, branches, positions, key_positions, own_seen, cache, own, remat, dropout_key):
         """Shared body of `extend` and `extend_cached`: normed hidden states and the own keys and values."""
         c = self.config
         B, N, S = branches.shape
-        P = cache.k.shape[3]
+        P = cache.v.shape[3]
         prefix_seen = jnp.broadcast_to(jnp.arange(P) < cache.lengths[:, None, None, None], (B, N, S, P))
 
         def body(carry, layer, angles, window, key, xs):
             (x, own_kv), (index, prefix_k, prefix_v) = carry, xs
             q, k, v = layer.qkv(x, angles, key)
             q = q.reshape(B, N, S, c.num_heads, c.head_dim)
-            k, v = (a.reshape(B, N, S, c.num_kv_heads, c.head_dim).transpose(0, 3, 1, 2, 4) for a in (k, v))
+            k, v = (a.reshape(B, N, S, c.num_kv_heads, c.head_dim) for a in (k, v))
+            k, v = k.transpose(0, 3, 1, 4, 2), v.transpose(0, 3, 1, 2, 4)
             k, v = (constrain(a, "batch", "heads", None, None, None) for a in (k, v))
             if own_kv is not None:
-                at = (index, 0, 0, 0, own.slot, 0)
-                own_kv = tuple(
-                    jax.lax.dynamic_update_slice(a, b[None], at) for a, b in zip(own_kv, (k, v), strict=True)
+                write = jax.lax.dynamic_update_slice
+                own_kv = (
+                    write(own_kv[0], k[None], (index, 0, 0, 0, 0, own.slot)),
+                    write(own_kv[1], v[None], (index, 0, 0, 0, own.slot, 0)),
                 )
                 k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in own_kv)
             seen_prefix, seen_own = prefix_seen, own_seen

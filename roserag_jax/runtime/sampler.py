@@ -78,7 +78,7 @@ class Engine:
           shared: their common beginning, read before.
           length: padded length of what follows it; by default the bucket of the longest.
         """
-        C = 0 if shared is None else shared.k.shape[3]
+        C = 0 if shared is None else shared.v.shape[3]
         rest = [p[C:-1] for p in prompts]
         return self._read(rest, length or bucket(max(map(len, rest))), shared)
 
