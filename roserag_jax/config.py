@@ -71,6 +71,8 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "plain_samples": Option(4, "rationales sampled per question from the plain prompt"),
         "temperature": Option(0.8, "of sampling"),
         "top_p": Option(0.95, "nucleus that samples are drawn from; 1.0 is the whole vocabulary"),
+        "top_k": Option(0, "draw from the so many likeliest tokens; 0 is the whole vocabulary"),
+        "min_p": Option(0.0, "leave out tokens less likely than this share of the likeliest; 0.0 is none"),
         "max_tokens": Option(128, "limit of a rationale"),
         "answer_tokens": Option(24, "limit of the answer decoded after a rationale"),
         "batch": Option(8, "questions decoded at a time"),
@@ -187,14 +189,20 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         "train.epochs train.batch train.accumulate train.max_response train.checkpoint_every train.keep_checkpoints "
         "evaluate.max_tokens evaluate.batch",
         0: "data.train_rows data.eval_rows prompt.passages generate.guided_samples generate.plain_samples "
-        "generate.temperature train.beta train.learning_rate train.weight_decay train.warmup lora.dropout",
+        "generate.temperature generate.top_k generate.min_p train.beta train.learning_rate train.weight_decay train.warmup lora.dropout",
         2: "data.synthetic_passages",
     }
     for least, names in at_least.items():
         for name in names.split():
             if get(config, name) < least:
                 fail(name, f"must be at least {least}")
-    for name in ["data.synthetic_missing_gold", "data.synthetic_counterfactual", "train.warmup", "generate.top_p"]:
+    for name in [
+        "data.synthetic_missing_gold",
+        "data.synthetic_counterfactual",
+        "train.warmup",
+        "generate.top_p",
+        "generate.min_p",
+    ]:
         if get(config, name) > 1:
             fail(name, "must be at most 1")
     for name in ("generate.top_p", "train.clip", "lora.alpha"):

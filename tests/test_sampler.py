@@ -1,5 +1,7 @@
 """Sampling and scoring: the right distribution, the same draw whatever the batch, honest about limits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,21 +31,42 @@ def sample(engine, rows, N=3, bucket=32, max_new=12, sampling=WARM, first=0):
     return engine.decode(cache, openings, 1, [IDS[i] for i in rows], first, sampling, max_new)
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6), (0.7, 0.8)])
-def test_draws_follow_the_distribution(temperature, top_p):
-    """A chi-square test of 20,000 draws over 600 tokens, most of them in the tail that top-p cuts."""
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.0),
+        Sampling(0.5),
+        Sampling(1.0, top_p=0.6),
+        Sampling(0.7, top_p=0.8),
+        Sampling(1.0, top_k=12),
+        Sampling(1.5, min_p=0.1),
+        Sampling(1.2, 0.9, 40, 0.02),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(sampling):
+    """A chi-square test of 20,000 draws over 600 tokens against what transformers' warpers leave of them."""
+    import torch
+    from transformers.generation import logits_process as warpers
+
     logits = RNG.normal(size=600).astype("f") * 2
-    p = np.exp(logits.astype(np.float64) / temperature)
-    p /= p.sum()
-    order = np.argsort(-p)
-    kept = order[: np.searchsorted(np.cumsum(p[order]), top_p) + 1]
-    expected = np.zeros(600)
-    expected[kept] = p[kept] / p[kept].sum()
+    chain = [warpers.TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k:
+        chain.append(warpers.TopKLogitsWarper(sampling.top_k))
+    chain += [warpers.TopPLogitsWarper(sampling.top_p), warpers.MinPLogitsWarper(sampling.min_p)]
+    scores = torch.tensor(logits[None], dtype=torch.float64)
+    for warper in chain:
+        scores = warper(None, scores)
+    expected = torch.softmax(scores, -1)[0].numpy()
 
     n = 20_000
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(n))
-    knobs = jnp.array([temperature, top_p])
-    drawn = np.asarray(jax.jit(draw)(jnp.broadcast_to(jnp.asarray(logits), (n, 600)), keys, knobs))
+    # Every other row is drawn otherwise: the knobs are each row's own.
+    mine, others = (jnp.array(dataclasses.astuple(s)) for s in (sampling, Sampling(0.3, 0.5)))
+    odd = jnp.arange(2 * n)[:, None] % 2 == 1
+    knobs = jnp.where(odd, mine, others)
+    keys = jnp.repeat(keys, 2)
+    drawn = np.asarray(jax.jit(draw)(jnp.broadcast_to(jnp.asarray(logits), (2 * n, 600)), keys, knobs))[1::2]
     counts = np.bincount(drawn, minlength=600)
     assert counts[expected == 0].sum() == 0
     often = expected * n >= 5  # the others together

@@ -233,7 +233,13 @@ class Transformer(nnx.Module):
         c, dtype = self.config, self.embed[...].dtype
         rows, flat = (c.num_layers, batch, c.num_kv_heads, branches), (batch, branches, slots)
         empty = lambda *sizes: constrain(jnp.zeros(rows + sizes, dtype), None, "batch", "heads", None, None, None)
-        return OwnCache(empty(c.head_dim, slots), empty(slots, c.head_dim), jnp.zeros(flat, jnp.int32), jnp.zeros(flat, bool), jnp.int32(0))
+        return OwnCache(
+            empty(c.head_dim, slots),
+            empty(slots, c.head_dim),
+            jnp.zeros(flat, jnp.int32),
+            jnp.zeros(flat, bool),
+            jnp.int32(0),
+        )
 
     def _branches(self, branches, positions, key_positions, own_seen, cache, own, remat, dropout_key):
         """Shared body of `extend` and `extend_cached`: normed hidden states and the own keys and values."""

@@ -58,7 +58,7 @@ def generate_batch(
       prompt, without the end-of-turn token.
     """
     ids = [row["id"] for row in rows] + [""] * (len(plain) - len(rows))
-    sampling = Sampling(options.temperature, options.top_p)
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.min_p)
     plain_cache = engine.prefill([p.tokens for p in plain], shared[0])
 
     rationales = [[] for _ in rows]  # per row: (source, rationale)

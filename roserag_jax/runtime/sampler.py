@@ -23,18 +23,24 @@ from roserag_jax.models.transformer import PrefixCache, Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy; top_p 1 keeps the whole vocabulary."""
+    """How tokens are drawn: temperature (0 is greedy), then the tokens that top-k, top-p and min-p all leave.
+
+    top_k 0, top_p 1 and min_p 0 each keep the whole vocabulary; top-p counts its share within what top-k leaves, as
+    transformers does.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
 
 
 class Decoded(NamedTuple):
     """What `Engine.decode` returns, on the host.
 
     tokens [B, N, T] are padded past `lengths` [B, N]; the stop token is not among them. logprobs [B, N, T] are at
-    temperature 1 and without top-p. `finished` [B, N] is False where a branch ran into the limit. opening_logprobs
-    [B, N, S - 1] are those of the opening's tokens after its first.
+    temperature 1 over the whole vocabulary. `finished` [B, N] is False where a branch ran into the limit.
+    opening_logprobs [B, N, S - 1] are those of the opening's tokens after its first.
     """
 
     tokens: np.ndarray
@@ -107,7 +113,7 @@ class Engine:
         bucket: int,
         question_ids: list[str],
         first_sample: int,
-        sampling: Sampling,
+        sampling: Sampling | list[Sampling],
         max_new: int,
         stop_ids: tuple[int, ...] = (),
     ) -> Decoded:
@@ -115,6 +121,7 @@ class Engine:
 
         Args:
           bucket: openings are padded to this length.
+          sampling: for all prompts, or one for each; a change of it compiles nothing.
           first_sample: the branches draw with the keys of samples `first_sample` to `first_sample + N - 1`.
           stop_ids: tokens that end a branch besides the model's own.
         """
@@ -123,7 +130,8 @@ class Engine:
         ids = np.array([question_key(q) for q in question_ids], np.uint32)
         stops = np.zeros(self.vocab_size, bool)
         stops[list(self.stop_ids + stop_ids)] = True
-        knobs = np.array([sampling.temperature, sampling.top_p], np.float32)
+        of_prompt = [sampling] * B if isinstance(sampling, Sampling) else sampling
+        knobs = np.repeat(np.array([dataclasses.astuple(s) for s in of_prompt], np.float32), N, axis=0)
         with jax.set_mesh(self.mesh):
             tokens, lengths, ids = self._place(tokens.reshape(B, N, bucket), lengths.reshape(B, N), ids)
             keys = (jax.random.key(self.seed), ids, np.uint32(first_sample))
@@ -179,38 +187,58 @@ def _invert(weights: Float[Array, "R C"], uniform: Float[Array, "R"]) -> tuple[A
     return entry, jnp.clip((wanted - (upper - weight)) / weight, 0.0, 1.0)
 
 
-def draw(logits: Float[Array, "R V"], keys, knobs) -> Array:
-    """One token per row: greedy at temperature 0, else a draw from the nucleus by inverting its distribution.
+def _threshold(logits: Float[Array, "R V"], weights: Float[Array, "R V"], wanted: Float[Array, "R"]) -> Array:
+    """The largest logit so that the tokens from it upwards weigh `wanted` together, found by bisection: no sorting."""
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        enough = jnp.where(logits >= middle[:, None], weights, 0).sum(-1) >= wanted
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    return jax.lax.fori_loop(0, 32, halve, (logits.min(-1), logits.max(-1)))[0]
+
+
+def draw(logits: Float[Array, "R V"], keys, knobs: Float[Array, "R 4"]) -> Array:
+    """One token per row: greedy at temperature 0, else a draw by inverting the distribution of the tokens that stay.
 
     One uniform number per row is enough (a Gumbel draw would need one per row and vocabulary entry). The inverse is
     taken in two levels, over blocks of the vocabulary and then inside the block, where float32 sums stay exact enough.
 
-    The nucleus (arXiv 1904.09751) is found without sorting: bisection on the smallest probability that it keeps.
+    Args:
+      knobs: `Sampling`'s fields of each row. Top-p (the nucleus, arXiv 1904.09751), top-k and min-p (arXiv 2407.01082)
+        each come down to the lowest logit that stays; a search that no row asks for is not run.
     """
-    temperature, top_p = knobs
+    temperature, top_p, top_k, min_p = knobs.T
 
-    def nucleus(probabilities):
-        def halve(_, bounds):
-            low, high = bounds
-            middle = (low + high) / 2
-            enough = jnp.where(probabilities >= middle[:, None], probabilities, 0).sum(-1) >= top_p
-            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    def kept(scaled):
+        """Scaled logits with what is cut at minus infinity."""
+        everything = jnp.full(len(scaled), -jnp.inf)
+        V, top = scaled.shape[1], scaled.max(-1)
+        of_k = lambda: jnp.where(top_k > 0, _threshold(scaled, jnp.ones_like(scaled), jnp.minimum(top_k, V)), -jnp.inf)
+        lowest = jax.lax.cond((top_k > 0).any(), of_k, lambda: everything)
 
-        low, _ = jax.lax.fori_loop(0, 24, halve, (jnp.zeros(len(probabilities)), probabilities.max(-1)))
-        return jnp.where(probabilities >= low[:, None], probabilities, 0.0)
+        def of_p():
+            weights = jnp.where(scaled >= lowest[:, None], jnp.exp(scaled - top[:, None]), 0)
+            return jnp.where(top_p < 1, _threshold(scaled, weights, top_p * weights.sum(-1)), -jnp.inf)
+
+        lowest = jnp.maximum(lowest, jax.lax.cond((top_p < 1).any(), of_p, lambda: everything))
+        lowest = jnp.maximum(lowest, jnp.where(min_p > 0, top + jnp.log(min_p), -jnp.inf))
+        return jnp.where(scaled >= lowest[:, None], scaled, -jnp.inf)
 
     def sampled():
-        weights = jax.nn.softmax(logits / temperature, axis=-1)
-        weights = jax.lax.cond(top_p < 1, nucleus, lambda w: w, weights)
+        scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+        cut = (top_p < 1) | (top_k > 0) | (min_p > 0)
+        weights = jax.nn.softmax(jax.lax.cond(cut.any(), kept, lambda x: x, scaled), axis=-1)
         R, V = weights.shape
         width = 256
         blocks = jnp.pad(weights, ((0, 0), (0, -V % width))).reshape(R, -1, width)
         uniform = jax.vmap(jax.random.uniform)(keys)
         block, rest = _invert(blocks.sum(-1), uniform)
         inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-        return block * width + _invert(inside, rest)[0]
+        return jnp.where(temperature > 0, block * width + _invert(inside, rest)[0], jnp.argmax(logits, axis=-1))
 
-    return jax.lax.cond(temperature > 0, sampled, lambda: jnp.argmax(logits, axis=-1))
+    return jax.lax.cond((temperature > 0).any(), sampled, lambda: jnp.argmax(logits, axis=-1))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new")
