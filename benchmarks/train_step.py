@@ -1,13 +1,16 @@
 """Pairs per second of the ORPO training step, beside a peer that does the same work in the same run.
 
     python -m benchmarks.train_step --model PATH --prompt 700 --response 80 --pairs 4 --steps 3 --peer trl
+    python -m benchmarks.train_step --model PATH --pairs 1 --steps 1 --grow
 
 Peers: `trl` is the ORPO loss of TRL on a PEFT model (rank 16, all linear layers) with torch AdamW, without the trainer
 around it; `repeated` is this project's network with the prompt repeated for chosen and rejected. Tokens are random, the
-same for both. float32 on the CPU. The last line is one JSON object.
+same for both. float32 on the CPU. `--grow` shows instead how a step's time and the compiler's working memory grow with
+the prompt, the response and the vocabulary, on random weights of the model's shape. The last line is one JSON object.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 import types
@@ -20,10 +23,11 @@ from flax import nnx
 from benchmarks import common
 from roserag_jax.models import source, weights
 from roserag_jax.models.lora import LoRAConfig, LoRAParam
+from roserag_jax.models.transformer import Transformer
 from roserag_jax.preference import losses
 from roserag_jax.runtime.loader import Pair, Stream
 from roserag_jax.runtime.mesh import make_mesh
-from roserag_jax.runtime.train_step import Objective, TrainStep, make_optimizer, response_logprobs
+from roserag_jax.runtime.train_step import Objective, TrainStep, make_optimizer, summed_logprobs
 
 LORA = LoRAConfig(16, 32.0)
 
@@ -72,7 +76,7 @@ def repeated(args, opened, pairs) -> tuple[list[float], dict]:
     )
 
     def loss(adapter, base):
-        sums = response_logprobs(nnx.merge(graph, adapter, base), batch, remat=args.remat)
+        sums, _ = summed_logprobs(nnx.merge(graph, adapter, base), batch, remat=args.remat)
         chosen, rejected = (sums / batch.response_lengths).reshape(-1, 2).T
         value, parts = losses.orpo(chosen, rejected, 0.1)
         return value.mean(), jax.tree.map(jnp.mean, parts)
@@ -126,6 +130,31 @@ def trl(args, opened, pairs) -> tuple[list[float], dict]:
     return seconds[1:], {"log_odds_ratio": first["log_odds_chosen"]}
 
 
+def growth(args, opened) -> list[dict]:
+    """Seconds of a step and its working memory, weights aside, at lengths and vocabularies around the asked ones."""
+    vocabulary = opened.config.vocab_size
+    points = [(args.prompt * n // 2, args.response, vocabulary) for n in (1, 2, 4, 8)]
+    points += [(args.prompt, args.response * n // 2, vocabulary) for n in (1, 4, 8)]
+    points += [(args.prompt, args.response, 256_000)]
+    rows = []
+    for prompt, response, size in points:
+        args.prompt, args.response = prompt, response
+        config = dataclasses.replace(opened.config, vocab_size=size)
+        model = Transformer(config, LORA, jnp.float32, nnx.Rngs(0))
+        optimizer, schedule = make_optimizer(1e-4, args.steps, 0.1, 0.0, 1.0)
+        step = TrainStep(model, make_mesh(), Objective(remat=args.remat), optimizer, schedule, 1, 0)
+        batch, state, seconds = Stream(random_pairs(args, size), args.pairs, 1, 0, 0).collate(0), step.initial, []
+        memory = step.memory(batch)
+        for number in range(args.steps + 1):
+            start = time.monotonic()
+            state, _ = jax.block_until_ready(step(state, batch, number))
+            seconds.append(time.monotonic() - start)
+        row = {"prompt": prompt, "response": response, "vocabulary": size}
+        rows.append(row | {"seconds": round(min(seconds[1:]), 2), "working_memory_mb": round(memory / 1e6)})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -136,8 +165,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps timed, after one that is not")
     parser.add_argument("--remat", default="none", choices=("none", "layer", "dots"))
     parser.add_argument("--peer", default="trl", choices=("trl", "repeated"))
+    parser.add_argument("--grow", action="store_true", help="show how time and memory grow instead")
     args = parser.parse_args()
     opened = source.open_source(args.model)
+    if args.grow:
+        print(json.dumps({"grow": growth(args, opened), "pairs": args.pairs, "remat": args.remat}))
+        return
     pairs = random_pairs(args, opened.config.vocab_size)
     rates, firsts = {}, {}
     for name, run in (("ours", ours), (args.peer, {"trl": trl, "repeated": repeated}[args.peer])):

@@ -39,6 +39,9 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
     "seed": Option(0, "of the samples, the adapter's start, the order of training and random selection"),
     "workdir": Option("", "folder for everything that is made; local or gs://"),
     "adapter": Option("", "PEFT folder used by evaluate, export, answer and score; empty is WORKDIR/adapter"),
+    "distributed": Option(
+        "", "processes of one run: 'auto' on a TPU pod or under Slurm, else 'HOST:PORT,PROCESSES,INDEX'; empty is one"
+    ),
     "mesh": {
         "data": Option(1, "devices over which batches are split, weights copied"),
         "fsdp": Option(-1, "devices over which batches and weights are split; -1 takes all that are left"),
@@ -98,6 +101,11 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         ),
         "gamma": Option(0.5, "SimPO's target margin"),
         "sft_weight": Option(1.0, "weight of CPO's likelihood term"),
+        "sft_span": Option(
+            "response",
+            "of orpo's and sft's likelihood term; with the prompt it is TRL's, a mean over the batch's tokens",
+            ("response", "prompt+response"),
+        ),
         "label_smoothing": Option(0.0, "share of pairs taken to be the wrong way round; for dpo, simpo and cpo"),
         "learning_rate": Option(2e-4, "peak, reached after the warm-up, then a cosine to zero"),
         "warmup": Option(0.1, "share of the steps that warm up"),
@@ -107,9 +115,25 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "batch": Option(8, "pairs of a step"),
         "accumulate": Option(1, "parts that a step's batch is worked through in; the result is the same"),
         "max_response": Option(192, "longest response in tokens; pairs with a longer one are left out and counted"),
+        "max_length": Option(
+            0, "longest prompt with a response in tokens; passages are cut to fit, nothing else ever is; 0 is no limit"
+        ),
+        "held_out": Option(0.0, "share of the questions whose pairs are kept from training and evaluated instead"),
+        "evaluate_every": Option(50, "steps between evaluations on the held-out pairs; also before and after training"),
+        "answer_questions": Option(0, "held-out questions answered at each of them, for EM and F1; 0 is none"),
+        "keep": Option(
+            "latest",
+            "checkpoint that becomes the adapter; best by F1 where questions are answered, else by held-out loss",
+            ("latest", "best"),
+        ),
+        "nonfinite": Option(
+            "stop", "what a loss or gradient that is no number does: stop, or skip the step", ("stop", "skip")
+        ),
         "remat": Option("layer", "what the backward pass makes again to save memory", ("none", "layer", "dots")),
         "checkpoint_every": Option(50, "steps between checkpoints"),
         "keep_checkpoints": Option(2, "latest checkpoints kept while training"),
+        "profile_steps": Option(0, "steps traced for TensorBoard's profiler, after two that warm up; 0 is none"),
+        "wandb": Option("", "Weights & Biases project that the training curve also goes to; empty is none"),
         "evaluate": Option(True, "let `train` evaluate the base model before and the adapter after training"),
     },
     "evaluate": {
@@ -187,9 +211,10 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
     at_least = {
         1: "retrieve.k prompt.max_tokens generate.max_tokens generate.answer_tokens generate.batch lora.rank "
         "train.epochs train.batch train.accumulate train.max_response train.checkpoint_every train.keep_checkpoints "
-        "evaluate.max_tokens evaluate.batch",
+        "train.evaluate_every evaluate.max_tokens evaluate.batch",
         0: "data.train_rows data.eval_rows prompt.passages generate.guided_samples generate.plain_samples "
-        "generate.temperature generate.top_k generate.min_p train.beta train.learning_rate train.weight_decay train.warmup lora.dropout",
+        "generate.temperature generate.top_k generate.min_p train.beta train.learning_rate train.weight_decay "
+        "train.warmup lora.dropout train.max_length train.held_out train.answer_questions train.profile_steps",
         2: "data.synthetic_passages",
     }
     for least, names in at_least.items():
@@ -214,6 +239,13 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         fail("train.label_smoothing", "must be at least 0 and under 0.5")
     if config.train.label_smoothing and config.train.loss not in ("dpo", "simpo", "cpo"):
         fail("train.label_smoothing", f"config.train.loss={config.train.loss!r} has none")
+    if config.train.sft_span != "response" and config.train.loss not in ("orpo", "sft"):
+        fail("train.sft_span", f"config.train.loss={config.train.loss!r} has no such term")
+    if config.train.held_out >= 1:
+        fail("train.held_out", "must be under 1")
+    for name, off in (("answer_questions", 0), ("keep", "latest")):
+        if config.train[name] != off and not config.train.held_out:
+            fail(f"train.{name}", "needs held-out pairs; set config.train.held_out, for example to 0.1")
     if config.lora.dropout >= 1:
         fail("lora.dropout", "must be under 1")
     if config.train.batch % config.train.accumulate:
@@ -264,10 +296,13 @@ def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True) -> N
     config_flags.DEFINE_config_file("config", __file__, "the configuration file; --config.a.b=value sets an option")
     flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")
 
+    from roserag_jax.runtime import processes
+
     def start(argv):
         if len(argv) > 1:
             raise UserError(f"Unexpected argument {argv[1]!r}; options are written --config.section.option=value.")
         validate(flags.FLAGS.config, workdir)
+        processes.start(flags.FLAGS.config.distributed)
         run(flags.FLAGS.config)
 
     if {"--help", "-h", "--options"} & set(sys.argv[1:]):

@@ -7,8 +7,11 @@ Retrieves, evaluates the base model, generates, selects, trains and evaluates th
 moment, the same command goes on and ends with the same adapter.
 """
 
-import json
+import collections
+import contextlib
+import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -16,19 +19,28 @@ import numpy as np
 from etils import epath
 
 from roserag_jax import config as options
-from roserag_jax import evaluate, select
+from roserag_jax import evaluate, generate, select
 from roserag_jax.errors import UserError
 from roserag_jax.models import adapter as adapters
 from roserag_jax.models import weights
+from roserag_jax.rag import answers
+from roserag_jax.rag.prompts import Prompt
+from roserag_jax.report.training import TrainingLog, score, verdict
+from roserag_jax.runtime import processes
 from roserag_jax.runtime.checkpoints import Checkpoints
-from roserag_jax.runtime.loader import Stream, tokenize
+from roserag_jax.runtime.loader import Pair, Stream, hold_out, tokenize
+from roserag_jax.runtime.mesh import matmul_rate
 from roserag_jax.runtime.progress import Progress
+from roserag_jax.runtime.sampler import Engine
 from roserag_jax.runtime.session import Session
-from roserag_jax.runtime.train_step import Objective, TrainStep, make_optimizer
-from roserag_jax.workdir import Recipe, Workdir, digest, to_lines, write_atomic
+from roserag_jax.runtime.train_step import Objective, TrainState, TrainStep, make_optimizer
+from roserag_jax.workdir import Recipe, Workdir, digest
 
 ARTIFACT = "adapter"
-_NO_INFLUENCE = ("train.checkpoint_every", "train.keep_checkpoints", "train.evaluate", "train.remat")
+_NO_INFLUENCE = tuple(
+    f"train.{name}" for name in "checkpoint_every keep_checkpoints evaluate remat nonfinite profile_steps wandb".split()
+)
+_EVALUATION = ("train.keep", "train.evaluate_every", "train.answer_questions")
 
 
 def recipe(config, workdir: Workdir) -> Recipe:
@@ -37,7 +49,8 @@ def recipe(config, workdir: Workdir) -> Recipe:
     if config.lora.start:
         inputs["config.lora.start"] = digest(epath.Path(config.lora.start).expanduser())
     names = [*Session.model_options, "seed", "lora", "train"]
-    return Recipe(options.subset(config, *names, without=_NO_INFLUENCE), inputs)
+    without = _NO_INFLUENCE + (_EVALUATION if config.train.keep == "latest" else ())
+    return Recipe(options.subset(config, *names, without=without), inputs)
 
 
 def make(session: Session, workdir: Workdir) -> None:
@@ -47,34 +60,73 @@ def make(session: Session, workdir: Workdir) -> None:
     wanted = recipe(config, workdir)
     if workdir.fresh(ARTIFACT, wanted):
         return
-    rows = workdir.rows(select.ARTIFACT)
-    pairs, left_out = tokenize(session.tokenizer, session.turn_end, rows, train.max_response)
-    if left_out:
-        print(f"{left_out} of {len(rows)} pairs have a response over {train.max_response} tokens and are left out.")
-    if not pairs:
-        raise UserError(f"config.train.max_response={train.max_response}: every response is longer; raise it.")
-    stream = Stream(pairs, train.batch, train.epochs, config.seed, session.pad_id)
+    training, held = _pairs(session, workdir)
+    stream = Stream(training, train.batch, train.epochs, config.seed, session.pad_id)
 
     adapter = _starting_adapter(session)
     model = weights.assemble(session.source.config, session.base, session.lora, adapter)
     optimizer, schedule = make_optimizer(train.learning_rate, len(stream), train.warmup, train.weight_decay, train.clip)
-    named = ("loss", "beta", "gamma", "label_smoothing", "sft_weight", "remat")
+    named = ("loss", "beta", "gamma", "label_smoothing", "sft_weight", "sft_span", "remat")
     objective = Objective(**{name: train[name] for name in named}, dropout=session.lora.dropout > 0)
     step_function = TrainStep(
-        model, session.mesh, objective, optimizer, schedule, train.accumulate, config.seed, stream.shared
+        model,
+        session.mesh,
+        objective,
+        optimizer,
+        schedule,
+        train.accumulate,
+        config.seed,
+        stream.shared,
+        train.nonfinite == "skip",
     )
 
     folder = workdir / "checkpoints"
-    checkpoints = Checkpoints(folder / wanted.fingerprint(mesh=config.mesh.to_dict()), train.keep_checkpoints)
+    # The same run whichever of its checkpoints is wanted in the end.
+    same = Recipe({k: v for k, v in wanted.options.items() if k not in _EVALUATION}, wanted.inputs)
+    here = folder / same.fingerprint(mesh=config.mesh.to_dict())
+    checkpoints = Checkpoints(here, train.keep_checkpoints, wanted.options)
+    best = Checkpoints(here / "best", 1, wanted.options) if held else None
     done, state = checkpoints.restore(step_function.initial)
-    print(f"train: {len(pairs)} pairs, {len(stream)} steps of {train.batch}, adapter rank {session.lora.rank}.")
-    with _Log(workdir, done) as log:
-        state = _steps(step_function, stream, state, done, checkpoints, log, train)
+    padding, shapes = stream.padding()
+    print(
+        f"train: {len(training)} pairs, {len(stream)} steps of {train.batch}, {padding:.0%} padding, {shapes} shapes, "
+        f"adapter rank {session.lora.rank}" + (f"; {len(held)} pairs held out." if held else ".")
+    )
+    with TrainingLog(workdir, done, config) as log:
+        held_out = _HeldOut(session, workdir, step_function, held, best, log) if held else None
+        state = _steps(step_function, stream, state, done, checkpoints, log, held_out, train, workdir / "profile")
+        log.summarize()
+        if held_out:
+            state = held_out.finish(state, train.keep)
 
-    workdir.publish(ARTIFACT, wanted, adapters.to_files(state.adapter, session.lora, config.model), len(pairs))
-    for old in folder.iterdir():
-        if old.name != checkpoints.folder.name:
-            old.rmtree()
+    files = adapters.to_files(processes.whole(state.adapter), session.lora, config.model)
+    if processes.is_main():
+        workdir.publish(ARTIFACT, wanted, files, len(training))
+        for old in folder.iterdir():
+            if old.name != here.name:
+                old.rmtree()
+    processes.barrier("adapter published")
+
+
+def _pairs(session: Session, workdir: Workdir) -> tuple[list[Pair], list[Pair]]:
+    """The pairs as tokens, to train on and held out."""
+    config, train = session.config, session.config.train
+    rows = workdir.rows(select.ARTIFACT)
+    pairs, counts = tokenize(session.tokenizer, session.turn_end, rows, train.max_response, train.max_length)
+    if lost := counts["response too long"]:
+        print(f"{lost} of {len(rows)} pairs have a response over {train.max_response} tokens and are left out.")
+    if cut := counts["cut"]:
+        print(f"{cut} of {len(rows)} pairs were over {train.max_length} tokens; their passages were cut.")
+    if lost := counts["prompt too long"]:
+        print(f"{lost} of {len(rows)} pairs are over {train.max_length} tokens without any passage and are left out.")
+    if not pairs:
+        raise UserError(
+            f"config.train.max_response={train.max_response}, max_length={train.max_length}: every pair is longer."
+        )
+    training, held = hold_out(pairs, train.held_out, config.seed)
+    if not training:
+        raise UserError(f"config.train.held_out={train.held_out}: no pair is left to train on.")
+    return training, held
 
 
 def _starting_adapter(session: Session):
@@ -86,31 +138,63 @@ def _starting_adapter(session: Session):
     return adapters.load(Path(start).expanduser(), session.source.config, session.mesh)[1]
 
 
-def _steps(step_function, stream, state, done, checkpoints, log, train):
-    """Run the steps that are left; save every so often, at the end, and when told to stop."""
+def _steps(step_function, stream, state, done, checkpoints, log, held_out, train, profile):
+    """Run the steps that are left; evaluate and save every so often, at the end, and save when told to stop."""
     progress = Progress("train", len(stream), "steps", done)
-    clock = time.monotonic()
+    rate = matmul_rate(step_function.mesh, jax.tree.leaves(step_function.base)[0].dtype)
+    traced = range(done + 2, min(done + 2 + train.profile_steps, len(stream)))
     saved = done
     try:
+        if held_out and held_out.due(done, len(stream)):
+            held_out.evaluate(done, state)
+        clock = time.monotonic()
         for step, batch in enumerate(stream.start(done), done):
+            if traced and step == traced[0]:
+                jax.profiler.start_trace(str(profile))
             state, metrics = step_function(state, batch, step)
             metrics = {name: float(value) for name, value in metrics.items()}
-            if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["gradient_norm"]):
-                raise UserError(
+            if traced and step == traced[-1]:
+                jax.profiler.stop_trace()
+                print(f"Trace of {len(traced)} steps: {profile} (TensorBoard's profile plugin shows it).")
+            if bad := not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])):
+                what = (
                     f"Step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; rows "
-                    f"{', '.join(stream.ids(step))}. The last good checkpoint is of step {saved}. "
-                    "Lower config.train.learning_rate or look at those rows."
+                    f"{', '.join(stream.ids(step))}."
                 )
+                if train.nonfinite == "stop":
+                    raise UserError(
+                        f"{what} The last good checkpoint is of step {saved}. Lower config.train.learning_rate, look "
+                        "at those rows, or set config.train.nonfinite='skip'."
+                    )
+                print(f"{what} Skipped: the adapter is as before.")
             done = step + 1
             seconds, clock = time.monotonic() - clock, time.monotonic()
             real = int(len(stream.shared) + batch.prompt_lengths.sum() + batch.response_lengths.sum())
             padded = len(stream.shared) + batch.prompt.size + batch.targets.size
-            speed = {"pairs_per_s": float(batch.weights.sum()) / seconds, "tokens_per_s": real / seconds}
-            log.write(done, metrics | speed | {"padding_share": 1 - real / padded})
+            metrics |= {
+                "pairs_per_s": float(batch.weights.sum()) / seconds,
+                "tokens_per_s": real / seconds,
+                "padding_share": 1 - real / padded,
+                "flop_utilisation": step_function.flops(batch) / seconds / rate,
+            }
+            if train.nonfinite == "skip":
+                metrics["skipped"] = float(bad)
+            memory = jax.local_devices()[0].memory_stats()  # none on a CPU
+            if memory and "peak_bytes_in_use" in memory:
+                metrics["peak_memory_gb"] = memory["peak_bytes_in_use"] / 1e9
+            log.write(done, metrics)
             note = f"loss {metrics['loss']:.3f}"
             if "accuracy" in metrics:
                 note += f", chosen over rejected {metrics['margin']:+.2f}"
             progress.update(done, note)
+            if held_out and held_out.due(done, len(stream)):
+                held_out.evaluate(done, state)
+                clock = time.monotonic()
+            if processes.told_to_stop(done):
+                saved = done
+                checkpoints.save(done, state)
+                print(f"\nSaved step {done}.")
+                sys.exit(143)
             if done % train.checkpoint_every == 0 and done < len(stream):
                 saved = done  # before the call, which ends even if it is told to stop
                 checkpoints.save(done, state)
@@ -118,46 +202,101 @@ def _steps(step_function, stream, state, done, checkpoints, log, train):
             saved = done
             checkpoints.save(done, state)
     except (KeyboardInterrupt, SystemExit):
-        # A step that was interrupted has donated its state; only a whole one can be saved.
-        if done > saved and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+        # A step that was interrupted has donated its state; only a whole one can be saved, and by all processes.
+        whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        if done > saved and whole and jax.process_count() == 1:
             checkpoints.save(done, state)
             print(f"\nSaved step {done}.")
         raise
     finally:
         checkpoints.close()
+        if held_out:
+            held_out.best.close()
     return state
 
 
-class _Log:
-    """`metrics.jsonl` and TensorBoard events, cut back to the step that a resumed run starts from."""
+class _HeldOut:
+    """Evaluation while training: the loss on held-out pairs and, if asked for, answers to their questions.
 
-    def __init__(self, workdir: Workdir, done: int):
-        from tensorboardX import SummaryWriter
+    The best checkpoint so far is kept: by F1 where questions are answered, else by the held-out loss.
+    """
 
-        self.path = workdir / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if done and self.path.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["step"] <= done]
-        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=done + 1)
+    def __init__(self, session, workdir, step_function, pairs, best: Checkpoints, log):
+        self.session, self.step_function, self.best, self.log = session, step_function, best, log
+        train = session.config.train
+        self.every = train.evaluate_every
+        self.stream = Stream(pairs, train.batch, 1, session.config.seed, session.pad_id)
+        asked = {pair.id: pair.prompt for pair in pairs}
+        asked = dict(list(asked.items())[: train.answer_questions])
+        golden = workdir.rows(generate.ARTIFACT) if asked else []
+        self.questions = [(row, asked[row["id"]]) for row in golden if row["id"] in asked]
 
-    def __enter__(self):
-        return self
+    def due(self, step: int, last: int) -> bool:
+        """Whether an evaluation belongs at this step and has not been made."""
+        return (step % self.every == 0 or step == last) and all(row["step"] != step for row in self.log.evaluations)
 
-    def write(self, step: int, metrics: dict) -> None:
-        """Add one step."""
-        self.rows.append({"step": step, **{name: round(value, 6) for name, value in metrics.items()}})
-        write_atomic(self.path, to_lines(self.rows))
-        for name, value in metrics.items():
-            self.events.add_scalar(f"train/{name}", value, step)
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Evaluate, log it, and keep the state if it is the best so far."""
+        totals, count = collections.Counter(), 0.0
+        for number in range(len(self.stream)):
+            batch = self.stream.collate(number)
+            metrics = self.step_function.evaluate(state.adapter, batch, self.stream.shared)
+            count += (here := float(batch.weights.sum()))
+            for name, value in metrics.items():
+                totals[name] += here * float(value)
+        result = {f"held_out_{name}": total / count for name, total in totals.items()}
+        if self.questions:
+            result |= self._answers(state)
+        before = max(map(score, self.log.evaluations), default=-np.inf)
+        if score(row := self.log.write(step, result)) > before:
+            self.best.save(step, state)
+        seen = [f"{name} {row[f'held_out_{name}']}" for name in ("loss", "em", "f1") if f"held_out_{name}" in row]
+        print(f"Step {step}, held out: {', '.join(seen)}.")
 
-    def __exit__(self, *_):
-        self.events.close()
+    def _answers(self, state) -> dict:
+        """EM and F1, in percent, of greedy answers."""
+        session, config = self.session, self.session.config
+        model = weights.assemble(session.source.config, session.base, session.lora, state.adapter)
+        engine = Engine(model, session.mesh, session.stop_ids, session.pad_id, config.seed)
+        shared = engine.read_shared([tokens for _, tokens in self.questions])
+        scores, size = [], config.evaluate.batch
+        for start in range(0, len(self.questions), size):
+            rows, prompts = zip(*self.questions[start : start + size], strict=True)
+            prompts = [Prompt("", tokens, 0) for tokens in prompts]
+            limit = config.evaluate.max_tokens
+            said = evaluate.respond(engine, session.tokenizer, rows, prompts, shared, size, limit)
+            for row, (response, _) in zip(rows, said, strict=True):
+                prediction = answers.parse(response)[1]
+                scores.append(
+                    [measure(prediction, row["golden_answers"]) for measure in (answers.exact_match, answers.f1)]
+                )
+        em, f1 = 100 * np.mean(scores, axis=0)
+        return {"held_out_em": em, "held_out_f1": f1}
+
+    def finish(self, state: TrainState, keep: str) -> TrainState:
+        """Show what the evaluations say, and return the state that becomes the adapter."""
+        print(verdict(self.log.rows, self.log.evaluations))
+        if keep == "latest":
+            return state
+        best = Checkpoints(self.best.folder, 1)
+        step, found = best.restore(state)
+        best.close()
+        print("No best checkpoint is sound." if found is state else f"The adapter is that of step {step}, the best.")
+        return found
 
 
 def run(config) -> None:
     """The command."""
     workdir, session = Workdir(config.workdir), Session(config)
     _ = session.lora  # refused now rather than after an hour of sampling
-    with workdir.lock():
+    if config.train.wandb and find_spec("wandb") is None:
+        raise UserError(f"config.train.wandb={config.train.wandb!r}: wandb is not installed (pip install wandb).")
+    if jax.process_count() > 1 and (config.train.evaluate or config.train.answer_questions):
+        raise UserError(
+            "config.distributed: several processes only train so far. Make the pairs with one (roserag_jax.select), "
+            "then train with config.train.evaluate=False and answer_questions=0, and evaluate with one."
+        )
+    with workdir.lock() if processes.is_main() else contextlib.nullcontext():
         results = {}
         if config.train.evaluate:
             results["base"] = evaluate.make(session, workdir, "base")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from roserag_jax import config as options
 from roserag_jax import evaluate, export, generate, inspect, retrieve, select, train
 from roserag_jax.errors import UserError
 from roserag_jax.rag import synthetic
+from roserag_jax.report.training import verdict
 from roserag_jax.runtime import session
 from roserag_jax.runtime.mesh import make_mesh
 from roserag_jax.workdir import Recipe, Workdir, digest
@@ -305,6 +307,81 @@ def test_a_damaged_checkpoint_is_passed_over(config_of, questions, capsys):
     train.run(config)
     assert f"{last} is damaged" in capsys.readouterr().out
     assert digest(work / "adapter") == expected
+
+
+def test_evaluation_while_training(config_of, questions, capsys):
+    """Held-out pairs and questions before, while and after training; the best checkpoint is kept and can be chosen."""
+    changes = {"train.held_out": 0.34, "train.evaluate_every": 2, "train.answer_questions": 1, "train.evaluate": False}
+    changes |= {"train.learning_rate": 0.05, "train.profile_steps": 1}  # too fast, so that the best is an early one
+    config = config_of(questions, **changes)
+    train.run(config)
+    out, work = capsys.readouterr().out, Workdir(config.workdir)
+    assert "pairs held out" in out and "margin in training" in out and (work / "profile").exists()
+    rows = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    evaluations, steps = [[r for r in rows if name in r] for name in ("held_out_loss", "loss")]
+    last = steps[-1]["step"]
+    assert [e["step"] for e in evaluations] == sorted({*range(0, last + 1, 2), last})
+    assert all(0 <= e["held_out_f1"] <= 100 and np.isfinite(e["held_out_loss"]) for e in evaluations)
+    assert 0 < steps[-1]["flop_utilisation"] < 1
+
+    best = max(evaluations, key=lambda e: e["held_out_f1"])["step"]  # the first of equals
+    expected = [{k: v for k, v in r.items() if "held_out" in k or k in ("step", "loss")} for r in rows]
+    latest = digest(work / "adapter")
+    config.train.keep = "best"
+    train.run(config)  # from the checkpoints, without a step
+    out = capsys.readouterr().out
+    assert f"The adapter is that of step {best}, the best." in out and "going on after" not in out
+    assert (digest(work / "adapter") == latest) == (best == last)
+    again = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in r.items() if "held_out" in k or k in ("step", "loss")} for r in again] == expected
+
+
+def test_overfitting_is_said():
+    """The margin in training grows while F1 falls."""
+    steps = [{"step": s, "loss": 1.0, "margin": s / 10} for s in range(1, 5)]
+    held = lambda step, f1: {"step": step, "held_out_loss": 1.0, "held_out_margin": 0.1, "held_out_f1": f1}
+    said = verdict(steps, [held(0, 10.0), held(2, 30.0), held(4, 20.0)])
+    assert "from step 2 to 4 training's margin goes from 0.150 to 0.350, the held-out f1 from 30.000 to 20.000" in said
+    assert "Overfitting" not in verdict(steps, [held(0, 10.0), held(2, 20.0), held(4, 30.0)])
+
+
+def test_wandb_must_be_installed(config_of, monkeypatch):
+    monkeypatch.setattr(train, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        train.run(config_of(**{"train.wandb": "project"}))
+
+
+def test_two_processes_train_as_one(config_of, questions):
+    """Two real processes with a device each, from the same pairs: the same losses and the same adapter as one."""
+    import socket
+
+    changes = {"train.evaluate": False, "mesh.data": 2, "mesh.fsdp": 1, "train.held_out": 0.34}
+    config = config_of(questions, **changes)
+    select.run(config)
+    train.run(config)
+    work = Workdir(config.workdir)
+    losses = lambda: [
+        r["loss"] for r in map(json.loads, (work / "metrics.jsonl").read_text().splitlines()) if "loss" in r
+    ]
+    expected, adapter = losses(), adapter_of(work)
+    shutil.rmtree(work / "adapter")
+    shutil.rmtree(work / "checkpoints")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    runs = [command("train", config, f"--config.distributed=localhost:{port},2,{i}", wait=False) for i in range(2)]
+    said = [run.communicate(timeout=200)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert "train: " in said[0] and "train: " not in said[1]
+    np.testing.assert_allclose(losses(), expected, atol=1e-5)
+    for name, ours in adapter_of(work).items():
+        np.testing.assert_allclose(ours, adapter[name], atol=1e-5, err_msg=name)
+
+
+def adapter_of(work):
+    from safetensors.numpy import load_file
+
+    return load_file(work / "adapter" / "adapter_model.safetensors")
 
 
 def test_no_pair_survives(config_of):

@@ -160,7 +160,8 @@ class Transformer(nnx.Module):
         *,
         remat: str = "none",
         dropout_key=None,
-    ) -> PrefixCache:
+        hidden: bool = False,
+    ) -> PrefixCache | tuple[PrefixCache, Float[Array, "B P D"]]:
         """Keys and values of right-padded prompts, each without its last token.
 
         Args:
@@ -169,6 +170,7 @@ class Transformer(nnx.Module):
             `prompt` is then what follows, and the result holds both.
           remat: what the backward pass recomputes: 'none', 'layer' (all of a layer) or 'dots' (all but projections).
           dropout_key: LoRA dropout, in training only.
+          hidden: return the normed hidden states as well.
         """
         c = self.config
         B, P = prompt.shape
@@ -190,8 +192,9 @@ class Transformer(nnx.Module):
 
         x = self._embed(prompt)
         before = None if shared is None else (shared.k, shared.v)
-        _, (k, v) = self._scan(body, x, positions, before, remat, dropout_key)
-        return PrefixCache(k, v, C + lengths)
+        x, (k, v) = self._scan(body, x, positions, before, remat, dropout_key)
+        cache = PrefixCache(k, v, C + lengths)
+        return (cache, self.final_norm(x).reshape(B, P, -1)) if hidden else cache
 
     def extend(
         self, branches: Int[Array, "B N S"], cache: PrefixCache, *, remat: str = "none", dropout_key=None

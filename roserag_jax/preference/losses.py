@@ -36,20 +36,26 @@ def _logistic(logits: Float[Array, "B"], smoothing: float) -> Float[Array, "B"]:
     return -(1 - smoothing) * jax.nn.log_sigmoid(logits) - smoothing * jax.nn.log_sigmoid(-logits)
 
 
-def orpo(chosen: Float[Array, "B"], rejected: Float[Array, "B"], beta: float):
+def orpo(
+    chosen: Float[Array, "B"], rejected: Float[Array, "B"], beta: float, likelihood: Float[Array, "B"] | None = None
+):
     """Odds-ratio preference loss (ORPO, arXiv 2403.07691, equations 4 to 7).
 
-    L = -chosen - beta * log sigmoid(log odds(chosen) - log odds(rejected)), of mean log-probabilities.
+    L = -likelihood - beta * log sigmoid(log odds(chosen) - log odds(rejected)), of mean log-probabilities.
+
+    Args:
+      likelihood: what the first term raises; the chosen response's mean log-probability unless given.
     """
+    likelihood = chosen if likelihood is None else likelihood
     ratio = log_odds(chosen) - log_odds(rejected)
     odds_loss = -jax.nn.log_sigmoid(ratio)
-    parts = {"nll": -chosen, "odds_loss": odds_loss, "log_odds_ratio": ratio}
-    return -chosen + beta * odds_loss, parts | {"reward_margin": beta * (chosen - rejected)}
+    parts = {"nll": -likelihood, "odds_loss": odds_loss, "log_odds_ratio": ratio}
+    return -likelihood + beta * odds_loss, parts | {"reward_margin": beta * (chosen - rejected)}
 
 
-def sft(chosen: Float[Array, "B"]):
+def sft(likelihood: Float[Array, "B"]):
     """Negative mean log-probability of the chosen response: supervised fine-tuning on accepted rationales."""
-    return -chosen, {"nll": -chosen}
+    return -likelihood, {"nll": -likelihood}
 
 
 def dpo(chosen, rejected, reference_chosen, reference_rejected, beta: float, smoothing: float = 0.0):

@@ -9,14 +9,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from roserag_jax.runtime import processes
 from roserag_jax.runtime.train_step import TrainState
 
 
 def state_digest(state: TrainState) -> str:
     """SHA-256 over the names, types and bytes of all arrays. Orbax itself does not notice a flipped bit."""
     result = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        array = np.asarray(leaf)
+    for path, array in jax.tree_util.tree_leaves_with_path(processes.whole(state)):
         result.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\0".encode())
         result.update(np.ascontiguousarray(array).tobytes())
     return result.hexdigest()
@@ -37,23 +37,32 @@ def _undisturbed():
 
 
 class Checkpoints:
-    """Checkpoints of one run, under a folder named after what the run is made from."""
+    """Checkpoints of one run, under a folder named after what the run is made from.
 
-    def __init__(self, folder: epath.Path, keep: int):
-        self.folder = folder
+    The number of steps is the loader's state and the random keys' as well: the order of the pairs and the dropout of a
+    step are pure functions of (seed, step).
+
+    Args:
+      keep: how many are kept, the latest ones.
+      about: what to write down beside the arrays: the options of the run.
+    """
+
+    def __init__(self, folder: epath.Path, keep: int, about: dict | None = None):
+        self.folder, self.about = folder, about or {}
         self._manager = ocp.CheckpointManager(
             folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         )
 
     def save(self, step: int, state: TrainState) -> None:
         """Save the state after `step` steps; the write goes on in the background."""
-        arrays, check = jax.tree.leaves(state), {"sha256": state_digest(state)}
+        arrays, check = jax.tree.leaves(state), {"sha256": state_digest(state), "options": self.about}
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), digest=ocp.args.JsonSave(check))
         with _undisturbed():
             self._manager.save(step, args=args)
 
     def restore(self, like: TrainState) -> tuple[int, TrainState]:
         """The latest sound checkpoint as `(steps, state)`, or `(0, like)`; damaged ones are named and passed over."""
+        self._manager.wait_until_finished()
         leaves, structure = jax.tree.flatten(like)
         abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
         for step in sorted(self._manager.all_steps(), reverse=True):

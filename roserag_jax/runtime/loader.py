@@ -3,6 +3,10 @@
 Axes: B pairs of a batch, P prompt, S response, N = 2 branches (chosen, rejected).
 """
 
+import bisect
+import os
+import re
+import zlib
 from typing import NamedTuple
 
 import grain
@@ -32,18 +36,68 @@ class Batch(NamedTuple):
     weights: np.ndarray  # [B]
 
 
-def tokenize(tokenizer, stop_id: int, rows: list[dict], max_response: int) -> tuple[list[Pair], int]:
-    """Pairs as tokens, and how many were left out because a response is over `max_response` tokens."""
-    pairs = [
-        Pair(
-            row["id"],
-            prompt_tokens(tokenizer, row["prompt"]),
-            *(response_tokens(tokenizer, row[side]) + [stop_id] for side in ("chosen", "rejected")),
-        )
-        for row in rows
-    ]
-    kept = [pair for pair in pairs if max(len(pair.chosen), len(pair.rejected)) <= max_response]
-    return kept, len(pairs) - len(kept)
+# The passages of a prompt, as `rag.prompts` lays them: one line each, then an empty one and the question.
+_PASSAGES = re.compile(r"((?:Passage \d+: [^\n]*\n)+)(?=\nQuestion: )")
+
+
+def cut_passages(tokenizer, text: str, limit: int) -> list[int] | None:
+    """The tokens of a prompt with its passages cut so that they are at most `limit`; None where that cannot be.
+
+    Long passages are cut to one length, short ones stay whole. Worked examples, the question and all else stay too.
+    """
+    blocks = list(_PASSAGES.finditer(text))  # those of worked examples come first
+    if not blocks:
+        return None
+    start, end = blocks[-1].span()
+    lines = [line.partition(": ") for line in text[start:end].splitlines()]
+    pieces = [response_tokens(tokenizer, passage) for _, _, passage in lines]
+
+    def cut(length):
+        kept = [
+            passage if len(piece) <= length else tokenizer.decode(piece[:length]).rstrip("\ufffd")
+            for (_, _, passage), piece in zip(lines, pieces, strict=True)
+        ]
+        shown = "".join(f"{number}: {passage}\n" for (number, _, _), passage in zip(lines, kept, strict=True))
+        return prompt_tokens(tokenizer, text[:start] + shown + text[end:])
+
+    fitting = bisect.bisect_right(range(max(map(len, pieces)) + 1), limit, key=lambda length: len(cut(length)))
+    return cut(fitting - 1) if fitting else None
+
+
+def tokenize(tokenizer, stop_id: int, rows: list[dict], max_response: int, max_length: int = 0):
+    """Pairs as tokens, made by Grain's workers, and what happened to those that are too long.
+
+    Args:
+      max_response: longest response, end-of-turn token included; pairs with a longer one are left out.
+      max_length: longest prompt with a response; passages are cut to fit. 0 is no limit.
+
+    Returns:
+      The pairs [Pair], and counts by what was done: 'cut', 'response too long', 'prompt too long'.
+    """
+
+    def read(row):
+        prompt = prompt_tokens(tokenizer, row["prompt"])
+        chosen, rejected = (response_tokens(tokenizer, row[side]) + [stop_id] for side in ("chosen", "rejected"))
+        longest = max(len(chosen), len(rejected))
+        if longest > max_response:
+            return None, "response too long"
+        if not max_length or len(prompt) + longest <= max_length:
+            return Pair(row["id"], prompt, chosen, rejected), "whole"
+        prompt = cut_passages(tokenizer, row["prompt"], max_length - longest)
+        return (Pair(row["id"], prompt, chosen, rejected), "cut") if prompt else (None, "prompt too long")
+
+    workers = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=64)
+    made = list(grain.MapDataset.source(rows).map(read).to_iter_dataset(workers))
+    counts = {what: sum(w == what for _, w in made) for what in ("cut", "response too long", "prompt too long")}
+    return [pair for pair, _ in made if pair], counts
+
+
+def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and pairs held out, by question: those whose id hashes lowest, at least one where share > 0."""
+    rank = lambda name: (zlib.crc32(f"{seed}/{name}".encode()), name)
+    names = sorted({pair.id for pair in pairs}, key=rank)
+    held = set(names[: max(1, round(share * len(names)))] if share else [])
+    return [p for p in pairs if p.id not in held], [p for p in pairs if p.id in held]
 
 
 def epoch_order(lengths: list[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
@@ -80,15 +134,29 @@ class Stream:
         """The rows of a step."""
         return [self.pairs[i].id for i in self.order[step]]
 
+    def _sizes(self, rows: list[Pair]) -> tuple[int, int]:
+        """Padded lengths of what follows the shared beginning and of the responses."""
+        longest = max(len(r.prompt) for r in rows) - len(self.shared) - 1
+        return bucket(longest), bucket(max(max(len(r.chosen), len(r.rejected)) for r in rows))
+
+    def padding(self) -> tuple[float, int]:
+        """Share of all positions of the run that are padding, and how many shapes its batches have."""
+        batches = [[self.pairs[i] for i in order] for order in self.order]
+        sizes = [self._sizes(rows) for rows in batches]
+        C = len(self.shared)
+        length = lambda r: len(r.prompt) - C - 1 + len(r.chosen) + len(r.rejected)
+        real = sum(C + sum(map(length, rows)) for rows in batches)
+        return 1 - real / sum(C + self.batch * (prompt + 2 * response) for prompt, response in sizes), len(set(sizes))
+
     def collate(self, step: int) -> Batch:
         """The arrays of a step, padded to its buckets."""
         rows = [self.pairs[i] for i in self.order[step]]
         weights = np.array([1.0] * len(rows) + [0.0] * (self.batch - len(rows)), np.float32)
         rows += [rows[0]] * (self.batch - len(rows))
-        prompts = [r.prompt[len(self.shared) : -1] for r in rows]
-        prompt, prompt_lengths = pad(prompts, bucket(max(map(len, prompts))), self.pad_id)
+        prompt_size, response_size = self._sizes(rows)
+        prompt, prompt_lengths = pad([r.prompt[len(self.shared) : -1] for r in rows], prompt_size, self.pad_id)
         responses = [response for r in rows for response in (r.chosen, r.rejected)]
-        targets, lengths = pad(responses, bucket(max(map(len, responses))), self.pad_id)
+        targets, lengths = pad(responses, response_size, self.pad_id)
         first = np.repeat([r.prompt[-1:] for r in rows], 2, axis=0)
         shape = (self.batch, 2, -1)
         branches = np.concatenate([first, targets[:, :-1]], axis=1).astype(np.int32)

@@ -1,9 +1,11 @@
 """The mesh: which devices there are and how they are arranged, with axes ('data', 'fsdp', 'tensor')."""
 
 import math
+import time
 
 import jax
-from jax.sharding import AxisType, Mesh
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from roserag_jax.errors import UserError
 
@@ -26,3 +28,17 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     if math.prod(sizes) != len(devices):
         raise UserError(f"config.mesh: {shown} does not make {len(devices)} devices.")
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def matmul_rate(mesh: Mesh, dtype, repeats: int = 3) -> float:
+    """Operations per second of a matrix product on all devices of a mesh at once: what a model can at most reach."""
+    size = 1024 if mesh.devices.flat[0].platform == "cpu" else 8192
+    everywhere = NamedSharding(mesh, PartitionSpec(AXES))
+    a = jnp.ones((mesh.size, size, size), dtype, device=everywhere)
+    product = jax.jit(lambda a: a @ a, out_shardings=everywhere)
+    seconds = []
+    for _ in range(repeats + 1):  # the first compiles
+        start = time.monotonic()
+        product(a).block_until_ready()
+        seconds.append(time.monotonic() - start)
+    return 2 * mesh.size * size**3 / min(seconds)

@@ -1,0 +1,102 @@
+"""What training leaves to look at: its numbers step by step, and what its evaluations say."""
+
+import json
+
+import numpy as np
+
+from roserag_jax.report.tables import table
+from roserag_jax.runtime import processes
+from roserag_jax.workdir import Workdir, to_lines, write_atomic
+
+
+class TrainingLog:
+    """`metrics.jsonl`, TensorBoard events and Weights & Biases, cut back to the step that a resumed run starts from.
+
+    A step is a row, and so is an evaluation, whose names begin with 'held_out_'. Numbers that are none are null.
+    """
+
+    def __init__(self, workdir: Workdir, done: int, config):
+        self.path = workdir / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if done and self.path.exists() else []
+        self.all = [row for row in map(json.loads, lines) if row["step"] <= done]
+        self.events = self.wandb = None
+        if not processes.is_main():
+            return
+        from tensorboardX import SummaryWriter
+
+        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=done + 1)
+        if config.train.wandb:
+            import wandb
+
+            self.wandb = wandb.init(project=config.train.wandb, dir=str(workdir.path), config=config.to_dict())
+
+    def __enter__(self):
+        return self
+
+    @property
+    def rows(self) -> list[dict]:
+        """The steps."""
+        return [row for row in self.all if "loss" in row]
+
+    @property
+    def evaluations(self) -> list[dict]:
+        """The evaluations."""
+        return [row for row in self.all if "held_out_loss" in row]
+
+    def write(self, step: int, metrics: dict) -> dict:
+        """Add a row and return it."""
+        row = {name: round(float(value), 6) if np.isfinite(value) else None for name, value in metrics.items()}
+        self.all.append({"step": step, **row})
+        if self.events:
+            write_atomic(self.path, to_lines(self.all))
+            seen = {f"train/{name}": value for name, value in row.items() if value is not None}
+            for name, value in seen.items():
+                self.events.add_scalar(name, value, step)
+            if self.wandb:
+                self.wandb.log(seen, step=step)
+        return self.all[-1]
+
+    def summarize(self) -> None:
+        """Print what a person should know of the whole run."""
+        if skipped := sum(row.get("skipped", 0) for row in self.rows):
+            print(f"{skipped:.0f} of {len(self.rows)} steps had a loss or gradient that is no number and were skipped.")
+
+    def __exit__(self, *_):
+        if self.events:
+            self.events.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def score(row: dict) -> float:
+    """How good an evaluation is: F1 where questions were answered, else minus the loss."""
+    loss = row["held_out_loss"]
+    return row.get("held_out_f1", -np.inf if loss is None else -loss)
+
+
+def verdict(steps: list[dict], evaluations: list[dict]) -> str:
+    """The evaluations as a table, beside what training reached meanwhile, and whether it went on for too long."""
+    fit = "margin" if "margin" in steps[0] else "loss"
+    names = [n for n in ("loss", "accuracy", "margin", "em", "f1") if f"held_out_{n}" in evaluations[0]]
+    shown = lambda value: "" if value is None else f"{value:.3f}"
+    reached, before = {}, 0
+    for row in evaluations:
+        values = [s[fit] for s in steps if before < s["step"] <= row["step"] and s[fit] is not None]
+        before = row["step"]
+        reached[before] = float(np.mean(values)) if values else None
+    body = [
+        [str(row["step"]), shown(reached[row["step"]]), *(shown(row[f"held_out_{n}"]) for n in names)]
+        for row in evaluations
+    ]
+    text = table(["step", f"{fit} in training", *(f"held-out {n}" for n in names)], body)
+    best, last = max(evaluations, key=score), evaluations[-1]
+    was, now = reached[best["step"]], reached[last["step"]]
+    better = None in (was, now) or (now > was) == (fit == "margin")
+    if score(last) < score(best) and better:
+        name = "f1" if "f1" in names else "loss"
+        text += (
+            f"\nOverfitting: from step {best['step']} to {last['step']} training's {fit} goes from {shown(was) or '?'} "
+            f"to {shown(now)}, the held-out {name} from {shown(best[f'held_out_{name}'])} to "
+            f"{shown(last[f'held_out_{name}'])}. Set config.train.keep='best' or fewer epochs."
+        )
+    return text
