@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
     "distributed": Option(
         "", "processes of one run: 'auto' on a TPU pod or under Slurm, else 'HOST:PORT,PROCESSES,INDEX'; empty is one"
     ),
+    "merge": Option(False, "fold the adapter into a copy of the weights before decoding: faster, for more memory"),
     "mesh": {
         "data": Option(1, "devices over which batches are split, weights copied"),
         "fsdp": Option(-1, "devices over which batches and weights are split; -1 takes all that are left"),
@@ -77,8 +78,10 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "top_k": Option(0, "draw from the so many likeliest tokens; 0 is the whole vocabulary"),
         "min_p": Option(0.0, "leave out tokens less likely than this share of the likeliest; 0.0 is none"),
         "max_tokens": Option(128, "limit of a rationale"),
+        "samples": Option("", "a .jsonl of {id, samples: [...]}: responses made elsewhere, verified beside our own"),
         "answer_tokens": Option(24, "limit of the answer decoded after a rationale"),
         "batch": Option(8, "questions decoded at a time"),
+        "memory_gb": Option(0.0, "limit of caches and logits while decoding; lowers the batch; 0.0 is none"),
     },
     "select": {
         "strategy": Option(
@@ -213,8 +216,9 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         "train.epochs train.batch train.accumulate train.max_response train.checkpoint_every train.keep_checkpoints "
         "train.evaluate_every evaluate.max_tokens evaluate.batch",
         0: "data.train_rows data.eval_rows prompt.passages generate.guided_samples generate.plain_samples "
-        "generate.temperature generate.top_k generate.min_p train.beta train.learning_rate train.weight_decay "
-        "train.warmup lora.dropout train.max_length train.held_out train.answer_questions train.profile_steps",
+        "generate.temperature generate.top_k generate.min_p generate.memory_gb train.beta train.learning_rate "
+        "train.weight_decay train.warmup lora.dropout train.max_length train.held_out train.answer_questions "
+        "train.profile_steps",
         2: "data.synthetic_passages",
     }
     for least, names in at_least.items():
@@ -250,7 +254,7 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         fail("lora.dropout", "must be under 1")
     if config.train.batch % config.train.accumulate:
         fail("train.accumulate", f"must divide config.train.batch={config.train.batch}")
-    if config.generate.guided_samples + config.generate.plain_samples < 2:
+    if config.generate.guided_samples + config.generate.plain_samples < 2 and not config.generate.samples:
         fail(
             "generate.plain_samples", "a pair needs at least two candidates; raise it or config.generate.guided_samples"
         )

@@ -6,13 +6,18 @@ Reads `retrieved.jsonl`, writes `candidates.jsonl`: `{id, prompt, golden_answers
 answer, source, correct, logprob, tokens}], dropped}`. Stopped, it goes on after the last finished batch.
 """
 
+from etils import epath
+
 from roserag_jax import config as options
 from roserag_jax import retrieve
+from roserag_jax.errors import UserError
 from roserag_jax.preference import candidates
+from roserag_jax.rag.datasets import read_json_lines
 from roserag_jax.rag.prompts import Prompt, PromptBuilder
 from roserag_jax.runtime.progress import Progress
+from roserag_jax.runtime.sampler import bucket, decoding_bytes
 from roserag_jax.runtime.session import Session
-from roserag_jax.workdir import Parts, Recipe, Workdir, to_lines
+from roserag_jax.workdir import Parts, Recipe, Workdir, digest, to_lines
 
 ARTIFACT = "candidates.jsonl"
 
@@ -21,13 +26,63 @@ def recipe(config, workdir: Workdir) -> Recipe:
     """What the candidates are made from."""
     names = [*Session.model_options, "seed", "prompt", "generate"]
     inputs = {"retrieved.jsonl": workdir.check(retrieve.ARTIFACTS["train"])}
-    return Recipe(options.subset(config, *names, without=("generate.batch",)), inputs)
+    if config.generate.samples:
+        file = epath.Path(config.generate.samples).expanduser()
+        if not file.is_file():
+            raise UserError(f"config.generate.samples={config.generate.samples!r}: there is no such file.")
+        inputs["config.generate.samples"] = digest(file)
+    return Recipe(options.subset(config, *names, without=("generate.batch", "generate.memory_gb")), inputs)
 
 
 def batches(prompts: list[Prompt], size: int) -> list[list[int]]:
     """Rows grouped by prompt length: a fixed partition, so that a batch made again gives the same numbers."""
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tokens), i))
     return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def fitting_batch(session: Session, prompts: list[Prompt], branches: int) -> int:
+    """The batch size: `config.generate.batch`, or what `memory_gb` allows if that is less.
+
+    Raises:
+      UserError: not even one question fits.
+    """
+    options = session.config.generate
+    if not options.memory_gb:
+        return options.batch
+    longest = bucket(max(len(p.tokens) for p in prompts))
+    slots = bucket(options.max_tokens + 8) + options.answer_tokens
+    itemsize = 4 if session.config.dtype == "float32" else 2
+    each = decoding_bytes(session.source.config, itemsize, longest, branches, slots)
+    fits = int(options.memory_gb * 1e9 / each)
+    if not fits:
+        raise UserError(
+            f"config.generate.memory_gb={options.memory_gb}: one question with {branches} rationales takes "
+            f"{each / 1e9:.2f} GB; raise it, or lower config.generate.plain_samples or config.prompt.max_tokens."
+        )
+    size = min(options.batch, fits)
+    print(f"generate: {size} questions at a time, {each / 1e6:.0f} MB each, of {options.memory_gb} GB.")
+    return size
+
+
+def outside_samples(path: str, rows: list[dict]) -> list[list[str]]:
+    """Responses made elsewhere, as many for each row ('' fills up); ids that are no training question are passed over.
+
+    Raises:
+      UserError: a line is not `{id, samples: [text, ...]}`, or none belongs to a question.
+    """
+    found, strange = {}, 0
+    known = {row["id"] for row in rows}
+    for number, line in read_json_lines(epath.Path(path).expanduser()):
+        samples = line.get("samples")
+        if "id" not in line or not isinstance(samples, list) or not all(isinstance(s, str) for s in samples):
+            raise UserError(f"{path}, line {number}: an id and a list of texts, samples, are expected.")
+        strange += str(line["id"]) not in known
+        found.setdefault(str(line["id"]), []).extend(samples)
+    if not known & found.keys():
+        raise UserError(f"config.generate.samples={path}: no id in it is one of the training questions.")
+    print(f"{path}: samples for {len(known & found.keys())} of {len(rows)} questions; {strange} lines for others.")
+    most = max(len(found.get(row["id"], [])) for row in rows)
+    return [[*found.get(row["id"], []), *[""] * (most - len(found.get(row["id"], [])))] for row in rows]
 
 
 def filled(prompts: list[Prompt], size: int) -> list[Prompt]:
@@ -42,11 +97,13 @@ def make(session: Session, workdir: Workdir) -> None:
     wanted = recipe(config, workdir)
     if workdir.fresh(ARTIFACT, wanted):
         return
-    rows, size = workdir.rows(retrieve.ARTIFACTS["train"]), config.generate.batch
+    rows = workdir.rows(retrieve.ARTIFACTS["train"])
     builder = PromptBuilder(session.tokenizer, **config.prompt)
     plain, guided = [builder.plain(row) for row in rows], [builder.guided(row) for row in rows]
     if cut := sum(p.cut > 0 for p in plain):
         print(f"{cut} of {len(rows)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
+    outside = outside_samples(config.generate.samples, rows) if config.generate.samples else [[] for _ in rows]
+    size = fitting_batch(session, guided, candidates.branches(config.generate, outside))
     groups = batches(plain, size)
     parts = Parts(workdir, "generate", wanted.fingerprint(batch=size, mesh=config.mesh.to_dict()))
     count = lambda: sum(len(part) for part in parts.done.values())
@@ -65,6 +122,7 @@ def make(session: Session, workdir: Workdir) -> None:
             of_group(rows),
             filled(of_group(plain), size),
             filled(of_group(guided), size),
+            of_group(outside),
             shared,
             newlines,
             progress.phase,

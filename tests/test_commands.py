@@ -21,6 +21,7 @@ from roserag_jax.rag import synthetic
 from roserag_jax.report.training import verdict
 from roserag_jax.runtime import session
 from roserag_jax.runtime.mesh import make_mesh
+from roserag_jax.runtime.sampler import Sampling
 from roserag_jax.workdir import Recipe, Workdir, digest
 
 torch = pytest.importorskip("torch")
@@ -180,6 +181,52 @@ def test_eight_devices_make_the_same(finished, config_of, questions, monkeypatch
     for system in ("base", "adapter"):
         answers = lambda work, system=system: json.loads((work / f"eval/{system}/predictions.json").read_text())
         assert answers(ours) == answers(theirs)
+
+
+def test_samples_from_elsewhere(finished, config_of, questions, tmp_path, capsys):
+    """Responses in a file are verified as our own are, in batches that fit a memory limit, with the same result."""
+    made = Workdir(finished.workdir).rows("candidates.jsonl")
+    file, ours = tmp_path / "samples.jsonl", [row for row in made if row["candidates"]]
+    lines = [{"id": row["id"], "samples": [c["response"] for c in row["candidates"]]} for row in ours]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"id": "other", "samples": ["x"]}]))
+    changes = {"generate.plain_samples": 0, "generate.samples": str(file), "generate.memory_gb": 0.0005}
+    config = config_of(questions, **changes)
+    generate.run(config)
+    out = capsys.readouterr().out
+    assert f"samples for {len(ours)} of {len(made)} questions; 1 lines for others" in out
+    assert re.search(r"generate: [12] questions at a time, \d+ MB each, of 0.0005 GB", out)
+    for row, found in zip(made, Workdir(config.workdir).rows("candidates.jsonl"), strict=True):
+        assert {c["source"] for c in found["candidates"]} <= {"outside"}
+        by_rationale = {c["rationale"]: c for c in row["candidates"]}
+        assert len(found["candidates"]) >= len(by_rationale) - 1  # a parsed answer may leave two rationales the same
+        for candidate in found["candidates"]:
+            same = by_rationale[candidate["rationale"]]
+            assert candidate["answer"] == same["answer"] and candidate["correct"] == same["correct"]
+            assert candidate["logprob"] == pytest.approx(same["logprob"], abs=1e-3)
+
+    config.generate.memory_gb = 1e-6
+    with pytest.raises(UserError, match="one question with"):
+        generate.make(session.Session(config), Workdir(config_of(questions, **changes).workdir))
+    config.generate.samples = str(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="there is no such file"):
+        generate.run(config)
+
+
+def test_a_merged_adapter_says_the_same(finished):
+    """Sampled and greedy tokens with the adapter beside the weights and folded into them."""
+    run, folder = session.Session(finished), Path(finished.workdir) / "adapter"
+    prompts = [list(b"What is red?"), list(b"Who?")]
+    said = []
+    for merge in (False, True):
+        run.config.merge = merge
+        engine = run.engine(folder)
+        openings = [[p[-1:]] * 2 for p in prompts]
+        knobs = [Sampling(), Sampling(1.0, 0.9)]
+        said.append(engine.decode(engine.prefill(prompts), openings, 1, ["a", "b"], 0, knobs, 12))
+    run.config.merge = False
+    np.testing.assert_array_equal(said[0].tokens, said[1].tokens)
+    np.testing.assert_allclose(said[0].logprobs, said[1].logprobs, atol=1e-4)
+    assert said[0].tokens.any()
 
 
 def test_options_make_stale_only_what_depends_on_them(finished, config_of, questions, capsys):

@@ -134,6 +134,22 @@ def init_adapter(config: ModelConfig, lora: LoRAConfig, mesh: Mesh, key: jax.Arr
     return jax.jit(init, out_shardings=shardings)(key)
 
 
+@jax.jit
+def _folded(kernel, a, b, scale):
+    return (kernel.astype(jnp.float32) + scale * jnp.matmul(a, b)).astype(kernel.dtype)
+
+
+def merge(model: Transformer) -> Transformer:
+    """The network with its adapter folded into its weights, the sum taken in float32: faster, but a copy of them."""
+    flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Not(LoRAParam))))
+    for path, variable in flat.items():
+        linear = getattr(model.layers, path[1]) if path[-1] == "kernel" else None
+        if linear is not None and linear.lora is not None:
+            folded = _folded(variable.get_value(), linear.lora_a[...], linear.lora_b[...], linear.lora.scale)
+            flat[path] = variable.replace(folded)
+    return assemble(model.config, nnx.from_flat_state(list(flat.items())))
+
+
 def merged_tensors(model: Transformer):
     """Yield `(name, tensor)` of the network with its adapter merged in, in Hugging Face's names and layouts.
 

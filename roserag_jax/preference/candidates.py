@@ -39,6 +39,7 @@ def generate_batch(
     rows: list[dict],
     plain: list[Prompt],
     guided: list[Prompt],
+    outside: list[list[str]],
     shared,
     newline_ids,
     say,
@@ -48,6 +49,7 @@ def generate_batch(
     Args:
       options: `config.generate`.
       plain, guided: the prompts of `rows`; empty prompts past the last row fill the batch.
+      outside: responses to each row that were made elsewhere; as many for each, '' where there is none.
       shared: what all plain and what all guided prompts begin with, from `engine.read_shared`.
       newline_ids: tokens that end the decoded answer, besides the end of the turn.
       say: called with a phrase before each long part.
@@ -62,7 +64,16 @@ def generate_batch(
     plain_cache = engine.prefill([p.tokens for p in plain], shared[0])
 
     rationales = [[] for _ in rows]  # per row: (source, rationale)
-    dropped = [{"no whole sentence": 0, "repeated": 0, "no answer": 0} for _ in rows]
+    dropped = [{"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0} for _ in rows]
+
+    def keep(i, source, rationale):
+        if rationale is None:
+            dropped[i]["no whole sentence"] += 1
+        elif any(rationale == other for _, other in rationales[i]):
+            dropped[i]["repeated"] += 1
+        else:
+            rationales[i].append((source, rationale))
+
     for source, prompts, count in (("guided", guided, options.guided_samples), ("plain", plain, options.plain_samples)):
         if not count:
             continue
@@ -73,28 +84,31 @@ def generate_batch(
         for i in range(len(rows)):
             for n in range(count):
                 text = tokenizer.decode(out.tokens[i, n, : out.lengths[i, n]])
-                rationale = rationale_of(text, bool(out.finished[i, n]))
-                if rationale is None:
-                    dropped[i]["no whole sentence"] += 1
-                elif any(rationale == other for _, other in rationales[i]):
-                    dropped[i]["repeated"] += 1
-                else:
-                    rationales[i].append((source, rationale))
+                keep(i, source, rationale_of(text, bool(out.finished[i, n])))
+    for i, texts in enumerate(outside):
+        for text in filter(None, texts):
+            keep(i, "outside", rationale_of(text, True))
 
     say(f"verifying {sum(map(len, rationales))} rationales on the plain prompt")
     # Every branch is a rationale and the words that ask for its answer, behind the plain prompt's last token.
-    width, limit = options.guided_samples + options.plain_samples, bucket(options.max_tokens + 8)
+    width, limit = branches(options, outside), bucket(options.max_tokens + 8)
     openings = [[[] for _ in range(width)] for _ in plain]
     for i, found in enumerate(rationales):
         for n, (_, rationale) in enumerate(found):
             tokens = response_tokens(tokenizer, (rationale + ANSWER_PREFIX).lstrip("\n"))
-            openings[i][n] = (plain[i].tokens[-1:] + tokens)[:limit]
+            opening = plain[i].tokens[-1:] + tokens
+            if len(opening) > limit:  # only one that was made elsewhere can be
+                dropped[i]["too long"] += 1
+            else:
+                openings[i][n] = opening
     out = engine.decode(plain_cache, openings, limit, ids, 0, _GREEDY, options.answer_tokens, newline_ids)
 
     results = []
     for i, row in enumerate(rows):
         candidates = []
         for n, (source, rationale) in enumerate(rationales[i]):
+            if not openings[i][n]:
+                continue
             length, said = out.lengths[i, n], len(openings[i][n]) - 1
             answer = tokenizer.decode(out.tokens[i, n, :length]).strip()
             if not answer or not out.finished[i, n]:
@@ -124,6 +138,11 @@ def generate_batch(
     return results
 
 
+def branches(options, outside: list[list[str]]) -> int:
+    """How many rationales of a question are verified at once."""
+    return options.guided_samples + options.plain_samples + len(outside[0])
+
+
 def newline_tokens(tokenizer) -> tuple[int, ...]:
     """Tokens that contain a line break: the end of an answer that stands on one line."""
     ids = np.array(sorted(tokenizer.get_vocab().values()))
@@ -134,7 +153,7 @@ def newline_tokens(tokenizer) -> tuple[int, ...]:
 def summary(rows: list[dict]) -> str:
     """What came out, in a few lines: candidates by source, how many were right, and what was dropped."""
     lines = []
-    for source in ("guided", "plain"):
+    for source in ("guided", "plain", "outside"):
         found = [c for row in rows for c in row["candidates"] if c["source"] == source]
         if found:
             right = sum(c["correct"] for c in found)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.logprobs import token_logprobs
 from roserag_jax.models.sharding import sharding
 from roserag_jax.models.transformer import PrefixCache, Transformer
@@ -145,6 +146,15 @@ def bucket(length: int) -> int:
         if length <= limit:
             return max(-(-length // step), 1) * step
     return -(-length // 256) * 256
+
+
+def decoding_bytes(config: ModelConfig, itemsize: int, prompt: int, branches: int, slots: int) -> int:
+    """Memory that one question takes while its branches are decoded, weights aside.
+
+    Two prompts of `prompt` tokens (plain and guided), `slots` own tokens of each branch, and three arrays of logits.
+    """
+    token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+    return token * (2 * prompt + branches * slots) + 3 * 4 * branches * config.vocab_size
 
 
 def shared_length(prompts: list[list[int]]) -> int:

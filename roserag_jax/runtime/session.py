@@ -92,5 +92,8 @@ class Session:
         return weights.assemble(self.source.config, self.base, lora, state)
 
     def engine(self, adapter: Path | None = None) -> Engine:
-        """An engine over `model(adapter)`."""
-        return Engine(self.model(adapter), self.mesh, self.stop_ids, self.pad_id, self.config.seed)
+        """An engine over `model(adapter)`, the adapter merged into the weights if the configuration says so."""
+        model = self.model(adapter)
+        if adapter is not None and self.config.merge:
+            model = weights.merge(model)
+        return Engine(model, self.mesh, self.stop_ids, self.pad_id, self.config.seed)
