@@ -27,6 +27,8 @@ class Option(NamedTuple):
 
 PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+FORMATS = ("auto", "unified", "hotpotqa", "2wikimultihopqa", "strategyqa", "dpr", "ircot")
+
 LOSSES = ("orpo", "sft", "dpo", "ipo", "simpo", "cpo")
 
 OPTIONS: dict[str, dict[str, Option] | Option] = {
@@ -45,8 +47,16 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "tensor": Option(1, "devices over which heads, MLP and vocabulary are split"),
     },
     "data": {
-        "train": Option("synthetic", "training questions: a .jsonl or .jsonl.gz of unified rows, or 'synthetic'"),
+        "train": Option(
+            "synthetic",
+            "training questions: a .json or .jsonl file, plain or .gz, "
+            "hf://owner/name[@revision][/configuration][:split], or 'synthetic'",
+        ),
         "eval": Option("synthetic", "held-out questions, likewise"),
+        "format": Option("auto", "layout of both files; auto tells it by the first row", FORMATS),
+        "pairs": Option(
+            "", "ready-made pairs, TRL's {prompt, chosen, rejected}, that take the place of generated ones"
+        ),
         "train_rows": Option(0, "use the first so many training rows; 0 is all (synthetic: 200)"),
         "eval_rows": Option(0, "use the first so many held-out rows; 0 is all (synthetic: 100)"),
         "synthetic_seed": Option(0, "of the synthetic world and its questions"),
@@ -56,10 +66,17 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
     },
     "retrieve": {
         "retriever": Option(
-            "given", "'given' keeps the rows' own contexts, 'bm25' searches the corpus", ("given", "bm25")
+            "given",
+            "'given' keeps the rows' own contexts, 'bm25' searches the corpus, 'cache' looks questions up in a file",
+            ("given", "bm25", "cache"),
         ),
-        "corpus": Option("", "a .jsonl[.gz] of {id, contents} or a folder of .txt and .md files; for bm25 and answer"),
-        "k": Option(10, "passages fetched per question by bm25"),
+        "corpus": Option(
+            "",
+            "rows of {id, contents}, StrategyQA's paragraphs, or a folder of .txt and .md files; for bm25, answer, "
+            "noise and StrategyQA's evidence",
+        ),
+        "cache": Option("", "FlashRAG's retrieval_cache.json"),
+        "k": Option(10, "passages fetched per question by bm25 or from the cache"),
     },
     "prompt": {
         "passages": Option(10, "K, passages shown; 0 is closed book"),
@@ -222,6 +239,8 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         fail("evaluate.systems", "a tuple of 'base' and 'adapter'")
     if config.retrieve.retriever == "bm25" and not config.retrieve.corpus:
         fail("retrieve.corpus", "bm25 needs a corpus: a .jsonl file or a folder")
+    if config.retrieve.retriever == "cache" and not config.retrieve.cache:
+        fail("retrieve.cache", "name FlashRAG's retrieval_cache.json")
     if not config.model:
         fail("model", "name a Hub id, a Hugging Face folder or a .gguf file, or --config configs/NAME.py that does")
     if workdir and not config.workdir:

@@ -3,14 +3,15 @@
     python -m roserag_jax.select --config configs/quickstart.py
 
 Reads `candidates.jsonl`, writes `pairs.jsonl`: TRL's `{prompt, chosen, rejected}` plus `{id, chosen_logprob,
-rejected_logprob, margin}`.
+rejected_logprob, margin}`. With `config.data.pairs` the pairs are those of a file, and nothing is generated.
 """
 
 import statistics
 
 from roserag_jax import config as options
-from roserag_jax import generate
+from roserag_jax import generate, retrieve
 from roserag_jax.preference import selection
+from roserag_jax.rag import datasets
 from roserag_jax.runtime.session import Session
 from roserag_jax.workdir import Recipe, Workdir, to_lines
 
@@ -19,6 +20,9 @@ ARTIFACT = "pairs.jsonl"
 
 def recipe(config, workdir: Workdir) -> Recipe:
     """What the pairs are made from."""
+    if config.data.pairs:
+        names = ["data.pairs", *Session.model_options]  # the chat template is the tokenizer's
+        return Recipe(options.subset(config, *names), retrieve.file_digest(config, "data.pairs"))
     inputs = {"candidates.jsonl": workdir.check(generate.ARTIFACT)}
     names = ["select", "seed"] if config.select.strategy == "random" else ["select"]
     return Recipe(options.subset(config, *names), inputs)
@@ -27,9 +31,14 @@ def recipe(config, workdir: Workdir) -> Recipe:
 def make(session: Session, workdir: Workdir) -> None:
     """Bring the pairs up to date."""
     config = session.config
-    generate.make(session, workdir)
+    if not config.data.pairs:
+        generate.make(session, workdir)
     wanted = recipe(config, workdir)
     if workdir.fresh(ARTIFACT, wanted):
+        return
+    if config.data.pairs:
+        pairs = datasets.read_pairs(config.data.pairs, session.tokenizer)
+        workdir.publish(ARTIFACT, wanted, to_lines(pairs), len(pairs))
         return
     rows = workdir.rows(generate.ARTIFACT)
     pairs, dropped = selection.select(rows, config.select.strategy, config.select.confidence, config.seed)
