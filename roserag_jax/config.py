@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from roserag_jax.errors import UserError
+from roserag_jax.rag import noise
 
 
 class Option(NamedTuple):
@@ -128,7 +129,16 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "evaluate": Option(True, "let `train` evaluate the base model before and the adapter after training"),
     },
     "evaluate": {
-        "systems": Option(("base", "adapter"), "what `evaluate` compares, of 'base' and 'adapter'"),
+        "systems": Option(("base", "adapter"), "what `evaluate` compares, of 'closed_book', 'base' and 'adapter'"),
+        "adapters": Option(
+            (), "PEFT folders compared as well; each goes by its name, or its parent's if it is 'adapter'"
+        ),
+        "passages": Option((), "numbers of passages K to compare; empty is prompt.passages alone"),
+        "noise": Option(
+            ("none",),
+            "conditions to compare: none, no_gold, shuffled, or passages added: random<n>, same_topic<n> (BM25's best "
+            "that are not gold), counterfactual<n> (that state a wrong answer)",
+        ),
         "max_tokens": Option(160, "limit of a response"),
         "batch": Option(16, "questions decoded at a time"),
     },
@@ -235,8 +245,17 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         fail("lora.targets", f"{sorted(unknown)} unknown; known: {', '.join(PROJECTION_NAMES)}")
     if not config.lora.targets:
         fail("lora.targets", "name at least one projection")
-    if set(config.evaluate.systems) - {"base", "adapter"} or not config.evaluate.systems:
-        fail("evaluate.systems", "a tuple of 'base' and 'adapter'")
+    if set(config.evaluate.systems) - {"closed_book", "base", "adapter"}:
+        fail("evaluate.systems", "a tuple of 'closed_book', 'base' and 'adapter'")
+    if not (config.evaluate.systems or config.evaluate.adapters):
+        fail("evaluate.systems", "name at least one system, or one of config.evaluate.adapters")
+    if any(not isinstance(K, int) or K < 1 for K in config.evaluate.passages):
+        fail("evaluate.passages", "a tuple of numbers from 1; 'closed_book' is a system of its own")
+    for name in config.evaluate.noise or [""]:
+        try:
+            noise.parse(name)
+        except ValueError as error:
+            fail("evaluate.noise", str(error))
     if config.retrieve.retriever == "bm25" and not config.retrieve.corpus:
         fail("retrieve.corpus", "bm25 needs a corpus: a .jsonl file or a folder")
     if config.retrieve.retriever == "cache" and not config.retrieve.cache:

@@ -223,7 +223,7 @@ def test_originals_give_the_unified_rows(folder, original, corpus):
 
 
 def test_ready_made_pairs_reach_training(tmp_path, smollm_path, capsys):
-    """`select` publishes them without a question or a candidate in sight, and makes them again when the file changes."""
+    """`select` publishes them without a question or a candidate in sight, again when the file changes."""
     from roserag_jax import select
     from roserag_jax.runtime.session import Session
 

@@ -102,7 +102,7 @@ def read_questions(
       UserError: the file has no rows that can be used, a row is not of its layout, or two rows share an id.
     """
     found, seen, skipped, first, paragraphs = [], {}, collections.Counter(), "", {}
-    source = _hub_rows(path, split) if path.startswith(HUB) else read_rows(epath.Path(path))
+    source = _hub_rows(path, split) if path.startswith(HUB) else read_rows(epath.Path(path).expanduser())
     for number, (where, raw) in enumerate(source, 1):
         if rows and len(found) == rows:
             break
@@ -243,7 +243,7 @@ def read_pairs(path: str, tokenizer) -> list[dict]:
       UserError: a row is no pair, or no row can be used; it is named.
     """
     pairs, skipped = [], collections.Counter()
-    source = _hub_rows(path, "train") if path.startswith(HUB) else read_rows(epath.Path(path))
+    source = _hub_rows(path, "train") if path.startswith(HUB) else read_rows(epath.Path(path).expanduser())
     for number, (where, row) in enumerate(source, 1):
         try:
             prompt, chosen, rejected = _pair(row, tokenizer)
