@@ -97,6 +97,14 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "strategy": Option(
             "hard", "which correct and which incorrect candidate make the pair", ("hard", "easy", "random", "all")
         ),
+        "match": Option("em", "a correct answer equals a golden one, or contains it", ("em", "contains")),
+        "rejection": Option(
+            True, "chosen are correct, rejected incorrect; without (the paper's ablation) any guided and any plain one"
+        ),
+        "evidence": Option(
+            1,
+            "words of the passages, beyond the answer's, that a chosen rationale must hold; 0 lets it restate the hint",
+        ),
         "confidence": Option("mean", "log-probability under the plain prompt per token or in sum", ("mean", "sum")),
     },
     "lora": {
@@ -214,7 +222,8 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         "train.epochs train.batch train.accumulate train.max_response train.checkpoint_every train.keep_checkpoints "
         "evaluate.max_tokens evaluate.batch",
         0: "data.train_rows data.eval_rows prompt.passages generate.guided_samples generate.plain_samples "
-        "generate.temperature train.beta train.learning_rate train.weight_decay train.warmup lora.dropout",
+        "generate.temperature select.evidence train.beta train.learning_rate train.weight_decay train.warmup "
+        "lora.dropout",
         2: "data.synthetic_passages",
     }
     for least, names in at_least.items():
@@ -233,6 +242,9 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         fail("train.label_smoothing", "must be at least 0 and under 0.5")
     if config.train.label_smoothing and config.train.loss not in ("dpo", "simpo", "cpo"):
         fail("train.label_smoothing", f"config.train.loss={config.train.loss!r} has none")
+    generate = config.generate
+    if not config.select.rejection and not (generate.guided_samples and generate.plain_samples):
+        fail("select.rejection", "without it both config.generate.guided_samples and plain_samples are needed")
     if config.lora.dropout >= 1:
         fail("lora.dropout", "must be under 1")
     if config.train.batch % config.train.accumulate:

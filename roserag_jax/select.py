@@ -6,8 +6,6 @@ Reads `candidates.jsonl`, writes `pairs.jsonl`: TRL's `{prompt, chosen, rejected
 rejected_logprob, margin}`. With `config.data.pairs` the pairs are those of a file, and nothing is generated.
 """
 
-import statistics
-
 from roserag_jax import config as options
 from roserag_jax import generate, retrieve
 from roserag_jax.preference import selection
@@ -41,16 +39,13 @@ def make(session: Session, workdir: Workdir) -> None:
         workdir.publish(ARTIFACT, wanted, to_lines(pairs), len(pairs))
         return
     rows = workdir.rows(generate.ARTIFACT)
-    pairs, dropped = selection.select(rows, config.select.strategy, config.select.confidence, config.seed)
+    shown = {
+        row["id"]: row.get("contexts", [])[: config.prompt.passages]
+        for row in workdir.rows(retrieve.ARTIFACTS["train"])
+    }
+    pairs, counts = selection.select(rows, shown, config.select, config.seed)
     workdir.publish(ARTIFACT, wanted, to_lines(pairs), len(pairs))
-    middle = lambda name: statistics.median(pair[name] for pair in pairs)
-    words = lambda name: statistics.median(len(pair[name].split()) for pair in pairs)
-    print(
-        f"{ARTIFACT}: {len(pairs)} pairs from {len(rows)} questions ({selection.describe(dropped)})\n"
-        f"  median {config.select.confidence} log-probability: chosen {middle('chosen_logprob'):.2f}, "
-        f"rejected {middle('rejected_logprob'):.2f}; words: chosen {words('chosen'):.0f}, "
-        f"rejected {words('rejected'):.0f}"
-    )
+    print(f"{ARTIFACT}: {selection.summary(pairs, rows, counts, config.select.confidence)}")
 
 
 def run(config) -> None:

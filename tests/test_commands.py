@@ -80,7 +80,7 @@ def config_of(model_folder, tmp_path_factory):
         config.generate.max_tokens, config.generate.answer_tokens = 12, 60
         config.train.batch, config.train.epochs, config.train.checkpoint_every, config.train.remat = 2, 3, 2, "none"
         config.evaluate.max_tokens, config.evaluate.batch = 12, 4
-        config.lora.rank = 4
+        config.lora.rank, config.select.evidence = 4, 0  # a random model cites nothing
         config.update_from_flattened_dict(changes)
         return config
 
