@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from roserag_jax.errors import UserError
+from roserag_jax.rag import noise
 
 
 class Option(NamedTuple):
@@ -26,6 +27,8 @@ class Option(NamedTuple):
 
 
 PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+FORMATS = ("auto", "unified", "hotpotqa", "2wikimultihopqa", "strategyqa", "dpr", "ircot")
 
 LOSSES = ("orpo", "sft", "dpo", "ipo", "simpo", "cpo")
 
@@ -49,8 +52,16 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "tensor": Option(1, "devices over which heads, MLP and vocabulary are split"),
     },
     "data": {
-        "train": Option("synthetic", "training questions: a .jsonl or .jsonl.gz of unified rows, or 'synthetic'"),
+        "train": Option(
+            "synthetic",
+            "training questions: a .json or .jsonl file, plain or .gz, "
+            "hf://owner/name[@revision][/configuration][:split], or 'synthetic'",
+        ),
         "eval": Option("synthetic", "held-out questions, likewise"),
+        "format": Option("auto", "layout of both files; auto tells it by the first row", FORMATS),
+        "pairs": Option(
+            "", "ready-made pairs, TRL's {prompt, chosen, rejected}, that take the place of generated ones"
+        ),
         "train_rows": Option(0, "use the first so many training rows; 0 is all (synthetic: 200)"),
         "eval_rows": Option(0, "use the first so many held-out rows; 0 is all (synthetic: 100)"),
         "synthetic_seed": Option(0, "of the synthetic world and its questions"),
@@ -60,10 +71,17 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
     },
     "retrieve": {
         "retriever": Option(
-            "given", "'given' keeps the rows' own contexts, 'bm25' searches the corpus", ("given", "bm25")
+            "given",
+            "'given' keeps the rows' own contexts, 'bm25' searches the corpus, 'cache' looks questions up in a file",
+            ("given", "bm25", "cache"),
         ),
-        "corpus": Option("", "a .jsonl[.gz] of {id, contents} or a folder of .txt and .md files; for bm25 and answer"),
-        "k": Option(10, "passages fetched per question by bm25"),
+        "corpus": Option(
+            "",
+            "rows of {id, contents}, StrategyQA's paragraphs, or a folder of .txt and .md files; for bm25, answer, "
+            "noise and StrategyQA's evidence",
+        ),
+        "cache": Option("", "FlashRAG's retrieval_cache.json"),
+        "k": Option(10, "passages fetched per question by bm25 or from the cache"),
     },
     "prompt": {
         "passages": Option(10, "K, passages shown; 0 is closed book"),
@@ -86,6 +104,14 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
     "select": {
         "strategy": Option(
             "hard", "which correct and which incorrect candidate make the pair", ("hard", "easy", "random", "all")
+        ),
+        "match": Option("em", "a correct answer equals a golden one, or contains it", ("em", "contains")),
+        "rejection": Option(
+            True, "chosen are correct, rejected incorrect; without (the paper's ablation) any guided and any plain one"
+        ),
+        "evidence": Option(
+            1,
+            "words of the passages, beyond the answer's, that a chosen rationale must hold; 0 lets it restate the hint",
         ),
         "confidence": Option("mean", "log-probability under the plain prompt per token or in sum", ("mean", "sum")),
     },
@@ -140,7 +166,16 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "evaluate": Option(True, "let `train` evaluate the base model before and the adapter after training"),
     },
     "evaluate": {
-        "systems": Option(("base", "adapter"), "what `evaluate` compares, of 'base' and 'adapter'"),
+        "systems": Option(("base", "adapter"), "what `evaluate` compares, of 'closed_book', 'base' and 'adapter'"),
+        "adapters": Option(
+            (), "PEFT folders compared as well; each goes by its name, or its parent's if it is 'adapter'"
+        ),
+        "passages": Option((), "numbers of passages K to compare; empty is prompt.passages alone"),
+        "noise": Option(
+            ("none",),
+            "conditions to compare: none, no_gold, shuffled, or passages added: random<n>, same_topic<n> (BM25's best "
+            "that are not gold), counterfactual<n> (that state a wrong answer)",
+        ),
         "max_tokens": Option(160, "limit of a response"),
         "batch": Option(16, "questions decoded at a time"),
     },
@@ -216,9 +251,9 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         "train.epochs train.batch train.accumulate train.max_response train.checkpoint_every train.keep_checkpoints "
         "train.evaluate_every evaluate.max_tokens evaluate.batch",
         0: "data.train_rows data.eval_rows prompt.passages generate.guided_samples generate.plain_samples "
-        "generate.temperature generate.top_k generate.min_p generate.memory_gb train.beta train.learning_rate "
-        "train.weight_decay train.warmup lora.dropout train.max_length train.held_out train.answer_questions "
-        "train.profile_steps",
+        "generate.temperature generate.top_k generate.min_p generate.memory_gb select.evidence train.beta "
+        "train.learning_rate train.weight_decay train.warmup lora.dropout train.max_length train.held_out "
+        "train.answer_questions train.profile_steps",
         2: "data.synthetic_passages",
     }
     for least, names in at_least.items():
@@ -250,6 +285,9 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
     for name, off in (("answer_questions", 0), ("keep", "latest")):
         if config.train[name] != off and not config.train.held_out:
             fail(f"train.{name}", "needs held-out pairs; set config.train.held_out, for example to 0.1")
+    generate = config.generate
+    if not config.select.rejection and not (generate.guided_samples and generate.plain_samples):
+        fail("select.rejection", "without it both config.generate.guided_samples and plain_samples are needed")
     if config.lora.dropout >= 1:
         fail("lora.dropout", "must be under 1")
     if config.train.batch % config.train.accumulate:
@@ -262,10 +300,21 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         fail("lora.targets", f"{sorted(unknown)} unknown; known: {', '.join(PROJECTION_NAMES)}")
     if not config.lora.targets:
         fail("lora.targets", "name at least one projection")
-    if set(config.evaluate.systems) - {"base", "adapter"} or not config.evaluate.systems:
-        fail("evaluate.systems", "a tuple of 'base' and 'adapter'")
+    if set(config.evaluate.systems) - {"closed_book", "base", "adapter"}:
+        fail("evaluate.systems", "a tuple of 'closed_book', 'base' and 'adapter'")
+    if not (config.evaluate.systems or config.evaluate.adapters):
+        fail("evaluate.systems", "name at least one system, or one of config.evaluate.adapters")
+    if any(not isinstance(K, int) or K < 1 for K in config.evaluate.passages):
+        fail("evaluate.passages", "a tuple of numbers from 1; 'closed_book' is a system of its own")
+    for name in config.evaluate.noise or [""]:
+        try:
+            noise.parse(name)
+        except ValueError as error:
+            fail("evaluate.noise", str(error))
     if config.retrieve.retriever == "bm25" and not config.retrieve.corpus:
         fail("retrieve.corpus", "bm25 needs a corpus: a .jsonl file or a folder")
+    if config.retrieve.retriever == "cache" and not config.retrieve.cache:
+        fail("retrieve.cache", "name FlashRAG's retrieval_cache.json")
     if not config.model:
         fail("model", "name a Hub id, a Hugging Face folder or a .gguf file, or --config configs/NAME.py that does")
     if workdir and not config.workdir:

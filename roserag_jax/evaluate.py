@@ -1,27 +1,36 @@
-"""Answer the held-out questions with the base model and with the adapter, and score the answers.
+"""Answer the held-out questions with several systems, score the answers and compare them.
 
-    python -m roserag_jax.evaluate --config configs/quickstart.py [--config.evaluate.systems="('base',)"]
+    python -m roserag_jax.evaluate --config configs/quickstart.py [--config.evaluate.systems="('closed_book', 'base')"]
+        [--config.evaluate.passages="(1, 5)"] [--config.evaluate.noise="('none', 'random3')"]
 
-Reads `retrieved_eval.jsonl` and the adapter, writes `eval/base/` and `eval/adapter/`, each with `metrics.json`,
-`predictions.json` (HotPotQA's format) and `examples.jsonl` (what was said, row by row).
+Reads `retrieved_eval.jsonl` and the adapters, writes `eval/base/`, `eval/adapter/`, or `eval/adapter-k5-random3/` for
+five passages and three random ones, each with `metrics.json`, `predictions.json` (the official scripts' format) and
+`examples.jsonl` (what was said, row by row).
 """
 
 import json
+import re
+import statistics
 import sys
+import time
 from pathlib import Path
 
 from etils import epath
 
 from roserag_jax import config as options
 from roserag_jax import retrieve
+from roserag_jax.errors import UserError
 from roserag_jax.generate import batches, filled
-from roserag_jax.rag import answers, metrics
+from roserag_jax.rag import answers, datasets, metrics
+from roserag_jax.rag.noise import Noise
 from roserag_jax.rag.prompts import PromptBuilder
-from roserag_jax.report.tables import table
+from roserag_jax.report.comparison import comparison, summary
 from roserag_jax.runtime.progress import Progress
 from roserag_jax.runtime.sampler import Sampling
 from roserag_jax.runtime.session import Session
 from roserag_jax.workdir import Parts, Recipe, Workdir, digest, to_lines
+
+__all__ = ["comparison"]  # `train` shows it too
 
 
 def adapter_folder(config, workdir: Workdir) -> epath.Path:
@@ -37,44 +46,104 @@ def adapter_in_use(config, workdir: Workdir) -> Path | None:
     return Path(folder) if found else None
 
 
-def recipe(config, workdir: Workdir, system: str) -> Recipe:
+def systems(config, workdir: Workdir) -> dict[str, epath.Path | None]:
+    """The systems to compare by name, each with its adapter; those of `evaluate.adapters` go by their folder's name.
+
+    Raises:
+      UserError: two adapters have one name.
+    """
+    found = {name: adapter_folder(config, workdir) if name == "adapter" else None for name in config.evaluate.systems}
+    for folder in map(epath.Path, config.evaluate.adapters):
+        name = folder.parent.name if folder.name == "adapter" else folder.name
+        name = re.sub(r"[^\w-]+", "_", name)
+        if name in (*found, "closed_book", "base", "adapter"):
+            raise UserError(f"config.evaluate.adapters: {folder} would be called {name!r}, which is taken; rename it.")
+        found[name] = folder.expanduser()
+    return found
+
+
+def artifact(system: str, passages: int | None, noise: str) -> str:
+    """The artifact of one evaluation: eval/base, eval/base-k5, eval/adapter-k5-random3."""
+    if system == "closed_book":
+        return "eval/closed_book"
+    return f"eval/{system}" + (f"-k{passages}" if passages else "") + (f"-{noise}" if noise != "none" else "")
+
+
+def recipe(config, workdir: Workdir, folder: epath.Path | None, passages: int, noise: str) -> Recipe:
     """What an evaluation is made from."""
     names = [*Session.model_options, "prompt", "evaluate.max_tokens"]
     inputs = {"retrieved_eval.jsonl": workdir.check(retrieve.ARTIFACTS["eval"])}
-    if system == "adapter":
-        inputs["adapter"] = digest(adapter_folder(config, workdir))
-    return Recipe(options.subset(config, *names), inputs)
+    if folder is not None:
+        inputs["adapter"] = digest(folder)
+    changed = {"prompt.passages": passages, "evaluate.noise": noise}
+    if noise != "none":
+        names += ["seed", "retrieve.corpus"]
+        inputs |= retrieve.file_digest(config, "retrieve.corpus")
+    return Recipe(options.subset(config, *names) | changed, inputs)
+
+
+def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict]:
+    """Rows with the contexts that are shown: the first K, and what the noise makes of them.
+
+    Noise comes from the corpus that is named, else from the contexts of all rows.
+    """
+    if noise == "none":
+        return [{**row, "contexts": row.get("contexts", [])[:passages]} for row in rows]
+    if config.retrieve.corpus:
+        pool = datasets.read_corpus(config.retrieve.corpus)
+    else:
+        contexts = [c for row in rows for c in row.get("contexts", [])]
+        pool = list({(c["title"], c["text"]): c for c in contexts}.values())
+    made = Noise(noise, config.seed, rows, pool)
+    return [{**row, "contexts": made.passages(row, passages)} for row in rows]
 
 
 def respond(engine, tokenizer, rows, prompts, shared, size: int, max_tokens: int):
-    """Greedy responses to one batch of prompts with a shared beginning, as `(text, finished)` for each row."""
+    """Greedy responses to one batch of prompts with a shared beginning, as `(text, finished, tokens)` for each row."""
     padded = filled(prompts, size)
     cache = engine.prefill([p.tokens for p in padded], shared)
     ids = [row["id"] for row in rows] + [""] * (size - len(rows))
     out = engine.decode(cache, [[p.tokens[-1:]] for p in padded], 1, ids, 0, Sampling(), max_tokens)
     texts = [tokenizer.decode(out.tokens[i, 0, : out.lengths[i, 0]]) for i in range(len(rows))]
-    return list(zip(texts, out.finished[: len(rows), 0].tolist(), strict=True))
+    finished, lengths = (a[: len(rows), 0].tolist() for a in (out.finished, out.lengths))
+    return list(zip(texts, finished, lengths, strict=True))
 
 
-def make(session: Session, workdir: Workdir, system: str) -> dict:
-    """Bring the evaluation of 'base' or 'adapter' up to date and return its metrics."""
-    config, name = session.config, f"eval/{system}"
+def make(session: Session, workdir: Workdir, system: str, passages: int | None = None, noise: str = "none") -> dict:
+    """Bring one evaluation up to date and return its metrics.
+
+    Args:
+      system: 'closed_book', 'base', 'adapter' or the name of one of `evaluate.adapters`.
+      passages: K; None is `prompt.passages`.
+      noise: a condition of `rag.noise`.
+    """
+    config, name = session.config, artifact(system, passages, noise)
     retrieve.make(config, workdir, ("eval",))
-    folder = adapter_folder(config, workdir)
-    if system == "adapter" and not config.adapter:
-        workdir.check("adapter")
-    wanted = recipe(config, workdir, system)
+    folder = systems(config, workdir).get(system)
+    if system == "adapter":
+        folder = adapter_folder(config, workdir)
+        if not config.adapter:
+            workdir.check("adapter")
+    if folder is not None and not folder.exists():
+        raise UserError(f"There is no adapter {folder}.")
+    K = 0 if system == "closed_book" else passages or config.prompt.passages
+    wanted = recipe(config, workdir, folder, K, noise)
     if workdir.fresh(name, wanted):
         return json.loads((workdir / name / "metrics.json").read_text())
     rows, size = workdir.rows(retrieve.ARTIFACTS["eval"]), config.evaluate.batch
-    builder = PromptBuilder(session.tokenizer, **config.prompt)
+    if passages and passages > (most := max(len(row.get("contexts", [])) for row in rows)):
+        raise UserError(f"config.evaluate.passages: no question has {passages} passages, at most {most}.")
+    rows = shown_rows(config, rows, K, noise)
+    shape = {**config.prompt, "passages": K and max(len(row["contexts"]) for row in rows) or K}
+    builder = PromptBuilder(session.tokenizer, **shape)
     prompts = [builder.plain(row) for row in rows]
     groups = batches(prompts, size)
-    parts = Parts(workdir, f"evaluate-{system}", wanted.fingerprint(batch=size, mesh=config.mesh.to_dict()))
+    label = name.removeprefix("eval/")
+    parts = Parts(workdir, f"evaluate-{label}", wanted.fingerprint(batch=size, mesh=config.mesh.to_dict()))
     count = lambda: sum(len(part) for part in parts.done.values())
-    progress = Progress(f"evaluate {system}", len(rows), "questions", count())
+    progress = Progress(f"evaluate {label}", len(rows), "questions", count())
     if len(parts.done) < len(groups):
-        engine = session.engine(Path(folder) if system == "adapter" else None)
+        engine = session.engine(Path(folder) if folder else None)
         shared = engine.read_shared([p.tokens for p in prompts])
     for number, group in enumerate(groups):
         if number in parts.done:
@@ -82,11 +151,12 @@ def make(session: Session, workdir: Workdir, system: str) -> dict:
         progress.phase(f"answering {len(group)} questions")
         asked = [rows[i] for i in group]
         of_group = [prompts[i] for i in group]
+        clock = time.monotonic()
         said = respond(engine, session.tokenizer, asked, of_group, shared, size, config.evaluate.max_tokens)
+        seconds = (time.monotonic() - clock) / len(group)
         examples = []
-        for i, row, (response, finished) in zip(group, asked, said, strict=True):
+        for prompt, row, (response, finished, tokens) in zip(of_group, asked, said, strict=True):
             rationale, prediction, parsed = answers.parse(response)
-            shown = {**row, "contexts": row.get("contexts", [])[: config.prompt.passages]}
             examples.append(
                 {
                     "id": row["id"],
@@ -96,8 +166,12 @@ def make(session: Session, workdir: Workdir, system: str) -> dict:
                     "rationale": rationale,
                     "response": response,
                     "finished": finished,
-                    "scores": metrics.score_row(shown, prediction, parsed),
-                    "prompt": prompts[i].text,
+                    "scores": metrics.score_row(row, prediction, parsed),
+                    "prompt_tokens": len(prompt.tokens),
+                    "response_tokens": tokens,
+                    "prompt_cut": prompt.cut,
+                    "prompt": prompt.text,
+                    "seconds": seconds,
                 }
             )
         parts.write(number, examples)
@@ -105,37 +179,49 @@ def make(session: Session, workdir: Workdir, system: str) -> dict:
         progress.update(count(), f"EM {100 * sum(s['em'] for s in scores) / len(scores):.1f}")
     by_id = {example["id"]: example for part in parts.done.values() for example in part}
     examples = [by_id[row["id"]] for row in rows]
-    result = metrics.summarize([example["scores"] for example in examples])
-    predictions = {"answer": {example["id"]: example["prediction"] for example in examples}, "sp": {}}
+    # The median, because batches that compile take long. Time is no function of the input: it stays out of the rows.
+    seconds = statistics.median(example.pop("seconds") for example in examples)
+    mean = lambda field: round(statistics.fmean(example[field] for example in examples), 1)
+    result = {"system": system, "passages": K, "noise": noise}
+    result |= metrics.summarize([example["scores"] for example in examples])
+    result |= {field: mean(field) for field in ("prompt_tokens", "response_tokens")}
+    result |= {"prompts_cut": sum(e["prompt_cut"] > 0 for e in examples), "seconds_per_question": round(seconds, 4)}
     files = {
         "metrics.json": json.dumps(result, indent=2) + "\n",
-        "predictions.json": json.dumps(predictions, ensure_ascii=False, indent=1) + "\n",
         "examples.jsonl": to_lines(examples),
+        **_official(examples),
     }
     workdir.publish(name, wanted, files, len(examples))
     parts.clear()
     return result
 
 
-def comparison(results: dict[str, dict]) -> str:
-    """A table of systems: EM and F1 with their intervals."""
-    body = []
-    for system, result in results.items():
-        cells = [
-            f"{result[m]:.1f}  [{result[f'{m}_interval'][0]:.1f}, {result[f'{m}_interval'][1]:.1f}]"
-            for m in ("em", "f1")
-        ]
-        body.append([system, *cells, f"{result['parsed']:.0f}%", str(result["questions"])])
-    return table(["system", "EM  [95%]", "F1  [95%]", "answer line", "questions"], body)
+def _official(examples: list[dict]) -> dict[str, str]:
+    """Prediction files as the official scripts read them.
+
+    `predictions.json` is HotPotQA's and 2WikiMultiHopQA's (whose script also asks for `evidence`); StrategyQA's is
+    written where every question is one of yes or no.
+    """
+    said = {example["id"]: example["prediction"] for example in examples}
+    files = {"predictions.json": {"answer": said, "sp": {}, "evidence": {}}}
+    if all(example["scores"]["accuracy"] is not None for example in examples):
+        truth = lambda text: {"answer": answers.yes_no(text), "decomposition": [], "paragraphs": []}
+        files["predictions_strategyqa.json"] = {i: truth(text) for i, text in said.items()}
+    return {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in files.items()}
 
 
 def run(config) -> None:
     """The command."""
     workdir, session = Workdir(config.workdir), Session(config)
     with workdir.lock():
-        results = {system: make(session, workdir, system) for system in config.evaluate.systems}
-        print(f"\n{comparison(results)}\n")
-        print("Made " + ", ".join(str(workdir / "eval" / system) for system in results) + ".")
+        results = {}
+        for system in systems(config, workdir):
+            every = [(K, noise) for K in config.evaluate.passages or [None] for noise in config.evaluate.noise]
+            for passages, noise in [(None, "none")] if system == "closed_book" else every:
+                name = artifact(system, passages, noise).removeprefix("eval/")
+                results[name] = make(session, workdir, system, passages, noise)
+        print(f"\n{summary(workdir / 'eval', results)}\n")
+        print("Made " + ", ".join(str(workdir / "eval" / name) for name in results) + ".")
 
 
 if __name__ == "__main__":

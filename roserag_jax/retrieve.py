@@ -10,7 +10,7 @@ from etils import epath
 
 from roserag_jax import config as options
 from roserag_jax.rag import datasets
-from roserag_jax.rag.retrievers import BM25
+from roserag_jax.rag.retrievers import BM25, Cache
 from roserag_jax.workdir import Recipe, Workdir, digest, to_lines
 
 ARTIFACTS = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
@@ -23,14 +23,34 @@ def recipe(config, split: str) -> Recipe:
     if config.data[split] == "synthetic":
         names += [name for name, _ in options.walk() if name.startswith("data.synthetic")]
     else:
-        path = epath.Path(config.data[split])
-        inputs[f"config.data.{split}={path}"] = digest(path) if path.exists() else ""
+        names.append("data.format")
+        inputs |= file_digest(config, f"data.{split}")
     names.append("retrieve.retriever")
-    if config.retrieve.retriever == "bm25":
-        names += ["retrieve.corpus", "retrieve.k"]
-        path = epath.Path(config.retrieve.corpus)
-        inputs[f"config.retrieve.corpus={path}"] = digest(path) if path.exists() else ""
+    if config.retrieve.retriever != "given":
+        names.append("retrieve.k")
+    if config.retrieve.retriever == "cache":
+        names.append("retrieve.cache")
+        inputs |= file_digest(config, "retrieve.cache")
+    elif config.retrieve.corpus:  # to search, or to look StrategyQA's paragraphs up
+        names.append("retrieve.corpus")
+        inputs |= file_digest(config, "retrieve.corpus")
     return Recipe(options.subset(config, *names), inputs)
+
+
+def file_digest(config, option: str) -> dict[str, str]:
+    """The digest of the file or folder that an option names; a Hub data set goes by its name."""
+    value = options.get(config, option)
+    path = None if value.startswith(datasets.HUB) else epath.Path(value).expanduser()
+    return {f"config.{option}={value}": digest(path) if path and path.exists() else ""}
+
+
+def _retriever(config):
+    """What searches for passages; None keeps the rows' own."""
+    if config.retrieve.retriever == "cache":
+        return Cache(config.retrieve.cache)
+    if config.retrieve.retriever == "bm25":
+        return BM25(datasets.read_corpus(config.retrieve.corpus))
+    return None
 
 
 def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
@@ -41,8 +61,8 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
         if workdir.fresh(name, wanted):
             continue
         rows = datasets.questions(config, split)
-        if config.retrieve.retriever == "bm25":
-            index = index or BM25(datasets.read_corpus(config.retrieve.corpus))
+        index = index or _retriever(config)
+        if index:
             found = index.search([row["question"] for row in rows], config.retrieve.k)
             for row, contexts in zip(rows, found, strict=True):
                 gold = {(c["title"], c["text"]) for c in row.get("contexts", []) if c.get("is_supporting")}

@@ -14,7 +14,7 @@ from etils import epath
 from roserag_jax import config as options
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_in_use
-from roserag_jax.rag.datasets import read_json_lines
+from roserag_jax.rag.datasets import read_rows
 from roserag_jax.rag.prompts import prompt_tokens, response_tokens
 from roserag_jax.runtime.progress import Progress
 from roserag_jax.runtime.sampler import bucket
@@ -31,12 +31,12 @@ def run(config) -> None:
     if _INPUT.value is None:
         raise UserError("--input FILE is missing: a .jsonl of {prompt, responses}.")
     rows = []
-    for number, row in read_json_lines(epath.Path(_INPUT.value)):
+    for where, row in read_rows(epath.Path(_INPUT.value)):
         responses = row.get("responses")
         if not isinstance(row.get("prompt"), str) or not isinstance(responses, list) or not responses:
-            raise UserError(f"{_INPUT.value}, line {number}: a row must be {{prompt, responses: [...]}}.")
+            raise UserError(f"{where}: a row must be {{prompt, responses: [...]}}.")
         if not row["prompt"] or not all(isinstance(r, str) and (r or _END.value) for r in responses):
-            raise UserError(f"{_INPUT.value}, line {number}: the prompt and every response must be non-empty text.")
+            raise UserError(f"{where}: the prompt and every response must be non-empty text.")
         rows.append(row)
     if not rows:
         raise UserError(f"{_INPUT.value} holds no rows.")

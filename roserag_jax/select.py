@@ -3,14 +3,13 @@
     python -m roserag_jax.select --config configs/quickstart.py
 
 Reads `candidates.jsonl`, writes `pairs.jsonl`: TRL's `{prompt, chosen, rejected}` plus `{id, chosen_logprob,
-rejected_logprob, margin}`.
+rejected_logprob, margin}`. With `config.data.pairs` the pairs are those of a file, and nothing is generated.
 """
 
-import statistics
-
 from roserag_jax import config as options
-from roserag_jax import generate
+from roserag_jax import generate, retrieve
 from roserag_jax.preference import selection
+from roserag_jax.rag import datasets
 from roserag_jax.runtime.session import Session
 from roserag_jax.workdir import Recipe, Workdir, to_lines
 
@@ -19,6 +18,9 @@ ARTIFACT = "pairs.jsonl"
 
 def recipe(config, workdir: Workdir) -> Recipe:
     """What the pairs are made from."""
+    if config.data.pairs:
+        names = ["data.pairs", *Session.model_options]  # the chat template is the tokenizer's
+        return Recipe(options.subset(config, *names), retrieve.file_digest(config, "data.pairs"))
     inputs = {"candidates.jsonl": workdir.check(generate.ARTIFACT)}
     names = ["select", "seed"] if config.select.strategy == "random" else ["select"]
     return Recipe(options.subset(config, *names), inputs)
@@ -27,21 +29,23 @@ def recipe(config, workdir: Workdir) -> Recipe:
 def make(session: Session, workdir: Workdir) -> None:
     """Bring the pairs up to date."""
     config = session.config
-    generate.make(session, workdir)
+    if not config.data.pairs:
+        generate.make(session, workdir)
     wanted = recipe(config, workdir)
     if workdir.fresh(ARTIFACT, wanted):
         return
+    if config.data.pairs:
+        pairs = datasets.read_pairs(config.data.pairs, session.tokenizer)
+        workdir.publish(ARTIFACT, wanted, to_lines(pairs), len(pairs))
+        return
     rows = workdir.rows(generate.ARTIFACT)
-    pairs, dropped = selection.select(rows, config.select.strategy, config.select.confidence, config.seed)
+    shown = {
+        row["id"]: row.get("contexts", [])[: config.prompt.passages]
+        for row in workdir.rows(retrieve.ARTIFACTS["train"])
+    }
+    pairs, counts = selection.select(rows, shown, config.select, config.seed)
     workdir.publish(ARTIFACT, wanted, to_lines(pairs), len(pairs))
-    middle = lambda name: statistics.median(pair[name] for pair in pairs)
-    words = lambda name: statistics.median(len(pair[name].split()) for pair in pairs)
-    print(
-        f"{ARTIFACT}: {len(pairs)} pairs from {len(rows)} questions ({selection.describe(dropped)})\n"
-        f"  median {config.select.confidence} log-probability: chosen {middle('chosen_logprob'):.2f}, "
-        f"rejected {middle('rejected_logprob'):.2f}; words: chosen {words('chosen'):.0f}, "
-        f"rejected {words('rejected'):.0f}"
-    )
+    print(f"{ARTIFACT}: {selection.summary(pairs, rows, counts, config.select.confidence)}")
 
 
 def run(config) -> None:

@@ -18,6 +18,7 @@ from roserag_jax import config as options
 from roserag_jax import evaluate, export, generate, inspect, retrieve, select, train
 from roserag_jax.errors import UserError
 from roserag_jax.rag import synthetic
+from roserag_jax.report import comparison
 from roserag_jax.report.training import verdict
 from roserag_jax.runtime import session
 from roserag_jax.runtime.mesh import make_mesh
@@ -82,7 +83,7 @@ def config_of(model_folder, tmp_path_factory):
         config.generate.max_tokens, config.generate.answer_tokens = 12, 60
         config.train.batch, config.train.epochs, config.train.checkpoint_every, config.train.remat = 2, 3, 2, "none"
         config.evaluate.max_tokens, config.evaluate.batch = 12, 4
-        config.lora.rank = 4
+        config.lora.rank, config.select.evidence = 4, 0  # a random model cites nothing
         config.update_from_flattened_dict(changes)
         return config
 
@@ -538,6 +539,53 @@ def test_workdir_never_reads_what_is_not_whole(tmp_path, capsys):
     with pytest.raises(UserError, match="is missing"):
         work.check("rows.jsonl")
     assert not work.fresh("rows.jsonl", recipe)
+
+
+def test_systems_side_by_side(finished, config_of, tmp_path, capsys):
+    """One call: closed book, base and two adapters at two K and two noises; kept the second time; official files."""
+    work = Workdir(finished.workdir)
+    renamed = tmp_path / "other.1"
+    renamed.mkdir()
+    for file in (work / "adapter").iterdir():
+        (renamed / file.name).write_bytes(file.read_bytes())
+    changes = {
+        "evaluate.systems": ("closed_book", "base", "adapter"),
+        "evaluate.adapters": (str(renamed),),
+        "evaluate.passages": (1, 2),
+        "evaluate.noise": ("none", "counterfactual1"),
+        "data.train": finished.data.train,
+    }
+    config = config_of(workdir=finished.workdir, **changes)
+    before = digest(work / "eval/base")
+    evaluate.run(config)
+    out = capsys.readouterr().out
+    results = comparison.load(work / "eval")
+    names = [f"{s}-k{k}{n}" for s in ("base", "adapter", "other_1") for k in (1, 2) for n in ("", "-counterfactual1")]
+    assert set(results) == {"base", "adapter", "closed_book", *names} and digest(work / "eval/base") == before
+    for name in (*names, "closed_book"):
+        assert f"\n{name} " in out
+    for text in ("distraction", "adapter-k1 - base-k1 ", "other_1-k2-counterfactual1 - base-k2-counterfactual1 "):
+        assert text in out
+    answers_of = lambda name: json.loads((work / f"eval/{name}/predictions.json").read_text())
+    assert answers_of("adapter-k2") == answers_of("other_1-k2") and set(answers_of("base")) == {
+        "answer",
+        "sp",
+        "evidence",
+    }
+    example = json.loads((work / "eval/base-k1-counterfactual1/examples.jsonl").read_text().splitlines()[0])
+    assert "Passage 2:" in example["prompt"] and "Passage 3:" not in example["prompt"]
+    assert example["response_tokens"] <= 12 and example["prompt_tokens"] > 50
+    assert "Passage" not in (work / "eval/closed_book/examples.jsonl").read_text().split('"prompt":')[1]
+    assert results["base-k1"]["seconds_per_question"] > 0 and results["base-k1"]["unparsed"] >= 0
+    evaluate.run(config)
+    assert capsys.readouterr().out.count("up to date: kept") == 2 * 13  # questions and evaluation, each time
+    assert "| base-k1 | " in comparison.summary(work / "eval", results, as_markdown=True)
+    config.evaluate.passages = (3,)
+    with pytest.raises(UserError, match="no question has 3 passages, at most 2"):
+        evaluate.run(config)
+    config.evaluate.adapters = (str(tmp_path / "base"),)
+    with pytest.raises(UserError, match="would be called 'base', which is taken"):
+        evaluate.run(config)
 
 
 def test_evaluate_needs_its_adapter(config_of):

@@ -6,8 +6,19 @@ incorrect one that it is surest of. Confidence is the log-probability under the 
 
 import itertools
 import random
+import statistics
 
 from roserag_jax.errors import UserError
+from roserag_jax.rag import answers
+
+# Words of four letters and more that a rationale can have in common with any passage without having read it.
+_STOCK = set(
+    "about according also answer answered answers because been being both correct final first from given have here "
+    "into last more most only other over passage passages question questions relevant said same says short should "
+    "since some statement states such than that their them then there therefore these they this thus under very was "
+    "were what when where which while with would".split()
+)
+_MATCHES = {"em": answers.exact_match, "contains": answers.contains}
 
 
 def confidence(candidate: dict, kind: str) -> float:
@@ -15,40 +26,88 @@ def confidence(candidate: dict, kind: str) -> float:
     return candidate["logprob"] / candidate["tokens"] if kind == "mean" else candidate["logprob"]
 
 
-def select(rows: list[dict], strategy: str, kind: str, seed: int) -> tuple[list[dict], dict[str, int]]:
-    """Pairs from candidates, and how many questions gave none, by reason.
+def evidence(rationale: str, golden_answers: list[str], passages: list[dict]) -> int:
+    """How many different words of the passages a rationale holds, beyond the golden answers' words and stock words.
+
+    The guided prompt's hint is "The answer is ...". A rationale that only restates it leads to the right answer,
+    because it contains it, and has the lowest log-probability of all, because nothing supports it: hard selection would
+    choose it before any real reading. Such a rationale has no word in common with the passages that it did not get from
+    the hint, in whatever phrase it is put; one that reads them names at least what it reads about. Words are compared
+    after normalisation; those of three letters and less count only as numbers.
+    """
+    words = lambda text: {w for w in answers.normalize(text).split() if len(w) > 3 or w.isdigit()}
+    known = set().union(*(words(answer) for answer in golden_answers)) | _STOCK
+    seen = set().union(*(words(f"{p['title']} {p['text']}") for p in passages))
+    return len((words(rationale) & seen) - known)
+
+
+def judged(row: dict, match: str) -> list[dict]:
+    """A row's candidates, `correct` by the given match ('em' or 'contains') of their answers."""
+    verdict = _MATCHES[match]
+    return [{**c, "correct": bool(verdict(c["answer"], row["golden_answers"]))} for c in row["candidates"]]
+
+
+def select(rows: list[dict], passages: dict[str, list[dict]], options, seed: int) -> tuple[list[dict], dict]:
+    """Pairs from candidates, and what became of questions and candidates.
 
     Args:
       rows: as `generate` writes them.
-      strategy: 'hard', 'easy' (the reverse), 'random' or 'all' (every combination).
-      kind: 'mean' or 'sum' confidence.
+      passages: what was shown for each question, by its id.
+      options: `config.select`. Without `rejection` (the paper's ablation) a chosen response is any guided candidate and
+        a rejected one any plain candidate, unchecked.
 
     Returns:
       Pairs `{id, prompt, chosen, rejected, chosen_logprob, rejected_logprob, margin}`; log-probabilities are of the
-      given kind and margin is chosen minus rejected.
+      given kind and margin is chosen minus rejected. And counts: `{questions: {reason: dropped}, no_evidence, accepted:
+      {source: [correct, of so many]}}`.
 
     Raises:
       UserError: no question has both kinds of candidates.
     """
-    pairs, dropped = [], {"no candidate": 0, "all correct": 0, "none correct": 0}
+    pairs, dropped = (
+        [],
+        {"no candidate": 0, "all correct": 0, "none correct": 0, "no evidence": 0, "one source only": 0},
+    )
+    counts = {"questions": dropped, "no_evidence": 0, "accepted": {}}
     for row in rows:
-        right = [c for c in row["candidates"] if c["correct"]]
-        wrong = [c for c in row["candidates"] if not c["correct"]]
+        candidates = judged(row, options.match)
+        for c in candidates:
+            tally = counts["accepted"].setdefault(c["source"], [0, 0])
+            tally[0] += c["correct"]
+            tally[1] += 1
+        if options.rejection:
+            correct = [c for c in candidates if c["correct"]]
+            wrong = [c for c in candidates if not c["correct"]]
+            shown = passages[row["id"]]
+            bare = lambda c: evidence(c["rationale"], row["golden_answers"], shown) < options.evidence  # noqa: B023
+            right = [c for c in correct if not bare(c)] if options.evidence and shown else correct
+            counts["no_evidence"] += len(correct) - len(right)
+        else:
+            right, wrong = ([c for c in candidates if c["source"] == s] for s in ("guided", "plain"))
+            correct = right
         if not right or not wrong:
-            dropped["all correct" if right else "none correct" if wrong else "no candidate"] += 1
+            if not candidates:
+                reason = "no candidate"
+            elif not options.rejection:
+                reason = "one source only"
+            elif not wrong:
+                reason = "all correct"
+            else:
+                reason = "no evidence" if correct else "none correct"
+            dropped[reason] += 1
             continue
-        sure = lambda c: (confidence(c, kind), c["response"])
-        if strategy == "hard":
+        sure = lambda c: (confidence(c, options.confidence), c["response"])
+        if options.strategy == "hard":
             picked = [(min(right, key=sure), max(wrong, key=sure))]
-        elif strategy == "easy":
+        elif options.strategy == "easy":
             picked = [(max(right, key=sure), min(wrong, key=sure))]
-        elif strategy == "random":
+        elif options.strategy == "random":
             rng = random.Random(f"{seed}/{row['id']}")
             picked = [(rng.choice(right), rng.choice(wrong))]
         else:
             picked = list(itertools.product(right, wrong))
         for chosen, rejected in picked:
-            ours, theirs = confidence(chosen, kind), confidence(rejected, kind)
+            ours, theirs = confidence(chosen, options.confidence), confidence(rejected, options.confidence)
             pairs.append(
                 {
                     "id": row["id"],
@@ -66,9 +125,51 @@ def select(rows: list[dict], strategy: str, kind: str, seed: int) -> tuple[list[
             "incorrect candidate: raise config.generate.guided_samples, plain_samples or temperature, or use "
             "more questions."
         )
-    return pairs, dropped
+    return pairs, counts
 
 
 def describe(dropped: dict[str, int]) -> str:
     """Counts by reason as a phrase."""
     return ", ".join(f"{n} had {reason}" for reason, n in dropped.items() if n) or "none was dropped"
+
+
+def summary(pairs: list[dict], rows: list[dict], counts: dict, kind: str) -> str:
+    """What happened, in a few lines: acceptance by source, what was dropped, confidence and length of both sides."""
+    lines = [f"{len(pairs)} pairs from {len(rows)} questions ({describe(counts['questions'])})"]
+    for source, (right, of) in sorted(counts["accepted"].items()):
+        lines.append(f"  {source}: {right} of {of} candidates correct ({right / of:.0%})")
+    if counts["no_evidence"]:
+        lines.append(f"  dropped: {counts['no_evidence']} correct ones that name nothing the passages say")
+    quarters = lambda name: "/".join(f"{v:.2f}" for v in _quartiles([pair[name] for pair in pairs]))
+    lines.append(
+        f"  {kind} log-probability, quartiles: chosen {quarters('chosen_logprob')}, "
+        f"rejected {quarters('rejected_logprob')}"
+    )
+    chosen, rejected = (_words(pairs, side) for side in ("chosen", "rejected"))
+    lines.append(f"  words, median: chosen {statistics.median(chosen):.0f}, rejected {statistics.median(rejected):.0f}")
+    if warning := length_warning(pairs):
+        lines.append(f"  Warning: {warning}")
+    return "\n".join(lines)
+
+
+def length_warning(pairs: list[dict]) -> str | None:
+    """A sentence if length alone tells chosen from rejected: one side longer in four pairs of five, by a half in the
+    median. A preference loss would then teach length."""
+    chosen, rejected = (_words(pairs, side) for side in ("chosen", "rejected"))
+    for name, longer, shorter in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):
+        share = sum(a > b for a, b in zip(longer, shorter, strict=True)) / len(pairs)
+        ratio = statistics.median(a / max(b, 1) for a, b in zip(longer, shorter, strict=True))
+        if share >= 0.8 and ratio >= 1.5:
+            return (
+                f"the {name} response is the longer one in {share:.0%} of the pairs, {ratio:.1f} times as long in the "
+                "median; training may learn length rather than reading."
+            )
+    return None
+
+
+def _words(pairs: list[dict], side: str) -> list[int]:
+    return [len(pair[side].split()) for pair in pairs]
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3

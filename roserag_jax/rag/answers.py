@@ -50,6 +50,19 @@ def contains(prediction: str, golden: list[str]) -> float:
     return float(any(f" {normalize(answer)} " in padded for answer in golden))
 
 
+def yes_no(text: str) -> bool | None:
+    """The truth value that an answer begins with (yes, no, true, false); None if it begins with neither."""
+    first = normalize(text).partition(" ")[0]
+    return {"yes": True, "true": True, "no": False, "false": False}.get(first)
+
+
+def yes_no_accuracy(prediction: str, golden: list[str]) -> float | None:
+    """StrategyQA's accuracy: 1.0 if the truth values are equal; None if the question is not one of yes or no."""
+    if normalize(golden[0]) not in ("yes", "no"):
+        return None
+    return float(yes_no(prediction) == yes_no(golden[0]))
+
+
 def parse(response: str) -> tuple[str, str, bool]:
     """Split a response into `(rationale, answer, parsed)` at its first line or sentence that begins with 'Answer:'.
 

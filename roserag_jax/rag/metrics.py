@@ -1,4 +1,4 @@
-"""Scores of a whole evaluation: means with bootstrap intervals, and by question type and gold passages present."""
+"""Scores of a whole evaluation: means with bootstrap intervals, by question type and gold passages, and compared."""
 
 import collections
 
@@ -20,6 +20,7 @@ def score_row(row: dict, prediction: str, parsed: bool) -> dict:
         "f1": answers.f1(prediction, golden),
         "contains": answers.contains(prediction, golden),
         "parsed": float(parsed),
+        "accuracy": answers.yes_no_accuracy(prediction, golden),
         "type": str(row.get("metadata", {}).get("type", "all")),
         "gold_passages": "unknown" if None in flags else str(sum(flags)),
     }
@@ -34,12 +35,20 @@ def interval(values: list[float], draws: int = 2000, seed: int = 0) -> tuple[flo
 
 
 def summarize(scores: list[dict]) -> dict:
-    """Means in percent, intervals of EM and F1, and EM and F1 of each group."""
+    """Means in percent, intervals of EM and F1, EM and F1 of each group, and accuracy on yes/no questions if any."""
     percent = lambda name, rows=scores: round(100 * float(np.mean([row[name] for row in rows])), 2)
     result = {"questions": len(scores)} | {name: percent(name) for name in ("em", "f1", "contains", "parsed")}
+    result["unparsed"] = sum(not row["parsed"] for row in scores)
     for name in ("em", "f1"):
         low, high = interval([row[name] for row in scores])
         result[f"{name}_interval"] = [round(100 * low, 2), round(100 * high, 2)]
+    if closed := [row for row in scores if row["accuracy"] is not None]:
+        low, high = interval([row["accuracy"] for row in closed])
+        result["yes_no"] = {
+            "questions": len(closed),
+            "accuracy": percent("accuracy", closed),
+            "accuracy_interval": [round(100 * low, 2), round(100 * high, 2)],
+        }
     for key in ("type", "gold_passages"):
         groups = collections.defaultdict(list)
         for row in scores:
@@ -49,3 +58,34 @@ def summarize(scores: list[dict]) -> dict:
             for group, rows in sorted(groups.items())
         }
     return result
+
+
+def distraction_ratio(closed_book: float, rag: float) -> float | None:
+    """max(0, (EM_closed_book - EM_rag) / EM_closed_book); None where the closed book knows nothing."""
+    return max(0.0, (closed_book - rag) / closed_book) if closed_book else None
+
+
+def paired(ours: list[float], theirs: list[float], draws: int = 10_000, seed: int = 0) -> dict:
+    """Two runs on the same questions, compared question by question.
+
+    Returns:
+      `difference` of the means, its 95% bootstrap `interval` over questions, how many questions got better and worse,
+      and the two-sided `p` of a permutation test that swaps the runs' scores within a question (exact up to 13
+      questions; with scores of 0 and 1 it is McNemar's).
+    """
+    from scipy import stats
+
+    difference = np.asarray(ours) - np.asarray(theirs)
+    changed = difference[difference != 0]  # a swap changes nothing on the others
+    p = 1.0
+    if len(changed):
+        p = stats.permutation_test(
+            (changed,), np.sum, permutation_type="samples", vectorized=True, n_resamples=draws, rng=seed
+        ).pvalue
+    return {
+        "difference": float(difference.mean()),
+        "interval": interval(difference, seed=seed),
+        "better": int((difference > 0).sum()),
+        "worse": int((difference < 0).sum()),
+        "p": float(p),
+    }

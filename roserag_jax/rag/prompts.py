@@ -41,6 +41,7 @@ EXAMPLES = (
         "Answer: Lower Vale",
     ),
 )
+_NAMED = re.compile(r"Passage \d+ says that ")
 ANSWER_PREFIX = "\nAnswer:"
 
 
@@ -92,7 +93,7 @@ class PromptBuilder:
         return text
 
     def _build(self, row: dict, guided: bool) -> Prompt:
-        passages = self._passages(row)
+        passages = self._passages(row, self.passages)
         text, tokens = self._render(passages, row, guided)
         if len(tokens) <= self.max_tokens:
             return Prompt(text, tokens, 0)
@@ -116,8 +117,8 @@ class PromptBuilder:
             f"config.prompt.max_tokens={self.max_tokens}. Raise it or shorten the question."
         )
 
-    def _passages(self, row: dict) -> list[str]:
-        shown = [(self.neutral(c["title"]), self.neutral(c["text"])) for c in row.get("contexts", [])[: self.passages]]
+    def _passages(self, row: dict, passages: int) -> list[str]:
+        shown = [(self.neutral(c["title"]), self.neutral(c["text"])) for c in row.get("contexts", [])[:passages]]
         return [f"{title}: {text}" if title else text for title, text in shown]
 
     def _content(self, passages: list[str], row: dict, guided: bool) -> str:
@@ -131,8 +132,11 @@ class PromptBuilder:
     def _render(self, passages: list[str], row: dict, guided: bool) -> tuple[str, list[int]]:
         turns = []
         for example, response in self.examples:
-            turns.append({"role": "user", "content": self._content(self._passages(example), example, guided)})
-            turns.append({"role": "assistant", "content": response})
+            # An example shows all of its passages, or none where the question has none, and then says nothing of them.
+            seen = self._passages(example, len(example["contexts"]) if self.passages else 0)
+            turns.append({"role": "user", "content": self._content(seen, example, guided)})
+            said = response if self.passages else _NAMED.sub("", response)
+            turns.append({"role": "assistant", "content": said})
         turns.append({"role": "user", "content": self._content(passages, row, guided)})
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(turn["content"] for turn in turns) + "\n"

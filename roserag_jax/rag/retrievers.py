@@ -1,5 +1,46 @@
 """Retrievers: one class each, with `search(queries, k)`."""
 
+import json
+
+from etils import epath
+
+from roserag_jax.errors import UserError
+from roserag_jax.rag.datasets import split_contents
+
+
+class Cache:
+    """Passages that another retriever found before: FlashRAG's `retrieval_cache.json`, lists of passages by question.
+
+    Raises:
+      UserError: the file cannot be read as such.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            self.found = json.loads(epath.Path(path).expanduser().read_text())
+            self.found = {question: [_context(p) for p in passages] for question, passages in self.found.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"config.retrieve.cache={path!r} is no retrieval_cache.json: {error!r}.") from error
+
+    def search(self, queries: list[str], k: int) -> list[list[dict]]:
+        """The first k passages kept for each query, as contexts `{title, text, score?}`."""
+        if missing := [query for query in queries if query not in self.found]:
+            raise UserError(
+                f"config.retrieve.cache={self.path!r} has nothing for {len(missing)} of {len(queries)} questions, the "
+                f"first being {missing[0]!r}."
+            )
+        return [self.found[query][:k] for query in queries]
+
+
+def _context(passage: dict) -> dict:
+    """A FlashRAG document, with title and text or with `contents` alone."""
+    title, text = (
+        (passage.get("title", ""), passage["text"]) if "text" in passage else split_contents(passage["contents"])
+    )
+    score = {"score": float(passage["score"])} if passage.get("score") is not None else {}
+    return {"title": title, "text": text, **score}
+
 
 class BM25:
     """Lucene's BM25 over passages `{id, title, text}`, by the `bm25s` library."""

@@ -1,4 +1,4 @@
-"""Plain-text tables."""
+"""Tables in plain text and in Markdown."""
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -7,3 +7,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     pad = lambda cell, i: cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i])
     lines = ["  ".join(pad(cell, i) for i, cell in enumerate(row)) for row in [header, *rows]]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """The same in Markdown."""
+    line = lambda cells: "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+    return "\n".join([line(header), "|---" + "|---:" * (len(header) - 1) + "|", *map(line, rows)])

@@ -1,0 +1,132 @@
+"""Stated noise: what is done to the K passages of a question before they are shown, to see what the answer survives.
+
+    none             the first K passages
+    random<n>        n passages on other things added
+    same_topic<n>    n passages added that BM25 finds for the question but that are no gold ones (hard negatives)
+    counterfactual<n>  n passages added that state a wrong answer
+    no_gold          the first K passages that are not gold
+    shuffled         the first K passages in another order
+
+Added passages come from a pool (a corpus, or the contexts of all questions), stand at drawn places among the K, which
+keep their order, and never hold a golden answer. Every draw is a function of (seed, noise, question id) alone.
+"""
+
+import random
+import re
+
+from roserag_jax.errors import UserError
+from roserag_jax.rag import answers
+from roserag_jax.rag.retrievers import BM25
+
+_COUNTED = re.compile(r"(random|same_topic|counterfactual)([1-9]\d*)")
+_PLAIN = ("none", "no_gold", "shuffled")
+
+
+def parse(name: str) -> tuple[str, int]:
+    """A condition's kind and how many passages it adds.
+
+    Raises:
+      ValueError: there is no such condition.
+    """
+    if found := _COUNTED.fullmatch(name):
+        return found.group(1), int(found.group(2))
+    if name in _PLAIN:
+        return name, 0
+    raise ValueError(f"{name!r} is none of {', '.join(_PLAIN)}, random<n>, same_topic<n>, counterfactual<n>")
+
+
+class Noise:
+    """Applies one condition to rows.
+
+    Args:
+      name: a condition, as above.
+      rows: all questions that are asked; their golden answers are where wrong ones come from.
+      pool: passages `{title, text}` to add.
+    """
+
+    def __init__(self, name: str, seed: int, rows: list[dict], pool: list[dict]):
+        self.kind, self.count = parse(name)
+        self.name, self.seed, self.pool = name, seed, pool
+        self.answers = sorted({row["golden_answers"][0] for row in rows})
+        self.index = BM25(pool) if self.kind == "same_topic" else None
+
+    def passages(self, row: dict, K: int) -> list[dict]:
+        """What is shown for a row instead of its first K contexts.
+
+        Raises:
+          UserError: the row does not say which of its passages are gold, or the pool is too small.
+        """
+        rng = random.Random(f"{self.seed}/{self.name}/{row['id']}")
+        contexts = row.get("contexts", [])
+        if self.kind == "no_gold":
+            if any("is_supporting" not in c for c in contexts):
+                raise UserError(f"Row {row['id']!r}: no_gold needs is_supporting of every passage.")
+            return [c for c in contexts if not c["is_supporting"]][:K]
+        shown = list(contexts[:K])
+        if self.kind == "shuffled":
+            rng.shuffle(shown)
+        elif self.kind == "counterfactual":
+            shown = _inserted(shown, self._claims(row, rng), rng)
+        elif self.count:
+            shown = _inserted(shown, self._others(row, rng), rng)
+        return shown
+
+    def _others(self, row: dict, rng: random.Random) -> list[dict]:
+        own = {(c["title"], c["text"]) for c in row.get("contexts", [])}
+        golden = [a for a in row["golden_answers"] if answers.normalize(a) not in ("yes", "no")]
+        fits = lambda p: (
+            (p["title"], p["text"]) not in own and not answers.contains(f"{p['title']} {p['text']}", golden)
+        )
+        if self.index:
+            k = self.count + len(own) + 50
+            found = self.index.search([row["question"]], k)[0]
+            fitting = [p for p in found if fits(p)][: self.count]
+        else:
+            fitting, left = [], len(self.pool)
+            order = iter(rng.sample(range(left), left))
+            while len(fitting) < self.count and (i := next(order, None)) is not None:
+                fitting += [self.pool[i]] if fits(self.pool[i]) else []
+        if len(fitting) < self.count:
+            raise UserError(
+                f"Row {row['id']!r}: {self.name} finds only {len(fitting)} passages; name a corpus in "
+                "config.retrieve.corpus or add fewer."
+            )
+        return [{"title": p["title"], "text": p["text"], "is_supporting": False} for p in fitting]
+
+    def _claims(self, row: dict, rng: random.Random) -> list[dict]:
+        """Copies of passages that hold the golden answer with a wrong one in its place, else a bare statement.
+
+        The wrong answer is another question's, a number for a number; to yes it is no.
+        """
+        golden = row["golden_answers"][0]
+        closed = answers.normalize(golden) in ("yes", "no")
+        if closed:
+            wrong = ["no" if answers.normalize(golden) == "yes" else "yes"]
+        else:
+            alike = lambda a: any(ch.isdigit() for ch in a) == any(ch.isdigit() for ch in golden)
+            right = {answers.normalize(a) for a in row["golden_answers"]} | {"yes", "no"}
+            others = [a for a in self.answers if answers.normalize(a) not in right]
+            wrong = [a for a in others if alike(a)] or others
+            if not wrong:
+                raise UserError(f"{self.name} takes wrong answers from other questions; there are none.")
+            rng.shuffle(wrong)
+        word = re.compile(rf"(?<!\w){re.escape(golden)}(?!\w)", re.IGNORECASE)
+        holding = [c for c in row.get("contexts", []) if not closed and word.search(c["text"])]
+        claims = []
+        for i in range(self.count):
+            said = wrong[i % len(wrong)]
+            if holding:
+                source = holding[i % len(holding)]
+                title, text = (word.sub(lambda _, said=said: said, source[part]) for part in ("title", "text"))
+            else:
+                title, text = "", f'The answer to the question "{row["question"]}" is {said}.'
+            claims.append({"title": title, "text": text, "is_supporting": False})
+        return claims
+
+
+def _inserted(shown: list[dict], added: list[dict], rng: random.Random) -> list[dict]:
+    """The added passages at drawn places among the shown ones, which keep their order."""
+    total = len(shown) + len(added)
+    places = set(rng.sample(range(total), len(added)))
+    shown, added = iter(shown), iter(added)
+    return [next(added) if i in places else next(shown) for i in range(total)]

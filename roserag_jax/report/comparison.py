@@ -1,0 +1,124 @@
+"""Evaluations side by side: a table of systems, what it is made of, and paired tests against the base model.
+
+    python -m roserag_jax.report.comparison runs/quickstart/eval [--markdown]
+
+Reads the `metrics.json` and `examples.jsonl` that `evaluate` writes into each folder of a workdir's `eval/`.
+"""
+
+import argparse
+import json
+
+from etils import epath
+
+from roserag_jax.errors import UserError
+from roserag_jax.rag import metrics
+from roserag_jax.report.tables import markdown, table
+
+_DRAWN = {"em": "EM", "f1": "F1"}
+
+
+def load(folder: epath.Path) -> dict[str, dict]:
+    """The metrics of every finished evaluation under a folder, by name, in the order closed book, base, the others.
+
+    Raises:
+      UserError: there is none.
+    """
+    folder = epath.Path(folder).expanduser()
+    names = [f.name for f in folder.iterdir() if (f / "manifest.json").exists()] if folder.is_dir() else []
+    if not names:
+        raise UserError(f"{folder} holds no evaluations; name the eval folder of a workdir.")
+    found = {name: json.loads((folder / name / "metrics.json").read_text()) for name in names}
+    place = lambda name: (
+        {"closed_book": 0, "base": 1}.get(found[name]["system"], 2),
+        *(found[name][key] for key in ("noise", "system", "passages")),
+    )
+    return {name: found[name] for name in sorted(found, key=place)}
+
+
+def comparison(results: dict[str, dict], as_markdown: bool = False) -> str:
+    """A table of systems: scores in percent with their intervals, and tokens and time per question."""
+    closed = results.get("closed_book")
+    yes_no = any("yes_no" in result for result in results.values())
+    header = ["system", "EM  [95%]", "F1  [95%]"] + ["yes/no  [95%]"] * yes_no
+    header += ["distraction"] * bool(closed) + ["answer line", "tokens in+out", "s/question", "questions"]
+    rows = []
+    for name, result in results.items():
+        cells = [_interval(result, metric) for metric in _DRAWN]
+        if yes_no:
+            cells.append(_interval(result["yes_no"], "accuracy") if "yes_no" in result else "")
+        if closed:
+            ratio = None if result is closed else metrics.distraction_ratio(closed["em"], result["em"])
+            cells.append("" if ratio is None else f"{ratio:.2f}")
+        tokens = f"{result['prompt_tokens']:.0f}+{result['response_tokens']:.0f}"
+        cells += [f"{result['parsed']:.0f}%", tokens, f"{result['seconds_per_question']:.2f}", str(result["questions"])]
+        rows.append([name, *cells])
+    return (markdown if as_markdown else table)(header, rows)
+
+
+def breakdown(results: dict[str, dict], key: str, as_markdown: bool = False) -> str:
+    """EM by group, with the number of questions of each: by question 'type' or by 'gold_passages' shown."""
+    groups = sorted({group for result in results.values() for group in result[f"by_{key}"]})
+    cell = lambda group: f"{group['em']:.1f} ({group['questions']})" if group else ""
+    rows = [[name, *(cell(result[f"by_{key}"].get(g)) for g in groups)] for name, result in results.items()]
+    title = {"type": "EM by type", "gold_passages": "EM by gold passages shown"}[key]
+    return (markdown if as_markdown else table)([title, *groups], rows)
+
+
+def against_base(folder: epath.Path, results: dict[str, dict], as_markdown: bool = False) -> str:
+    """Each system against the base model with the same passages, question by question; empty without a base.
+
+    The closed book is set against the base model with the first K and no noise.
+    """
+    base = {(r["passages"], r["noise"]): name for name, r in results.items() if r["system"] == "base"}
+    plain = [name for (_, noise), name in base.items() if noise == "none"]
+    rows = []
+    for name, result in results.items():
+        other = base.get((result["passages"], result["noise"]))
+        if result["system"] == "closed_book":
+            other = plain[0] if plain else None
+        if other in (None, name):
+            continue
+        ours, theirs = (_scores(folder, n) for n in (name, other))
+        if set(ours) != set(theirs):
+            raise UserError(f"{folder}: {name} and {other} are of different questions; evaluate them again.")
+        for metric, label in _DRAWN.items():
+            test = metrics.paired([ours[i][metric] for i in ours], [theirs[i][metric] for i in ours])
+            low, high = (100 * edge for edge in test["interval"])
+            difference = f"{100 * test['difference']:+.1f}  [{low:+.1f}, {high:+.1f}]"
+            changed = [str(test["better"]), str(test["worse"])]
+            rows.append([f"{name} - {other}", label, difference, *changed, f"{test['p']:.3f}"])
+    header = ["paired", "", "difference  [95%]", "better", "worse", "p"]
+    return (markdown if as_markdown else table)(header, rows) if rows else ""
+
+
+def summary(folder: epath.Path, results: dict[str, dict], as_markdown: bool = False) -> str:
+    """All of the above, a blank line between."""
+    parts = [comparison(results, as_markdown), against_base(folder, results, as_markdown)]
+    parts += [breakdown(results, key, as_markdown) for key in ("gold_passages", "type")]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _interval(result: dict, metric: str) -> str:
+    low, high = result[f"{metric}_interval"]
+    return f"{result[metric]:.1f}  [{low:.1f}, {high:.1f}]"
+
+
+def _scores(folder: epath.Path, name: str) -> dict[str, dict]:
+    lines = (epath.Path(folder) / name / "examples.jsonl").read_text().splitlines()
+    return {row["id"]: row["scores"] for row in map(json.loads, lines)}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="the eval folder of a workdir")
+    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
+    arguments = parser.parse_args()
+    try:
+        print(summary(epath.Path(arguments.folder), load(arguments.folder), arguments.markdown))
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The measure of several systems: noise, official scores and files, comparisons."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from roserag_jax import config as options
+from roserag_jax import evaluate
+from roserag_jax.errors import UserError
+from roserag_jax.rag import answers, metrics, noise, synthetic
+from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.report import tables
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golden", "expected"),
+    [
+        ("Yes, it is.", ["yes"], 1.0),
+        ("true", ["yes"], 1.0),
+        ("No", ["yes"], 0.0),
+        ("perhaps", ["no"], 0.0),
+        ("noon", ["no"], 0.0),
+        ("yes", ["Ada"], None),
+    ],
+)
+def test_yes_no_accuracy(prediction, golden, expected):
+    assert answers.yes_no_accuracy(prediction, golden) == expected
+
+
+def test_distraction_ratio():
+    assert metrics.distraction_ratio(40.0, 30.0) == 0.25 and metrics.distraction_ratio(30.0, 40.0) == 0.0
+    assert metrics.distraction_ratio(0.0, 10.0) is None
+
+
+def test_paired_test_is_mcnemars_on_right_and_wrong():
+    """Against scipy's exact binomial test of the discordant pairs; and nothing is found between equal runs."""
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    ours, theirs = (rng.random(40) < 0.7).astype(float), (rng.random(40) < 0.4).astype(float)
+    ours[24:] = theirs[24:]
+    found = metrics.paired(ours, theirs)
+    exact = stats.binomtest(found["better"], found["better"] + found["worse"]).pvalue
+    assert found["better"] + found["worse"] <= 13 and found["p"] == pytest.approx(exact)
+    assert found["difference"] == pytest.approx(ours.mean() - theirs.mean())
+    assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+    assert metrics.paired(ours, ours) == {"difference": 0.0, "interval": (0.0, 0.0), "better": 0, "worse": 0, "p": 1.0}
+    surer = metrics.paired(np.tile(ours, 5), np.tile(theirs, 5))
+    assert surer["p"] < found["p"] and surer == metrics.paired(np.tile(ours, 5), np.tile(theirs, 5))
+
+
+ROWS = list(synthetic.generate(24, "eval", passages=6))
+POOL = [c for row in ROWS for c in row["contexts"]]
+KEY = lambda c: (c["title"], c["text"])
+
+
+@pytest.mark.parametrize("name", ["random2", "same_topic2", "counterfactual2"])
+def test_added_passages_are_wrong_and_the_rest_stays(name):
+    made = noise.Noise(name, 0, ROWS, POOL)
+    places, shared = set(), 0
+    for row in ROWS:
+        own = row["contexts"][:4]
+        shown = made.passages(row, 4)
+        added = [c for c in shown if KEY(c) not in {KEY(o) for o in row["contexts"]}]
+        assert [c for c in shown if c not in added] == own and len(added) == 2
+        assert not any(c["is_supporting"] for c in added)
+        golden = row["golden_answers"]
+        if golden[0] not in ("yes", "no"):
+            assert not any(answers.contains(f"{c['title']} {c['text']}", golden) for c in added)
+        places.add(tuple(c in added for c in shown))
+        words = set(answers.normalize(row["question"]).split())
+        shared += sum(len(words & set(answers.normalize(c["text"]).split())) for c in added)
+    assert len(places) > 4
+    # The order of the questions plays no part.
+    again = noise.Noise(name, 0, ROWS, POOL)
+    backwards = {row["id"]: again.passages(row, 4) for row in reversed(ROWS)}
+    assert all(backwards[row["id"]] == made.passages(row, 4) for row in ROWS)
+    if name != "counterfactual2":  # hard negatives are of the question's topic, random ones are not
+        test_added_passages_are_wrong_and_the_rest_stays.shared[name] = shared
+        both = test_added_passages_are_wrong_and_the_rest_stays.shared
+        assert len(both) < 2 or both["same_topic2"] > 1.3 * both["random2"]
+
+
+test_added_passages_are_wrong_and_the_rest_stays.shared = {}
+
+
+def test_counterfactuals_state_a_wrong_answer():
+    made = noise.Noise("counterfactual1", 0, ROWS, POOL)
+    for row in ROWS:
+        (claim,) = [c for c in made.passages(row, 6) if c not in row["contexts"]]
+        golden = row["golden_answers"][0]
+        if golden in ("yes", "no"):
+            assert claim["text"].endswith(f"is {'no' if golden == 'yes' else 'yes'}.")
+        else:
+            wrong = [a for a in made.answers if answers.contains(claim["title"] + " " + claim["text"], [a])]
+            assert wrong and golden not in wrong
+
+
+def test_gold_removed_and_order_shuffled():
+    row = ROWS[0]
+    without = noise.Noise("no_gold", 0, ROWS, []).passages(row, 3)
+    assert len(without) == 3 and not any(c["is_supporting"] for c in without)
+    shuffled = [noise.Noise("shuffled", seed, ROWS, []).passages(row, 6) for seed in range(4)]
+    assert all(sorted(map(KEY, s)) == sorted(map(KEY, row["contexts"])) for s in shuffled)
+    assert len({tuple(map(KEY, s)) for s in shuffled}) > 1
+    bare = {**row, "contexts": [{"title": "", "text": "x"}]}
+    with pytest.raises(UserError, match="no_gold needs is_supporting"):
+        noise.Noise("no_gold", 0, ROWS, []).passages(bare, 3)
+    with pytest.raises(UserError, match="finds only 0 passages"):
+        noise.Noise("random3", 0, ROWS, []).passages(row, 3)
+    for bad in ("random", "random0", "hard3", ""):
+        config = options.defaults()
+        config.model = config.workdir = "x"
+        config.evaluate.noise = (bad,)
+        with pytest.raises(UserError, match="is none of none, no_gold, shuffled, random<n>"):
+            options.validate(config)
+
+
+def test_closed_book_examples_name_no_passage(smollm_tokenizer):
+    closed = PromptBuilder(smollm_tokenizer, 900, 0, 2).plain(ROWS[0]).text
+    assert "assage" not in closed and closed.count("Answer: ") == 2
+    one = PromptBuilder(smollm_tokenizer, 900, 1, 2).plain(ROWS[0]).text
+    assert "Passage 2: Moss Hill" in one  # an example keeps the passages that its answer speaks of
+
+
+def test_strategyqa_predictions():
+    rng = random.Random(0)
+    rows = [
+        {"id": str(i), "prediction": rng.choice(["yes", "No way", "hm"]), "scores": {"accuracy": 1.0}} for i in range(6)
+    ]
+    files = evaluate._official(rows)
+    found = json.loads(files["predictions_strategyqa.json"])
+    expected = {"yes": True, "No way": False, "hm": None}
+    assert {i: row["answer"] for i, row in found.items()} == {r["id"]: expected[r["prediction"]] for r in rows}
+    rows[0]["scores"]["accuracy"] = None
+    assert set(evaluate._official(rows)) == {"predictions.json"}
+
+
+def test_markdown():
+    assert tables.markdown(["a", "b"], [["x|y", "1  [0]"]]) == "| a | b |\n|---|---:|\n| x\\|y | 1 [0] |"
