@@ -24,13 +24,11 @@ from roserag_jax.generate import batches, filled
 from roserag_jax.rag import answers, datasets, metrics
 from roserag_jax.rag.noise import Noise
 from roserag_jax.rag.prompts import PromptBuilder
-from roserag_jax.report.comparison import comparison, summary
+from roserag_jax.report.comparison import summary
 from roserag_jax.runtime.progress import Progress
 from roserag_jax.runtime.sampler import Sampling
 from roserag_jax.runtime.session import Session
 from roserag_jax.workdir import Parts, Recipe, Workdir, digest, to_lines
-
-__all__ = ["comparison"]  # `train` shows it too
 
 
 def adapter_folder(config, workdir: Workdir) -> epath.Path:

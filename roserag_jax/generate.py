@@ -12,12 +12,12 @@ from roserag_jax import config as options
 from roserag_jax import retrieve
 from roserag_jax.errors import UserError
 from roserag_jax.preference import candidates
-from roserag_jax.rag.datasets import read_json_lines
+from roserag_jax.rag.datasets import read_rows
 from roserag_jax.rag.prompts import Prompt, PromptBuilder
 from roserag_jax.runtime.progress import Progress
 from roserag_jax.runtime.sampler import bucket, decoding_bytes
 from roserag_jax.runtime.session import Session
-from roserag_jax.workdir import Parts, Recipe, Workdir, digest, to_lines
+from roserag_jax.workdir import Parts, Recipe, Workdir, to_lines
 
 ARTIFACT = "candidates.jsonl"
 
@@ -27,10 +27,7 @@ def recipe(config, workdir: Workdir) -> Recipe:
     names = [*Session.model_options, "seed", "prompt", "generate"]
     inputs = {"retrieved.jsonl": workdir.check(retrieve.ARTIFACTS["train"])}
     if config.generate.samples:
-        file = epath.Path(config.generate.samples).expanduser()
-        if not file.is_file():
-            raise UserError(f"config.generate.samples={config.generate.samples!r}: there is no such file.")
-        inputs["config.generate.samples"] = digest(file)
+        inputs |= retrieve.file_digest(config, "generate.samples")
     return Recipe(options.subset(config, *names, without=("generate.batch", "generate.memory_gb")), inputs)
 
 
@@ -72,10 +69,10 @@ def outside_samples(path: str, rows: list[dict]) -> list[list[str]]:
     """
     found, strange = {}, 0
     known = {row["id"] for row in rows}
-    for number, line in read_json_lines(epath.Path(path).expanduser()):
+    for where, line in read_rows(epath.Path(path).expanduser()):
         samples = line.get("samples")
         if "id" not in line or not isinstance(samples, list) or not all(isinstance(s, str) for s in samples):
-            raise UserError(f"{path}, line {number}: an id and a list of texts, samples, are expected.")
+            raise UserError(f"{where}: an id and a list of texts, samples, are expected.")
         strange += str(line["id"]) not in known
         found.setdefault(str(line["id"]), []).extend(samples)
     if not known & found.keys():

@@ -25,6 +25,7 @@ from roserag_jax.models import adapter as adapters
 from roserag_jax.models import weights
 from roserag_jax.rag import answers
 from roserag_jax.rag.prompts import Prompt
+from roserag_jax.report.comparison import comparison
 from roserag_jax.report.training import TrainingLog, score, verdict
 from roserag_jax.runtime import processes
 from roserag_jax.runtime.checkpoints import Checkpoints
@@ -265,7 +266,7 @@ class _HeldOut:
             prompts = [Prompt("", tokens, 0) for tokens in prompts]
             limit = config.evaluate.max_tokens
             said = evaluate.respond(engine, session.tokenizer, rows, prompts, shared, size, limit)
-            for row, (response, _) in zip(rows, said, strict=True):
+            for row, (response, *_) in zip(rows, said, strict=True):
                 prediction = answers.parse(response)[1]
                 scores.append(
                     [measure(prediction, row["golden_answers"]) for measure in (answers.exact_match, answers.f1)]
@@ -303,7 +304,7 @@ def run(config) -> None:
         make(session, workdir)
         if config.train.evaluate:
             results["adapter"] = evaluate.make(session, workdir, "adapter")
-            print(f"\n{evaluate.comparison(results)}\n")
+            print(f"\n{comparison(results)}\n")
         print(f"Adapter (PEFT):  {workdir / ARTIFACT}")
         print(f"Pairs:           {workdir / select.ARTIFACT}")
         if results:

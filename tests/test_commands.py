@@ -209,7 +209,7 @@ def test_samples_from_elsewhere(finished, config_of, questions, tmp_path, capsys
     with pytest.raises(UserError, match="one question with"):
         generate.make(session.Session(config), Workdir(config_of(questions, **changes).workdir))
     config.generate.samples = str(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="There is no file"):
         generate.run(config)
 
 
