@@ -107,12 +107,16 @@ def test_bfloat16_is_as_near_as_transformers(smollm_source, one_device, referenc
     """In bfloat16 the network stays as close to the float32 truth as transformers' own bfloat16 does."""
     base = weights.load_base(smollm_source, jnp.dtype("bfloat16"), one_device)
     model = weights.assemble(smollm_source.config, base)
-    tokens = np.array(prompts[0])
-    exact = exact_logits(reference, tokens)[-8:]
-    with torch.no_grad():
-        rounded = copy.deepcopy(reference).to(torch.bfloat16)(torch.tensor(tokens)[None]).logits[0, -8:].float().numpy()
-    ours = branch_logits(model, tokens[None, :-8], np.array([len(tokens) - 8]), tokens[None, None, -8:])[0, 0]
-    assert np.abs(ours - exact).mean() < 1.1 * np.abs(rounded - exact).mean()
+    theirs_rounded, errors = copy.deepcopy(reference).to(torch.bfloat16), []
+    for prompt in prompts[:3]:  # one prompt's error is a matter of luck
+        tokens, length = np.array(prompt), np.array([len(prompt) - 8])
+        exact = exact_logits(reference, tokens)[-8:]
+        with torch.no_grad():
+            theirs = theirs_rounded(torch.tensor(tokens)[None]).logits[0, -8:].float().numpy()
+        ours = branch_logits(model, tokens[None, :-8], length, tokens[None, None, -8:])[0, 0]
+        errors.append([np.abs(logits - exact).mean() for logits in (ours, theirs)])
+    ours, theirs = np.mean(errors, axis=0)
+    assert ours < 1.1 * theirs
 
 
 def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_tokenizer, smollm_path, one_device):
@@ -128,7 +132,7 @@ def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_token
     engine = Engine(smollm, one_device, (2,), 0)
     newlines = candidates.newline_tokens(smollm_tokenizer)
     made = candidates.generate_batch(
-        engine, smollm_tokenizer, generate, rows, plain, guided, (None, None), newlines, lambda phrase: None
+        engine, smollm_tokenizer, generate, rows, plain, guided, [[] for _ in rows], (None, None), newlines, lambda phrase: None
     )
     compared = 0
     for row, prompt in zip(made, plain, strict=True):

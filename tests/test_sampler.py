@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from roserag_jax.models import weights
+from roserag_jax.preference import candidates
+from roserag_jax.rag.prompts import Prompt
 from roserag_jax.runtime.mesh import make_mesh
 from roserag_jax.runtime.sampler import Engine, Sampling, draw
 
@@ -126,3 +128,21 @@ def test_stops_and_limits(engine):
     others = [i for i in (1, 2) if stop not in free.tokens[i, 0]]
     assert all(out.lengths[i, 0] == 12 and not out.finished[i, 0] for i in others)
     assert out.lengths[3, 0] == 0
+
+
+def test_a_guided_prompt_goes_on_from_the_plain_one(engine):
+    """Read to where the two part, and then the hint as the branches' opening: as if the guided prompt had been read."""
+    plain = [p + [7, 8, 9] for p in PROMPTS[:2]]
+    guided = [Prompt("", p + [40, 41] + [7, 8, 9], 0) for p in PROMPTS[:2]]
+    cache = engine.prefill(plain, length=48)
+    plain = [Prompt("", tokens, 0) for tokens in plain]
+    rewound, starts = candidates._read_guided(engine, plain, guided, cache, None, 2)
+    assert starts == [[40, 41, 7, 8, 9]] * 2
+    apart, ends = candidates._read_guided(engine, plain, guided, cache, None, 99)
+    assert ends == [[9]] * 2
+    said = [
+        engine.decode(c, [[s] * 2 for s in opening], len(opening[0]), IDS[:2], 0, WARM, 12)
+        for c, opening in ((rewound, starts), (apart, ends))
+    ]
+    np.testing.assert_array_equal(said[0].tokens, said[1].tokens)
+    np.testing.assert_allclose(said[0].logprobs, said[1].logprobs, atol=1e-4)

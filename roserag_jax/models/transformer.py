@@ -109,9 +109,9 @@ class Layer(nnx.Module):
         y = self.o_proj(attended, key)
         x = x + (self.post_attn_norm(y) if self.config.post_norms else y)
         y = self.mlp_norm(x)
-        gate = self.gate_proj(y, key)
-        gate = ACTIVATIONS[self.config.activation](gate)
-        y = self.down_proj(gate * self.up_proj(y, key), key)
+        # In float32, rounded once: in bfloat16 a backend may round between the steps of the activation.
+        gate, up = (project(y, key).astype(jnp.float32) for project in (self.gate_proj, self.up_proj))
+        y = self.down_proj((ACTIVATIONS[self.config.activation](gate) * up).astype(y.dtype), key)
         return x + (self.post_mlp_norm(y) if self.config.post_norms else y)
 
 

@@ -6,6 +6,7 @@ the plain prompt, where no golden answer is in sight, and the model decodes its 
 gives the log-probability of the whole response under the plain prompt, which is the confidence that selection needs.
 """
 
+import os
 import re
 
 import numpy as np
@@ -74,13 +75,17 @@ def generate_batch(
         else:
             rationales[i].append((source, rationale))
 
-    for source, prompts, count in (("guided", guided, options.guided_samples), ("plain", plain, options.plain_samples)):
+    for source, count in (("guided", options.guided_samples), ("plain", options.plain_samples)):
         if not count:
             continue
         say(f"sampling {count} {source} rationales for each of {len(rows)} questions")
-        cache = plain_cache if source == "plain" else engine.prefill([p.tokens for p in guided], shared[1])
-        openings = [[p.tokens[-1:]] * count for p in prompts]
-        out = engine.decode(cache, openings, 1, ids, _FIRST_SAMPLE[source], sampling, options.max_tokens)
+        if source == "plain":
+            cache, starts = plain_cache, [p.tokens[-1:] for p in plain]
+        else:
+            cache, starts = _read_guided(engine, plain, guided, plain_cache, shared[1], count)
+        openings, width = [[start] * count for start in starts], max(map(len, starts))
+        width = 1 if width == 1 else bucket(width)
+        out = engine.decode(cache, openings, width, ids, _FIRST_SAMPLE[source], sampling, options.max_tokens)
         for i in range(len(rows)):
             for n in range(count):
                 text = tokenizer.decode(out.tokens[i, n, : out.lengths[i, n]])
@@ -136,6 +141,21 @@ def generate_batch(
             }
         )
     return results
+
+
+def _read_guided(engine: Engine, plain: list[Prompt], guided: list[Prompt], plain_cache, shared, count: int):
+    """A cache of the guided prompts and what opens their branches.
+
+    A guided prompt goes its own way only at the hint, behind the passages and the question. Where it is less work that
+    each of the `count` branches reads the rest of it, the plain prompt's cache serves up to there (worked examples
+    have hints of their own, near the beginning, so with them it is not).
+    """
+    common = [len(os.path.commonprefix([p.tokens[:-1], g.tokens[:-1]])) for p, g in zip(plain, guided, strict=True)]
+    rest = [g.tokens[n:] for g, n in zip(guided, common, strict=True)]
+    shared_tokens = 0 if shared is None else shared.v.shape[3]
+    if count * max(map(len, rest)) < max(len(g.tokens) for g in guided) - shared_tokens:
+        return engine.rewind(plain_cache, common), rest
+    return engine.prefill([g.tokens for g in guided], shared), [g.tokens[-1:] for g in guided]
 
 
 def branches(options, outside: list[list[str]]) -> int:

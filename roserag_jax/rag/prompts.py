@@ -77,11 +77,17 @@ class PromptBuilder:
 
     def plain(self, row: dict) -> Prompt:
         """The prompt of training and inference: passages, question, instruction."""
-        return self._build(row, guided=False)
+        passages, cut = self._fitted(row)
+        return Prompt(*self._render(passages, row, guided=False), cut)
 
     def guided(self, row: dict) -> Prompt:
-        """The prompt that has the first golden answer in view; rationales are sampled from it."""
-        return self._build(row, guided=True)
+        """The prompt that has the first golden answer in view; rationales are sampled from it.
+
+        It shows the passages just as the plain one does, so the hint's few tokens come on top of the limit; and it
+        differs from it only behind the question, so that what was read of the one serves the other.
+        """
+        passages, cut = self._fitted(row)
+        return Prompt(*self._render(passages, row, guided=True), cut)
 
     def neutral(self, text: str) -> str:
         """Data on one line, with special tokens broken up so that the tokenizer cannot see them."""
@@ -92,14 +98,14 @@ class PromptBuilder:
                 text = f"{text[: found.start() + 1]} {text[found.start() + 1 :]}"
         return text
 
-    def _build(self, row: dict, guided: bool) -> Prompt:
+    def _fitted(self, row: dict) -> tuple[list[str], int]:
+        """The passages, cut so that the plain prompt fits, and how many of their tokens were cut."""
         passages = self._passages(row, self.passages)
-        text, tokens = self._render(passages, row, guided)
-        if len(tokens) <= self.max_tokens:
-            return Prompt(text, tokens, 0)
+        if len(self._render(passages, row, guided=False)[1]) <= self.max_tokens:
+            return passages, 0
 
         pieces = [self.tokenizer(p, add_special_tokens=False).input_ids for p in passages]
-        room = self.max_tokens - len(self._render([""] * len(passages), row, guided)[1])
+        room = self.max_tokens - len(self._render([""] * len(passages), row, guided=False)[1])
         before = sum(map(len, pieces))
         while room > 0:
             limit = _water_level([len(p) for p in pieces], room)
@@ -107,10 +113,9 @@ class PromptBuilder:
                 self.tokenizer.decode(piece[:limit]).rstrip("\ufffd") if len(piece) > limit else passage
                 for piece, passage in zip(pieces, passages, strict=True)
             ]
-            text, tokens = self._render(cut, row, guided)
-            over = len(tokens) - self.max_tokens
+            over = len(self._render(cut, row, guided=False)[1]) - self.max_tokens
             if over <= 0:
-                return Prompt(text, tokens, before - sum(min(len(p), limit) for p in pieces))
+                return cut, before - sum(min(len(p), limit) for p in pieces)
             room -= over  # joined text can take a token or two more than its pieces
         raise UserError(
             f"Row {row.get('id')!r}: the question and the instruction alone leave no room for passages in "

@@ -89,6 +89,10 @@ class Engine:
         rest = [p[C:-1] for p in prompts]
         return self._read(rest, length or bucket(max(map(len, rest))), shared)
 
+    def rewind(self, cache: PrefixCache, lengths: list[int]) -> PrefixCache:
+        """The same prompts as if read only so far: what comes next is then up to the openings of the branches."""
+        return dataclasses.replace(cache, lengths=self._place(np.array(lengths, np.int32))[0])
+
     def _read(self, rows, length, shared):
         tokens, lengths = pad(rows, length, self.pad_id)
         with jax.set_mesh(self.mesh):
