@@ -19,6 +19,7 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,7 @@ def main() -> None:
     arguments.rest = rest
     arguments.workdir = arguments.workdir.resolve()
     shared = arguments.workdir / "shared"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the command that runs is then ended too
 
     command("generate", arguments, shared)
     asked = [name for name in ROWS if name in ("roserag", *arguments.rows)]
