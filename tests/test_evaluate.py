@@ -47,6 +47,7 @@ def test_paired_test_is_mcnemars_on_right_and_wrong():
     assert found["difference"] == pytest.approx(ours.mean() - theirs.mean())
     assert found["interval"][0] <= found["difference"] <= found["interval"][1]
     assert metrics.paired(ours, ours) == {"difference": 0.0, "interval": (0.0, 0.0), "better": 0, "worse": 0, "p": 1.0}
+    assert metrics.paired([1.0, 0.0, 1.0], [0.0, 0.0, 1.0])["p"] == 1.0
     surer = metrics.paired(np.tile(ours, 5), np.tile(theirs, 5))
     assert surer["p"] < found["p"] and surer == metrics.paired(np.tile(ours, 5), np.tile(theirs, 5))
 
