@@ -486,7 +486,7 @@ def test_help_and_options():
     assert all(f"--config.{name}=" in done.stdout and option.meaning in done.stdout for name, option in options.walk())
 
 
-@pytest.mark.parametrize("name", ["quickstart", "hotpotqa_smollm2", "gemma2b", "llama1b", "qwen1_5b"])
+@pytest.mark.parametrize("name", ["quickstart", "hotpotqa_smollm2", "study", "gemma2b", "llama1b", "qwen1_5b"])
 def test_every_configuration_builds(name):
     from importlib.util import module_from_spec, spec_from_file_location
 

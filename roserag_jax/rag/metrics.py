@@ -77,8 +77,8 @@ def paired(ours: list[float], theirs: list[float], draws: int = 10_000, seed: in
 
     difference = np.asarray(ours) - np.asarray(theirs)
     changed = difference[difference != 0]  # a swap changes nothing on the others
-    p = 1.0
-    if len(changed):
+    p = 1.0  # also of a single change, which a swap makes no smaller
+    if len(changed) > 1:
         p = stats.permutation_test(
             (changed,), np.sum, permutation_type="samples", vectorized=True, n_resamples=draws, rng=seed
         ).pvalue

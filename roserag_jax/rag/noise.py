@@ -11,6 +11,7 @@ Added passages come from a pool (a corpus, or the contexts of all questions), st
 keep their order, and never hold a golden answer. Every draw is a function of (seed, noise, question id) alone.
 """
 
+import itertools
 import random
 import re
 
@@ -78,14 +79,11 @@ class Noise:
             (p["title"], p["text"]) not in own and not answers.contains(f"{p['title']} {p['text']}", golden)
         )
         if self.index:
-            k = self.count + len(own) + 50
-            found = self.index.search([row["question"]], k)[0]
-            fitting = [p for p in found if fits(p)][: self.count]
+            found = self.index.search([row["question"]], self.count + len(own) + 50)[0]
         else:
-            fitting, left = [], len(self.pool)
-            order = iter(rng.sample(range(left), left))
-            while len(fitting) < self.count and (i := next(order, None)) is not None:
-                fitting += [self.pool[i]] if fits(self.pool[i]) else []
+            size = len(self.pool)
+            found = (self.pool[i] for i in rng.sample(range(size), min(size, 20 * self.count + len(own) + 50)))
+        fitting = list(itertools.islice((p for p in found if fits(p)), self.count))
         if len(fitting) < self.count:
             raise UserError(
                 f"Row {row['id']!r}: {self.name} finds only {len(fitting)} passages; name a corpus in "

@@ -1,0 +1,146 @@
+"""The study: base model, fine-tuning, RoseRAG and its ablations with one budget, over passages and over noise.
+
+    python -m benchmarks.study --workdir runs/study --train-rows 400 --eval-rows 250 [--config.section.option=value ...]
+
+Every row is a workdir of its own under `--workdir`; what rows have in common (retrieved passages, candidates) is made
+once in `shared/`, and so are the evaluations. Each step is one of the project's commands, so a run that was stopped
+goes on with the same line. Each row trains on as many pairs as RoseRAG does in `--epochs` passes over its own. Ends
+with `table.md`, `passages.svg` and `noise.svg` (the pictures need matplotlib). Further options go to every command.
+
+    sft_answers      likelihood of the golden answer alone
+    sft_rationales   likelihood of an accepted rationale, drawn
+    roserag          ORPO on the hardest pair of each question
+    no_rejection     chosen and rejected are not checked
+    random, easy, all  other pairs than the hardest
+    dpo, simpo       other losses on RoseRAG's pairs
+"""
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from roserag_jax.report import comparison, plot
+from roserag_jax.workdir import to_lines, write_atomic
+
+ROWS = {
+    "roserag": {},  # first: its pairs are the budget
+    "sft_answers": {"train.loss": "sft"},
+    "sft_rationales": {"train.loss": "sft", "select.strategy": "random"},
+    "no_rejection": {"select.rejection": False},
+    "random": {"select.strategy": "random"},
+    "easy": {"select.strategy": "easy"},
+    "all": {"select.strategy": "all"},
+    "dpo": {"train.loss": "dpo"},
+    "simpo": {"train.loss": "simpo"},
+}
+CURVES = ("roserag", "sft_rationales")  # beside the base model
+NOISE = ("shuffled", "no_gold", "random1", "random3", "same_topic1", "same_topic3", "counterfactual1")
+
+
+def command(stage: str, arguments, workdir: Path, **changes) -> None:
+    """Run one of the project's commands; the study stops where it fails."""
+    changes = {"workdir": str(workdir), "data.train_rows": arguments.train_rows, **changes}
+    changes |= {"data.eval_rows": arguments.eval_rows}
+    line = [sys.executable, "-m", f"roserag_jax.{stage}", "--config", arguments.config, *arguments.rest]
+    line += [
+        f"--config.{name}={value!r}" if isinstance(value, tuple) else f"--config.{name}={value}"
+        for name, value in changes.items()
+    ]
+    print(f"\n== {stage} {workdir.name}: {changes}", flush=True)
+    if code := subprocess.run(line).returncode:
+        sys.exit(code)
+
+
+def rows_of(file: Path) -> list[dict]:
+    """Rows of a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def take_over(shared: Path, folder: Path) -> None:
+    """Copy what the rows have in common, with its manifests: the commands then keep it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("retrieved.jsonl", "candidates.jsonl"):
+        for file in (name, f"{name}.manifest.json"):
+            shutil.copyfile(shared / file, folder / file)
+
+
+def train(arguments, name: str, budget: int) -> int:
+    """Make the pairs of a row and train on `budget` of them in all (0: on every pair `--epochs` times).
+
+    Returns:
+      How many pairs the row trains on, passes counted.
+    """
+    shared, folder, changes = arguments.workdir / "shared", arguments.workdir / name, dict(ROWS[name])
+    take_over(shared, folder)
+    pairs = folder / "pairs.jsonl"
+    if name == "sft_answers":
+        file = folder / "answers.jsonl"
+        of_roserag = {pair["id"]: pair for pair in rows_of(arguments.workdir / "roserag/pairs.jsonl")}
+        golden = {row["id"]: row["golden_answers"][0] for row in rows_of(shared / "candidates.jsonl")}
+        # The rejected response is RoseRAG's; this loss does not look at it.
+        made = [{**pair, "chosen": f"Answer: {golden[i]}"} for i, pair in of_roserag.items()]
+        write_atomic(file, to_lines(made))
+        changes["data.pairs"] = str(file)
+    command("select", arguments, folder, **changes)
+    count = len(rows_of(pairs))
+    budget = budget or arguments.epochs * count
+    if count > budget:  # 'all' has more than one pair a question
+        file = folder / "drawn.jsonl"
+        write_atomic(file, to_lines(random.Random(0).sample(rows_of(pairs), budget)))
+        changes, count = {**changes, "data.pairs": str(file)}, budget
+    epochs = max(1, round(budget / count))
+    command("train", arguments, folder, **changes, **{"train.epochs": epochs, "train.evaluate": False})
+    return budget
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--config", default="configs/study.py")
+    parser.add_argument("--train-rows", type=int, default=400)
+    parser.add_argument("--eval-rows", type=int, default=250)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rows", nargs="*", choices=tuple(ROWS), default=tuple(ROWS))
+    parser.add_argument("--passages", type=int, nargs="*", default=(1, 2, 5, 8, 10))
+    parser.add_argument("--at", type=int, default=5, help="K of the comparison of all rows and of the noise")
+    parser.add_argument("--noise", nargs="*", default=NOISE)
+    arguments, rest = parser.parse_known_args()
+    arguments.rest = rest
+    arguments.workdir = arguments.workdir.resolve()
+    shared = arguments.workdir / "shared"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the command that runs is then ended too
+
+    command("generate", arguments, shared)
+    asked = [name for name in ROWS if name in ("roserag", *arguments.rows)]
+    budget = 0
+    for name in asked:
+        budget = train(arguments, name, budget)
+
+    adapter = lambda name: str(arguments.workdir / name / "adapter")
+    every = tuple(adapter(name) for name in asked)
+    drawn = tuple(adapter(name) for name in CURVES if name in asked)
+    for adapters, passages, noise in (
+        (every, (arguments.at,), ("none",)),
+        (drawn, tuple(arguments.passages), ("none",)),
+        (drawn, (arguments.at,), tuple(arguments.noise)),
+    ):
+        if passages and noise:
+            changes = {"evaluate.adapters": adapters, "evaluate.passages": passages, "evaluate.noise": noise}
+            command("evaluate", arguments, shared, **{"evaluate.systems": ("closed_book", "base"), **changes})
+
+    results = comparison.load(shared / "eval")
+    write_atomic(arguments.workdir / "table.md", comparison.summary(shared / "eval", results, as_markdown=True) + "\n")
+    in_curves = {name: r for name, r in results.items() if r["system"] in ("closed_book", "base", *CURVES)}
+    plot.draw(in_curves, arguments.workdir / "passages.svg", "passages")
+    plot.draw(in_curves, arguments.workdir / "noise.svg", "noise", passages=arguments.at)
+    print(f"Made {arguments.workdir / 'table.md'}, passages.svg and noise.svg.")
+
+
+if __name__ == "__main__":
+    main()
