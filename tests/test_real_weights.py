@@ -131,8 +131,9 @@ def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_token
     generate.guided_samples, generate.plain_samples, generate.max_tokens = 2, 2, 40
     engine = Engine(smollm, one_device, (2,), 0)
     newlines = candidates.newline_tokens(smollm_tokenizer)
+    outside, say = [[] for _ in rows], lambda phrase: None
     made = candidates.generate_batch(
-        engine, smollm_tokenizer, generate, rows, plain, guided, [[] for _ in rows], (None, None), newlines, lambda phrase: None
+        engine, smollm_tokenizer, generate, rows, plain, guided, outside, (None, None), newlines, say
     )
     compared = 0
     for row, prompt in zip(made, plain, strict=True):
