@@ -28,7 +28,7 @@ from roserag_jax.rag.prompts import Prompt
 from roserag_jax.report.comparison import comparison
 from roserag_jax.report.training import TrainingLog, score, verdict
 from roserag_jax.runtime import processes
-from roserag_jax.runtime.checkpoints import Checkpoints
+from roserag_jax.runtime.checkpoints import Checkpoints, undisturbed
 from roserag_jax.runtime.loader import Pair, Stream, hold_out, tokenize
 from roserag_jax.runtime.mesh import matmul_rate
 from roserag_jax.runtime.progress import Progress
@@ -150,44 +150,25 @@ def _steps(step_function, stream, state, done, checkpoints, log, held_out, train
             held_out.evaluate(done, state)
         clock = time.monotonic()
         for step, batch in enumerate(stream.start(done), done):
-            if traced and step == traced[0]:
-                jax.profiler.start_trace(str(profile))
-            state, metrics = step_function(state, batch, step)
-            metrics = {name: float(value) for name, value in metrics.items()}
-            if traced and step == traced[-1]:
-                jax.profiler.stop_trace()
-                print(f"Trace of {len(traced)} steps: {profile} (TensorBoard's profile plugin shows it).")
-            if bad := not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"])):
-                what = (
-                    f"Step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; rows "
-                    f"{', '.join(stream.ids(step))}."
-                )
-                if train.nonfinite == "stop":
-                    raise UserError(
-                        f"{what} The last good checkpoint is of step {saved}. Lower config.train.learning_rate, look "
-                        "at those rows, or set config.train.nonfinite='skip'."
-                    )
-                print(f"{what} Skipped: the adapter is as before.")
-            done = step + 1
-            seconds, clock = time.monotonic() - clock, time.monotonic()
-            real = int(len(stream.shared) + batch.prompt_lengths.sum() + batch.response_lengths.sum())
-            padded = len(stream.shared) + batch.prompt.size + batch.targets.size
-            metrics |= {
-                "pairs_per_s": float(batch.weights.sum()) / seconds,
-                "tokens_per_s": real / seconds,
-                "padding_share": 1 - real / padded,
-                "flop_utilisation": step_function.flops(batch) / seconds / rate,
-            }
-            if train.nonfinite == "skip":
-                metrics["skipped"] = float(bad)
-            memory = jax.local_devices()[0].memory_stats()  # none on a CPU
-            if memory and "peak_bytes_in_use" in memory:
-                metrics["peak_memory_gb"] = memory["peak_bytes_in_use"] / 1e9
-            log.write(done, metrics)
-            note = f"loss {metrics['loss']:.3f}"
-            if "accuracy" in metrics:
-                note += f", chosen over rejected {metrics['margin']:+.2f}"
-            progress.update(done, note)
+            with undisturbed():  # a signal between a step and its row would save the one without the other
+                if traced and step == traced[0]:
+                    jax.profiler.start_trace(str(profile))
+                state, metrics = step_function(state, batch, step)
+                metrics = {name: float(value) for name, value in metrics.items()}
+                if traced and step == traced[-1]:
+                    jax.profiler.stop_trace()
+                    print(f"Trace of {len(traced)} steps: {profile} (TensorBoard's profile plugin shows it).")
+                bad = _refuse_nonfinite(metrics, step, stream, saved, train.nonfinite)
+                done = step + 1
+                seconds, clock = time.monotonic() - clock, time.monotonic()
+                metrics |= _rates(step_function, stream, batch, seconds, rate)
+                if train.nonfinite == "skip":
+                    metrics["skipped"] = float(bad)
+                log.write(done, metrics)
+                note = f"loss {metrics['loss']:.3f}"
+                if "accuracy" in metrics:
+                    note += f", chosen over rejected {metrics['margin']:+.2f}"
+                progress.update(done, note)
             if held_out and held_out.due(done, len(stream)):
                 held_out.evaluate(done, state)
                 clock = time.monotonic()
@@ -203,9 +184,7 @@ def _steps(step_function, stream, state, done, checkpoints, log, held_out, train
             saved = done
             checkpoints.save(done, state)
     except (KeyboardInterrupt, SystemExit):
-        # A step that was interrupted has donated its state; only a whole one can be saved, and by all processes.
-        whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-        if done > saved and whole and jax.process_count() == 1:
+        if done > saved and jax.process_count() == 1:  # several processes would have to save together
             checkpoints.save(done, state)
             print(f"\nSaved step {done}.")
         raise
@@ -214,6 +193,39 @@ def _steps(step_function, stream, state, done, checkpoints, log, held_out, train
         if held_out:
             held_out.best.close()
     return state
+
+
+def _refuse_nonfinite(metrics: dict, step: int, stream, saved: int, action: str) -> bool:
+    """Whether the loss or the gradient of a step is no number; says so, or with `action` 'stop' raises UserError."""
+    if np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"]):
+        return False
+    what = (
+        f"Step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; rows "
+        f"{', '.join(stream.ids(step))}."
+    )
+    if action == "stop":
+        raise UserError(
+            f"{what} The last good checkpoint is of step {saved}. Lower config.train.learning_rate, look at those "
+            "rows, or set config.train.nonfinite='skip'."
+        )
+    print(f"{what} Skipped: the adapter is as before.")
+    return True
+
+
+def _rates(step_function, stream, batch, seconds: float, rate: float) -> dict:
+    """How fast a step was, `rate` operations per second being what the devices can do, and how much of it padding."""
+    real = int(len(stream.shared) + batch.prompt_lengths.sum() + batch.response_lengths.sum())
+    padded = len(stream.shared) + batch.prompt.size + batch.targets.size
+    result = {
+        "pairs_per_s": float(batch.weights.sum()) / seconds,
+        "tokens_per_s": real / seconds,
+        "padding_share": 1 - real / padded,
+        "flop_utilisation": step_function.flops(batch) / seconds / rate,
+    }
+    memory = jax.local_devices()[0].memory_stats()  # none on a CPU
+    if memory and "peak_bytes_in_use" in memory:
+        result["peak_memory_gb"] = memory["peak_bytes_in_use"] / 1e9
+    return result
 
 
 class _HeldOut:

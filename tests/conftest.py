@@ -1,10 +1,12 @@
 """Shared fixtures: eight simulated devices, small random models made by transformers, and the real SmolLM2."""
 
+import json
 import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # torch's; the tests run in two processes already
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,21 +15,47 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from roserag_jax import config as options
+from roserag_jax import generate, train
 from roserag_jax.models import source, weights
+from roserag_jax.rag import synthetic
+from roserag_jax.runtime import session
 from roserag_jax.runtime.mesh import make_mesh
+from roserag_jax.workdir import Workdir
 
 # Many tests compile the same programs anew, some in processes of their own: they share what one has compiled.
 _compiled = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
 jax.config.update("jax_compilation_cache_dir", _compiled.name)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# Small models take longer to compile than to run. Those of real weights are compiled as ever: `optimized`.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
 # Not through XLA_FLAGS, which the processes that tests start would inherit.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Longest first, so that both processes end together.
+LONG = ("test_train_step", "test_processes", "test_real_weights", "test_commands")
+
+
+def pytest_collection_modifyitems(items):
+    rank = lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
+    items.sort(key=rank)
 
 
 def write_files(folder: Path, files: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Compile as users do."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")
@@ -134,3 +162,88 @@ def tiny_llama(tiny_folder, one_device):
     """`(source, frozen parameters)` of the small Llama."""
     opened = source.open_source(str(tiny_folder("llama")[0]))
     return opened, weights.load_base(opened, jnp.dtype("float32"), one_device)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """For tests about files: one device compiles faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A random Llama of two layers with a tokenizer of single bytes."""
+    torch = pytest.importorskip("torch")
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {t: i for i, t in enumerate(["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("model")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+        initializer_range=0.6,  # large, so that greedy decoding wanders
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = [2, *range(200, len(vocabulary))]  # else a random model never ends
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config_of(alone, model_folder, tmp_path_factory):
+    """A function: a small configuration in its own workdir, on the given questions."""
+
+    def make(train_file="synthetic", workdir=None, **changes):
+        config = options.defaults()
+        config.model, config.dtype = str(model_folder), "float32"
+        config.workdir = str(workdir or tmp_path_factory.mktemp("work"))
+        config.data.train, config.data.train_rows, config.data.eval_rows = str(train_file), 6, 5
+        config.data.synthetic_passages = config.prompt.passages = 2
+        config.prompt.max_tokens = 320
+        config.generate.guided_samples, config.generate.plain_samples, config.generate.batch = 0, 6, 4
+        config.generate.max_tokens, config.generate.answer_tokens = 12, 60
+        config.train.batch, config.train.epochs, config.train.checkpoint_every, config.train.remat = 2, 3, 2, "none"
+        config.evaluate.max_tokens, config.evaluate.batch = 12, 4
+        config.lora.rank, config.select.evidence = 4, 0  # a random model cites nothing
+        config.update_from_flattened_dict(changes)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def questions(config_of, tmp_path_factory):
+    """Questions whose golden answers are what the random model says once, so that pairs come to exist."""
+    config = config_of()
+    generate.run(config)
+    work, file = Workdir(config.workdir), tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = list(synthetic.generate(6, "train", passages=2))
+    for row, made in zip(rows, work.rows("candidates.jsonl"), strict=True):
+        said = sorted({c["answer"] for c in made["candidates"] if any(ch.isalnum() for ch in c["answer"])})
+        row["golden_answers"] = said[:1] or row["golden_answers"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(config_of, questions):
+    """A workdir after `train`."""
+    config = config_of(questions)
+    train.run(config)
+    return config

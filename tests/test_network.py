@@ -18,9 +18,9 @@ RNG = np.random.default_rng(0)
 TOKENS = RNG.integers(3, 131, (2, 40))
 
 
-def hf_logits(model, tokens):
+def hf_logits(model, tokens, **options):
     with torch.no_grad():
-        return model(torch.tensor(np.asarray(tokens))[None]).logits[0].numpy()
+        return model(torch.tensor(np.asarray(tokens))[None], **options).logits[0].numpy()
 
 
 def branch_logits(model, prompts, lengths, branches):

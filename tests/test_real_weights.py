@@ -16,6 +16,7 @@ from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.runtime.sampler import Engine, Sampling
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("optimized")
 TEXT = "Ünïcode — “quotes”, 12345 + 678, don't; 日本語\n\n\tdef f(x):\n  return x<|im_end|> tail"
 
 
@@ -28,9 +29,9 @@ def reference(smollm_path):
     ).eval()
 
 
-def exact_logits(reference, tokens):
-    """Transformers' logits in float64: in float32 its own rounding, some 6e-5 here, would be counted as ours."""
-    return hf_logits(copy.deepcopy(reference).double(), tokens)
+def exact_logits(reference, tokens, count):
+    """Transformers' last logits in float64: in float32 its own rounding, some 6e-5 here, would be counted as ours."""
+    return hf_logits(copy.deepcopy(reference).double(), tokens, logits_to_keep=count)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_logits_equal_transformers(smollm, reference, prompts):
     tokens = np.array(prompts[3])
     cut = len(tokens) - 24
     args = (tokens[None, :cut], np.array([cut]), tokens[None, None, cut:])
-    theirs = exact_logits(reference, tokens)[cut:]
+    theirs = exact_logits(reference, tokens, len(tokens) - cut)
     np.testing.assert_allclose(branch_logits(smollm, *args)[0, 0], theirs, atol=1e-4, rtol=0)
     np.testing.assert_allclose(cached_logits(smollm, *args, opening=20)[0, 0], theirs, atol=1e-4, rtol=0)
 
@@ -99,7 +100,7 @@ def test_gemma_equals_transformers(prompts, smollm_tokenizer, one_device, tmp_pa
     tokens = np.array(asked[9])
     cut = len(tokens) - 16
     ours = branch_logits(model, tokens[None, :cut], np.array([cut]), tokens[None, None, cut:])[0, 0]
-    np.testing.assert_allclose(ours, exact_logits(reference, tokens)[cut:], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours, exact_logits(reference, tokens, len(tokens) - cut), atol=1e-4, rtol=0)
     assert_same_greedy_tokens(model, 1, reference, asked, one_device)
 
 
@@ -110,7 +111,7 @@ def test_bfloat16_is_as_near_as_transformers(smollm_source, one_device, referenc
     theirs_rounded, errors = copy.deepcopy(reference).to(torch.bfloat16), []
     for prompt in prompts[:3]:  # one prompt's error is a matter of luck
         tokens, length = np.array(prompt), np.array([len(prompt) - 8])
-        exact = exact_logits(reference, tokens)[-8:]
+        exact = exact_logits(reference, tokens, 8)
         with torch.no_grad():
             theirs = theirs_rounded(torch.tensor(tokens)[None]).logits[0, -8:].float().numpy()
         ours = branch_logits(model, tokens[None, :-8], length, tokens[None, None, -8:])[0, 0]

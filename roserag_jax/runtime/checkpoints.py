@@ -23,9 +23,10 @@ def state_digest(state: TrainState) -> str:
 
 
 @contextlib.contextmanager
-def _undisturbed():
-    """Hold Ctrl-C and SIGTERM back until the block is done: one inside Orbax leaves its threads waiting for ever."""
-    held, stops = [], (signal.SIGINT, signal.SIGTERM)
+def undisturbed():
+    """Hold Ctrl-C and SIGTERM back until the block is done, so that none falls inside it."""
+    # Where several processes run, JAX itself takes SIGTERM, so that all of them stop at one step.
+    held, stops = [], (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.signal(stop, lambda number, _: held.append(number)) for stop in stops]
     try:
         yield
@@ -49,15 +50,18 @@ class Checkpoints:
 
     def __init__(self, folder: epath.Path, keep: int, about: dict | None = None):
         self.folder, self.about = folder, about or {}
-        self._manager = ocp.CheckpointManager(
-            folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        # Processes meet at barriers named after the step: two managers that save the same one must not share them.
+        barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=folder.name)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, multiprocessing_options=barriers
         )
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def save(self, step: int, state: TrainState) -> None:
         """Save the state after `step` steps; the write goes on in the background."""
         arrays, check = jax.tree.leaves(state), {"sha256": state_digest(state), "options": self.about}
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), digest=ocp.args.JsonSave(check))
-        with _undisturbed():
+        with undisturbed():  # an exception inside Orbax leaves its threads waiting for ever
             self._manager.save(step, args=args)
 
     def restore(self, like: TrainState) -> tuple[int, TrainState]:
@@ -83,6 +87,6 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is written."""
-        with _undisturbed():
+        with undisturbed():
             self._manager.wait_until_finished()
             self._manager.close()
