@@ -19,7 +19,7 @@ def get_config():
     config.prompt.passages, config.prompt.examples, config.prompt.max_tokens = 4, 2, 512
     config.generate.guided_samples, config.generate.plain_samples = 3, 3
     config.generate.max_tokens, config.generate.answer_tokens, config.generate.batch = 40, 12, 20
-    config.generate.temperature = 0.7
+    config.generate.guided_temperature = config.generate.plain_temperature = 0.7
     config.train.learning_rate = 1e-3
     config.train.epochs, config.train.batch = 2, 4
     config.train.max_response, config.train.remat = 80, "none"

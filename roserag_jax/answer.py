@@ -73,4 +73,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__)
+    options.main(run, __doc__, alone=True)

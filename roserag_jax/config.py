@@ -91,12 +91,18 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
     "generate": {
         "guided_samples": Option(4, "rationales sampled per question with the golden answer in view"),
         "plain_samples": Option(4, "rationales sampled per question from the plain prompt"),
-        "temperature": Option(0.8, "of sampling"),
+        "guided_temperature": Option(0.8, "of their sampling"),
+        "plain_temperature": Option(0.8, "of their sampling"),
         "top_p": Option(0.95, "nucleus that samples are drawn from; 1.0 is the whole vocabulary"),
         "top_k": Option(0, "draw from the so many likeliest tokens; 0 is the whole vocabulary"),
         "min_p": Option(0.0, "leave out tokens less likely than this share of the likeliest; 0.0 is none"),
         "max_tokens": Option(128, "limit of a rationale"),
         "samples": Option("", "a .jsonl of {id, samples: [...]}: responses made elsewhere, verified beside our own"),
+        "answer": Option(
+            "decoded",
+            "the answer that is judged: decoded after the rationale on the plain prompt, or the one that was sampled",
+            ("decoded", "sampled"),
+        ),
         "answer_tokens": Option(24, "limit of the answer decoded after a rationale"),
         "batch": Option(8, "questions decoded at a time"),
         "memory_gb": Option(0.0, "limit of caches and logits while decoding; lowers the batch; 0.0 is none"),
@@ -235,6 +241,7 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
 
     Args:
       workdir: whether the command needs `config.workdir`.
+      alone: whether it is for one process.
 
     Raises:
       UserError: naming the option, its value and what is allowed.
@@ -251,9 +258,9 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         "train.epochs train.batch train.accumulate train.max_response train.checkpoint_every train.keep_checkpoints "
         "train.evaluate_every evaluate.max_tokens evaluate.batch",
         0: "data.train_rows data.eval_rows prompt.passages generate.guided_samples generate.plain_samples "
-        "generate.temperature generate.top_k generate.min_p generate.memory_gb select.evidence train.beta "
-        "train.learning_rate train.weight_decay train.warmup lora.dropout train.max_length train.held_out "
-        "train.answer_questions train.profile_steps",
+        "generate.guided_temperature generate.plain_temperature generate.top_k generate.min_p generate.memory_gb "
+        "select.evidence train.beta train.learning_rate train.weight_decay train.warmup lora.dropout train.max_length "
+        "train.held_out train.answer_questions train.profile_steps",
         2: "data.synthetic_passages",
     }
     for least, names in at_least.items():
@@ -337,11 +344,12 @@ def _flag_error(error: Exception) -> str:
     return text
 
 
-def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True) -> None:
+def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True, alone: bool = False) -> None:
     """Run a command: read its options, call `run(config)`, and turn errors meant for people into one line.
 
     Args:
       workdir: whether the command needs `config.workdir`.
+      alone: whether it is for one process.
 
     Exit status: 0 done; 2 something for the user to put right; 130 Ctrl-C and 143 SIGTERM, after which the same command
     goes on where it stopped.
@@ -355,6 +363,8 @@ def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True) -> N
         if len(argv) > 1:
             raise UserError(f"Unexpected argument {argv[1]!r}; options are written --config.section.option=value.")
         validate(flags.FLAGS.config, workdir)
+        if alone and flags.FLAGS.config.distributed:
+            raise UserError("config.distributed: this command is for one process; leave it empty.")
         processes.start(flags.FLAGS.config.distributed)
         run(flags.FLAGS.config)
 

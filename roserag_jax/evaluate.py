@@ -25,6 +25,7 @@ from roserag_jax.rag import answers, datasets, metrics
 from roserag_jax.rag.noise import Noise
 from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.report.comparison import summary
+from roserag_jax.runtime import processes
 from roserag_jax.runtime.progress import Progress
 from roserag_jax.runtime.sampler import Sampling
 from roserag_jax.runtime.session import Session
@@ -116,7 +117,8 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
       noise: a condition of `rag.noise`.
     """
     config, name = session.config, artifact(system, passages, noise)
-    retrieve.make(config, workdir, ("eval",))
+    with processes.main_first("retrieved"):
+        retrieve.make(config, workdir, ("eval",))
     folder = systems(config, workdir).get(system)
     if system == "adapter":
         folder = adapter_folder(config, workdir)
@@ -137,15 +139,14 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     prompts = [builder.plain(row) for row in rows]
     groups = batches(prompts, size)
     label = name.removeprefix("eval/")
-    parts = Parts(workdir, f"evaluate-{label}", wanted.fingerprint(batch=size, mesh=config.mesh.to_dict()))
-    count = lambda: sum(len(part) for part in parts.done.values())
-    progress = Progress(f"evaluate {label}", len(rows), "questions", count())
-    if len(parts.done) < len(groups):
-        engine = session.engine(Path(folder) if folder else None)
+    layout = wanted.fingerprint(batch=size, mesh=dict(session.own.mesh.shape))
+    parts = Parts(workdir, f"evaluate-{label}", layout, len(groups))
+    progress = Progress(f"evaluate {label}", len(rows), "questions", len(parts.rows()))
+    if missing := parts.missing():
+        engine = session.own.engine(Path(folder) if folder else None)
         shared = engine.read_shared([p.tokens for p in prompts])
-    for number, group in enumerate(groups):
-        if number in parts.done:
-            continue
+    for number in missing:
+        group = groups[number]
         progress.phase(f"answering {len(group)} questions")
         asked = [rows[i] for i in group]
         of_group = [prompts[i] for i in group]
@@ -173,15 +174,26 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
                 }
             )
         parts.write(number, examples)
-        scores = [e["scores"] for part in parts.done.values() for e in part]
-        progress.update(count(), f"EM {100 * sum(s['em'] for s in scores) / len(scores):.1f}")
-    by_id = {example["id"]: example for part in parts.done.values() for example in part}
+        parts.read()
+        scores = [example["scores"] for example in parts.rows()]
+        progress.update(len(scores), f"EM {100 * sum(s['em'] for s in scores) / len(scores):.1f}")
+    processes.barrier("answered")
+    with processes.main_first("evaluation published"):
+        if processes.is_main():
+            parts.read()
+            _publish(workdir, name, wanted, rows, parts.rows(), {"system": system, "passages": K, "noise": noise})
+            parts.clear()
+    return json.loads((workdir / name / "metrics.json").read_text())
+
+
+def _publish(workdir: Workdir, name: str, wanted: Recipe, rows: list[dict], examples: list[dict], about: dict) -> None:
+    """Write an evaluation from its examples, in the order of `rows`."""
+    by_id = {example["id"]: example for example in examples}
     examples = [by_id[row["id"]] for row in rows]
     # The median, because batches that compile take long. Time is no function of the input: it stays out of the rows.
     seconds = statistics.median(example.pop("seconds") for example in examples)
     mean = lambda field: round(statistics.fmean(example[field] for example in examples), 1)
-    result = {"system": system, "passages": K, "noise": noise}
-    result |= metrics.summarize([example["scores"] for example in examples])
+    result = about | metrics.summarize([example["scores"] for example in examples])
     result |= {field: mean(field) for field in ("prompt_tokens", "response_tokens")}
     result |= {"prompts_cut": sum(e["prompt_cut"] > 0 for e in examples), "seconds_per_question": round(seconds, 4)}
     files = {
@@ -190,8 +202,6 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
         **_official(examples),
     }
     workdir.publish(name, wanted, files, len(examples))
-    parts.clear()
-    return result
 
 
 def _official(examples: list[dict]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from roserag_jax.errors import UserError
 from roserag_jax.preference import candidates
 from roserag_jax.rag.datasets import read_rows
 from roserag_jax.rag.prompts import Prompt, PromptBuilder
+from roserag_jax.runtime import processes
 from roserag_jax.runtime.progress import Progress
 from roserag_jax.runtime.sampler import bucket, decoding_bytes
 from roserag_jax.runtime.session import Session
@@ -90,7 +91,8 @@ def filled(prompts: list[Prompt], size: int) -> list[Prompt]:
 def make(session: Session, workdir: Workdir) -> None:
     """Bring the candidates up to date."""
     config = session.config
-    retrieve.make(config, workdir, ("train",))
+    with processes.main_first("retrieved"):
+        retrieve.make(config, workdir, ("train",))
     wanted = recipe(config, workdir)
     if workdir.fresh(ARTIFACT, wanted):
         return
@@ -102,16 +104,14 @@ def make(session: Session, workdir: Workdir) -> None:
     outside = outside_samples(config.generate.samples, rows) if config.generate.samples else [[] for _ in rows]
     size = fitting_batch(session, guided, candidates.branches(config.generate, outside))
     groups = batches(plain, size)
-    parts = Parts(workdir, "generate", wanted.fingerprint(batch=size, mesh=config.mesh.to_dict()))
-    count = lambda: sum(len(part) for part in parts.done.values())
-    progress = Progress("generate", len(rows), "questions", count())
-    if len(parts.done) < len(groups):
-        engine, newlines = session.engine(), candidates.newline_tokens(session.tokenizer)
+    layout = wanted.fingerprint(batch=size, mesh=dict(session.own.mesh.shape))
+    parts = Parts(workdir, "generate", layout, len(groups))
+    progress = Progress("generate", len(rows), "questions", len(parts.rows()))
+    if missing := parts.missing():
+        engine, newlines = session.own.engine(), candidates.newline_tokens(session.tokenizer)
         shared = [engine.read_shared([p.tokens for p in prompts]) for prompts in (plain, guided)]
-    for number, group in enumerate(groups):
-        if number in parts.done:
-            continue
-        of_group = lambda items, group=group: [items[i] for i in group]
+    for number in missing:
+        of_group = lambda items, group=groups[number]: [items[i] for i in group]
         made = candidates.generate_batch(
             engine,
             session.tokenizer,
@@ -125,13 +125,19 @@ def make(session: Session, workdir: Workdir) -> None:
             progress.phase,
         )
         parts.write(number, made)
-        found = [c for part in parts.done.values() for row in part for c in row["candidates"]]
-        progress.update(count(), f"{sum(c['correct'] for c in found)} of {len(found)} candidates correct")
-    by_id = {row["id"]: row for part in parts.done.values() for row in part}
-    results = [by_id[row["id"]] for row in rows]
-    workdir.publish(ARTIFACT, wanted, to_lines(results), len(results))
-    parts.clear()
-    print(f"{ARTIFACT}: {len(results)} questions\n{candidates.summary(results)}")
+        parts.read()
+        found = [c for row in parts.rows() for c in row["candidates"]]
+        correct = f"{sum(c['correct'] for c in found)} of {len(found)} candidates correct"
+        progress.update(len(parts.rows()), correct)
+    processes.barrier("candidates made")
+    with processes.main_first("candidates published"):
+        if processes.is_main():
+            parts.read()
+            by_id = {row["id"]: row for row in parts.rows()}
+            results = [by_id[row["id"]] for row in rows]
+            workdir.publish(ARTIFACT, wanted, to_lines(results), len(results))
+            parts.clear()
+            print(f"{ARTIFACT}: {len(results)} questions\n{candidates.summary(results)}")
 
 
 def run(config) -> None:

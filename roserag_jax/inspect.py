@@ -88,4 +88,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__, workdir=False)
+    options.main(run, __doc__, workdir=False, alone=True)

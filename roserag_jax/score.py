@@ -72,4 +72,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__)
+    options.main(run, __doc__, alone=True)

@@ -10,6 +10,7 @@ from roserag_jax import config as options
 from roserag_jax import generate, retrieve
 from roserag_jax.preference import selection
 from roserag_jax.rag import datasets
+from roserag_jax.runtime import processes
 from roserag_jax.runtime.session import Session
 from roserag_jax.workdir import Recipe, Workdir, to_lines
 
@@ -31,7 +32,12 @@ def make(session: Session, workdir: Workdir) -> None:
     config = session.config
     if not config.data.pairs:
         generate.make(session, workdir)
-    wanted = recipe(config, workdir)
+    with processes.main_first("pairs"):
+        _make(session, workdir)
+
+
+def _make(session: Session, workdir: Workdir) -> None:
+    config, wanted = session.config, recipe(session.config, workdir)
     if workdir.fresh(ARTIFACT, wanted):
         return
     if config.data.pairs:

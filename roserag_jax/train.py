@@ -8,7 +8,6 @@ moment, the same command goes on and ends with the same adapter.
 """
 
 import collections
-import contextlib
 import sys
 import time
 from importlib.util import find_spec
@@ -304,12 +303,11 @@ def run(config) -> None:
     _ = session.lora  # refused now rather than after an hour of sampling
     if config.train.wandb and find_spec("wandb") is None:
         raise UserError(f"config.train.wandb={config.train.wandb!r}: wandb is not installed (pip install wandb).")
-    if jax.process_count() > 1 and (config.train.evaluate or config.train.answer_questions):
+    if jax.process_count() > 1 and config.train.answer_questions:
         raise UserError(
-            "config.distributed: several processes only train so far. Make the pairs with one (roserag_jax.select), "
-            "then train with config.train.evaluate=False and answer_questions=0, and evaluate with one."
+            "config.train.answer_questions: several processes train in step and cannot answer meanwhile; set it to 0."
         )
-    with workdir.lock() if processes.is_main() else contextlib.nullcontext():
+    with workdir.lock():
         results = {}
         if config.train.evaluate:
             results["base"] = evaluate.make(session, workdir, "base")

@@ -11,9 +11,11 @@ import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 from etils import epath
 
 from roserag_jax.errors import UserError
+from roserag_jax.runtime import processes
 
 
 class Recipe(NamedTuple):
@@ -78,9 +80,14 @@ class Workdir:
     def lock(self) -> Iterator[None]:
         """Hold the folder for one run; the kernel releases it however the run ends. Remote folders are not locked.
 
+        Of several processes, process 0 holds it for all.
+
         Raises:
           UserError: another run holds it, or it cannot be written.
         """
+        if not processes.is_main():
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             local = "://" not in str(self.path)
@@ -179,14 +186,34 @@ def _plain(options: dict) -> dict:
 
 
 class Parts:
-    """Finished batches of a stage under way, one file each, so that a stopped stage repeats at most one batch."""
+    """Finished batches of a stage under way, one file each, so that a stopped stage repeats at most one batch.
 
-    def __init__(self, workdir: Workdir, stage: str, fingerprint: str):
+    Several processes take turns at the batches, and each writes its own.
+
+    Args:
+      batches: how many batches the stage has.
+    """
+
+    def __init__(self, workdir: Workdir, stage: str, fingerprint: str, batches: int):
         self.folder = workdir.path / ".parts" / f"{stage}-{fingerprint}"
-        self.done = {}
+        self.batches, self.done = batches, {}
+        self.read()
+
+    def read(self) -> None:
+        """Find the finished batches, those of other processes too."""
         if self.folder.exists():
-            for file in sorted(self.folder.glob("*.jsonl")):
-                self.done[int(file.stem)] = [json.loads(line) for line in file.read_text().splitlines()]
+            for file in self.folder.glob("*.jsonl"):
+                if int(file.stem) not in self.done:
+                    self.done[int(file.stem)] = [json.loads(line) for line in file.read_text().splitlines()]
+
+    def missing(self) -> list[int]:
+        """The batches that this process has to make."""
+        mine = range(jax.process_index(), self.batches, jax.process_count())
+        return [number for number in mine if number not in self.done]
+
+    def rows(self) -> list[dict]:
+        """The rows of the finished batches."""
+        return [row for part in self.done.values() for row in part]
 
     def write(self, batch: int, rows: list[dict]) -> None:
         """Keep a finished batch."""

@@ -97,6 +97,25 @@ def test_samples_from_elsewhere(finished, config_of, questions, tmp_path, capsys
         generate.run(config)
 
 
+def test_answers_that_were_sampled_are_judged(config_of, questions, tmp_path):
+    """`generate.answer=sampled`: a sample's own answer line is right or wrong, and the whole response is scored."""
+    texts = ["Passage 1 says so.\nAnswer: red", "Passage 1 says so.\nAnswer: blue", "Nobody knows."]
+    file = tmp_path / "samples.jsonl"
+    file.write_text(json.dumps({"id": json.loads(questions.read_text().splitlines()[0])["id"], "samples": texts}))
+    config = config_of(
+        questions, **{"generate.plain_samples": 0, "generate.samples": str(file), "generate.answer": "sampled"}
+    )
+    generate.run(config)
+    row = Workdir(config.workdir).rows("candidates.jsonl")[0]
+    assert [(c["response"], c["answer"]) for c in row["candidates"]] == [(texts[0], "red"), (texts[1], "blue")]
+    assert row["dropped"] == {"no answer": 1} and row["candidates"][0]["tokens"] == len(texts[0])
+    run = session.Session(config)
+    prompt, engine = list(run.tokenizer(row["prompt"]).input_ids), run.engine()
+    sums = engine.score(engine.prefill([prompt]), [prompt], [[list(run.tokenizer(t).input_ids) for t in texts]], 48)
+    for candidate, logprob in zip(row["candidates"], sums[0].sum(-1), strict=False):
+        assert candidate["logprob"] == pytest.approx(float(logprob), abs=1e-3)
+
+
 def test_a_merged_adapter_says_the_same(finished):
     """Sampled and greedy tokens with the adapter beside the weights and folded into them."""
     run, folder = session.Session(finished), Path(finished.workdir) / "adapter"

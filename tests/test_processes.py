@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -100,17 +99,14 @@ def test_a_signal_waits_for_the_save(tmp_path):
 
 
 def test_two_processes_train_as_one(config_of, questions, finished):
-    """Two real processes with a device each, told to stop and gone on with: the losses and the adapter of one."""
-    changes = {"train.evaluate": False, "mesh.data": 2, "mesh.fsdp": 1, "train.held_out": 0.34}
-    config = config_of(questions, **changes, **{"data.pairs": f"{finished.workdir}/pairs.jsonl"})
-    train.run(config)
-    work = Workdir(config.workdir)
-    losses = lambda: [
-        r["loss"] for r in map(json.loads, (work / "metrics.jsonl").read_text().splitlines()) if "loss" in r
-    ]
-    expected, adapter = losses(), adapter_of(work)
-    shutil.rmtree(work / "adapter")
-    shutil.rmtree(work / "checkpoints")
+    """Two real processes with a device each, told to stop and gone on with: what one makes, from candidates on."""
+    one = config_of(
+        questions,
+        **{"train.evaluate": False, "train.held_out": 0.34, "data.pairs": f"{finished.workdir}/pairs.jsonl"},
+    )
+    train.run(one)
+    config = config_of(questions, **{"mesh.data": 2, "mesh.fsdp": 1, "train.held_out": 0.34})
+    expected, alone, work = Workdir(one.workdir), Workdir(finished.workdir), Workdir(config.workdir)
 
     def start():
         with socket.socket() as free:
@@ -126,7 +122,14 @@ def test_two_processes_train_as_one(config_of, questions, finished):
     said = [run.communicate(timeout=200)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
     assert "train: going on after" in said[0] and "train: " not in said[1]
-    np.testing.assert_allclose(losses(), expected, atol=1e-5)
+    said_of = lambda work: [[c["response"] for c in row["candidates"]] for row in work.rows("candidates.jsonl")]
+    assert said_of(work) == said_of(alone)
+    predictions = lambda work: json.loads((work / "eval/base/predictions.json").read_text())
+    assert predictions(work) == predictions(alone)
+    rows = lambda work: map(json.loads, (work / "metrics.jsonl").read_text().splitlines())
+    losses = lambda work: [row["loss"] for row in rows(work) if "loss" in row]
+    np.testing.assert_allclose(losses(work), losses(expected), atol=1e-5)
+    adapter = adapter_of(expected)
     for name, ours in adapter_of(work).items():
         np.testing.assert_allclose(ours, adapter[name], atol=1e-5, err_msg=name)
 

@@ -61,19 +61,25 @@ def generate_batch(
       prompt, without the end-of-turn token.
     """
     ids = [row["id"] for row in rows] + [""] * (len(plain) - len(rows))
-    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.min_p)
     plain_cache = engine.prefill([p.tokens for p in plain], shared[0])
 
-    rationales = [[] for _ in rows]  # per row: (source, rationale)
+    rationales = [[] for _ in rows]  # per row: (source, rationale, its sampled answer or '')
     dropped = [{"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0} for _ in rows]
 
-    def keep(i, source, rationale):
+    def keep(i, source, text, finished):
+        rationale, answer = rationale_of(text, finished), ""
+        if options.answer == "sampled":
+            _, answer, parsed = answers.parse(text)
+            answer = answer if parsed and finished else ""
+            if not answer:
+                dropped[i]["no answer"] += 1
+                return
         if rationale is None:
             dropped[i]["no whole sentence"] += 1
-        elif any(rationale == other for _, other in rationales[i]):
+        elif (rationale, answer) in [found[1:] for found in rationales[i]]:
             dropped[i]["repeated"] += 1
         else:
-            rationales[i].append((source, rationale))
+            rationales[i].append((source, rationale, answer))
 
     for source, count in (("guided", options.guided_samples), ("plain", options.plain_samples)):
         if not count:
@@ -83,42 +89,48 @@ def generate_batch(
             cache, starts = plain_cache, [p.tokens[-1:] for p in plain]
         else:
             cache, starts = _read_guided(engine, plain, guided, plain_cache, shared[1], count)
+        sampling = Sampling(options[f"{source}_temperature"], options.top_p, options.top_k, options.min_p)
         openings, width = [[start] * count for start in starts], max(map(len, starts))
         width = 1 if width == 1 else bucket(width)
         out = engine.decode(cache, openings, width, ids, _FIRST_SAMPLE[source], sampling, options.max_tokens)
         for i in range(len(rows)):
             for n in range(count):
                 text = tokenizer.decode(out.tokens[i, n, : out.lengths[i, n]])
-                keep(i, source, rationale_of(text, bool(out.finished[i, n])))
+                keep(i, source, text, bool(out.finished[i, n]))
     for i, texts in enumerate(outside):
         for text in filter(None, texts):
-            keep(i, "outside", rationale_of(text, True))
+            keep(i, "outside", text, True)
 
     say(f"verifying {sum(map(len, rationales))} rationales on the plain prompt")
-    # Every branch is a rationale and the words that ask for its answer, behind the plain prompt's last token.
+    # Every branch is a rationale and the words that ask for its answer, behind the plain prompt's last token; or the
+    # answer too, and then nothing is left to decode (one token is, and is not looked at).
     width, limit = branches(options, outside), bucket(options.max_tokens + 8)
     openings = [[[] for _ in range(width)] for _ in plain]
     for i, found in enumerate(rationales):
-        for n, (_, rationale) in enumerate(found):
-            tokens = response_tokens(tokenizer, (rationale + ANSWER_PREFIX).lstrip("\n"))
+        for n, (_, rationale, answer) in enumerate(found):
+            tokens = response_tokens(tokenizer, f"{rationale}{ANSWER_PREFIX} {answer}".strip("\n "))
             opening = plain[i].tokens[-1:] + tokens
             if len(opening) > limit:  # only one that was made elsewhere can be
                 dropped[i]["too long"] += 1
             else:
                 openings[i][n] = opening
-    out = engine.decode(plain_cache, openings, limit, ids, 0, _GREEDY, options.answer_tokens, newline_ids)
+    count = 1 if options.answer == "sampled" else options.answer_tokens
+    out = engine.decode(plain_cache, openings, limit, ids, 0, _GREEDY, count, newline_ids)
 
     results = []
     for i, row in enumerate(rows):
         candidates = []
-        for n, (source, rationale) in enumerate(rationales[i]):
+        for n, (source, rationale, answer) in enumerate(rationales[i]):
             if not openings[i][n]:
                 continue
             length, said = out.lengths[i, n], len(openings[i][n]) - 1
-            answer = tokenizer.decode(out.tokens[i, n, :length]).strip()
-            if not answer or not out.finished[i, n]:
-                dropped[i]["no answer"] += 1
-                continue
+            if answer:
+                length = 0
+            else:
+                answer = tokenizer.decode(out.tokens[i, n, :length]).strip()
+                if not answer or not out.finished[i, n]:
+                    dropped[i]["no answer"] += 1
+                    continue
             logprob = out.opening_logprobs[i, n, :said].sum() + out.logprobs[i, n, :length].sum()
             candidates.append(
                 {

@@ -1,5 +1,6 @@
 """Several processes of one run, one per host: joining them, and what only one of them does."""
 
+import contextlib
 import os
 import sys
 
@@ -42,6 +43,16 @@ def barrier(name: str) -> None:
     """Wait until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def main_first(name: str):
+    """Run the block in process 0 first; in the others when it is done there, and what it makes can be found."""
+    if not is_main():
+        barrier(name)
+    yield
+    if is_main():
+        barrier(name)
 
 
 def told_to_stop(step: int) -> bool:

@@ -40,6 +40,18 @@ class Session:
         return make_mesh(**self.config.mesh)
 
     @functools.cached_property
+    def own(self) -> "Session":
+        """The session to decode with: this one, or of several processes each's own, over its own devices.
+
+        They decode different questions, so they must not run in step; the weights are then read once more.
+        """
+        if jax.process_count() == 1:
+            return self
+        own = Session(self.config)
+        own.mesh = make_mesh(1, -1, self.config.mesh.tensor, jax.local_devices())
+        return own
+
+    @functools.cached_property
     def dtype(self):
         """Of frozen weights and activations. In float32, products are float32 on every backend."""
         if self.config.dtype == "float32":
