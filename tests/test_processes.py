@@ -100,12 +100,11 @@ def test_a_signal_waits_for_the_save(tmp_path):
 
 def test_two_processes_train_as_one(config_of, questions, finished):
     """Two real processes with a device each, told to stop and gone on with: what one makes, from candidates on."""
-    one = config_of(
-        questions,
-        **{"train.evaluate": False, "train.held_out": 0.34, "data.pairs": f"{finished.workdir}/pairs.jsonl"},
-    )
+    # Twelve steps, each with its checkpoint: time enough for both to agree on the step at which they stop.
+    shared = {"train.held_out": 0.34, "train.epochs": 6, "train.checkpoint_every": 1}
+    one = config_of(questions, **shared, **{"train.evaluate": False, "data.pairs": f"{finished.workdir}/pairs.jsonl"})
     train.run(one)
-    config = config_of(questions, **{"mesh.data": 2, "mesh.fsdp": 1, "train.held_out": 0.34})
+    config = config_of(questions, **shared, **{"mesh.data": 2, "mesh.fsdp": 1})
     expected, alone, work = Workdir(one.workdir), Workdir(finished.workdir), Workdir(config.workdir)
 
     def start():
@@ -115,7 +114,7 @@ def test_two_processes_train_as_one(config_of, questions, finished):
         return [command("train", config, f"--config.distributed=localhost:{port},2,{i}", wait=False) for i in range(2)]
 
     first, second = start()
-    code, said = stop_when(second, lambda: any((work / "checkpoints").glob("*/2")), signal.SIGTERM)
+    code, said = stop_when(second, lambda: any((work / "checkpoints").glob("*/1")), signal.SIGTERM)
     said = [first.communicate(timeout=200)[0], said]
     assert code == first.returncode == 143 and "Saved step" in said[0], said
     runs = start()
