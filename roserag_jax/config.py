@@ -241,7 +241,6 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
 
     Args:
       workdir: whether the command needs `config.workdir`.
-      alone: whether it is for one process.
 
     Raises:
       UserError: naming the option, its value and what is allowed.

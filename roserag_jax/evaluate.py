@@ -174,22 +174,18 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
                 }
             )
         parts.write(number, examples)
-        parts.read()
         scores = [example["scores"] for example in parts.rows()]
         progress.update(len(scores), f"EM {100 * sum(s['em'] for s in scores) / len(scores):.1f}")
-    processes.barrier("answered")
+    examples = parts.gather(rows)
     with processes.main_first("evaluation published"):
         if processes.is_main():
-            parts.read()
-            _publish(workdir, name, wanted, rows, parts.rows(), {"system": system, "passages": K, "noise": noise})
+            _publish(workdir, name, wanted, examples, {"system": system, "passages": K, "noise": noise})
             parts.clear()
     return json.loads((workdir / name / "metrics.json").read_text())
 
 
-def _publish(workdir: Workdir, name: str, wanted: Recipe, rows: list[dict], examples: list[dict], about: dict) -> None:
-    """Write an evaluation from its examples, in the order of `rows`."""
-    by_id = {example["id"]: example for example in examples}
-    examples = [by_id[row["id"]] for row in rows]
+def _publish(workdir: Workdir, name: str, wanted: Recipe, examples: list[dict], about: dict) -> None:
+    """Write an evaluation from its examples."""
     # The median, because batches that compile take long. Time is no function of the input: it stays out of the rows.
     seconds = statistics.median(example.pop("seconds") for example in examples)
     mean = lambda field: round(statistics.fmean(example[field] for example in examples), 1)

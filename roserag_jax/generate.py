@@ -125,16 +125,12 @@ def make(session: Session, workdir: Workdir) -> None:
             progress.phase,
         )
         parts.write(number, made)
-        parts.read()
         found = [c for row in parts.rows() for c in row["candidates"]]
         correct = f"{sum(c['correct'] for c in found)} of {len(found)} candidates correct"
         progress.update(len(parts.rows()), correct)
-    processes.barrier("candidates made")
+    results = parts.gather(rows)
     with processes.main_first("candidates published"):
         if processes.is_main():
-            parts.read()
-            by_id = {row["id"]: row for row in parts.rows()}
-            results = [by_id[row["id"]] for row in rows]
             workdir.publish(ARTIFACT, wanted, to_lines(results), len(results))
             parts.clear()
             print(f"{ARTIFACT}: {len(results)} questions\n{candidates.summary(results)}")

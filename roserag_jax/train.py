@@ -22,7 +22,7 @@ from roserag_jax import evaluate, generate, select
 from roserag_jax.errors import UserError
 from roserag_jax.models import adapter as adapters
 from roserag_jax.models import weights
-from roserag_jax.rag import answers
+from roserag_jax.rag import answers, metrics
 from roserag_jax.rag.prompts import Prompt
 from roserag_jax.report.comparison import comparison
 from roserag_jax.report.training import TrainingLog, score, verdict
@@ -31,7 +31,6 @@ from roserag_jax.runtime.checkpoints import Checkpoints, undisturbed
 from roserag_jax.runtime.loader import Pair, Stream, hold_out, tokenize
 from roserag_jax.runtime.mesh import matmul_rate
 from roserag_jax.runtime.progress import Progress
-from roserag_jax.runtime.sampler import Engine
 from roserag_jax.runtime.session import Session
 from roserag_jax.runtime.train_step import Objective, TrainState, TrainStep, make_optimizer
 from roserag_jax.workdir import Recipe, Workdir, digest
@@ -269,7 +268,7 @@ class _HeldOut:
         """EM and F1, in percent, of greedy answers."""
         session, config = self.session, self.session.config
         model = weights.assemble(session.source.config, session.base, session.lora, state.adapter)
-        engine = Engine(model, session.mesh, session.stop_ids, session.pad_id, config.seed)
+        engine = session.engine_of(model)
         shared = engine.read_shared([tokens for _, tokens in self.questions])
         scores, size = [], config.evaluate.batch
         for start in range(0, len(self.questions), size):
@@ -278,12 +277,9 @@ class _HeldOut:
             limit = config.evaluate.max_tokens
             said = evaluate.respond(engine, session.tokenizer, rows, prompts, shared, size, limit)
             for row, (response, *_) in zip(rows, said, strict=True):
-                prediction = answers.parse(response)[1]
-                scores.append(
-                    [measure(prediction, row["golden_answers"]) for measure in (answers.exact_match, answers.f1)]
-                )
-        em, f1 = 100 * np.mean(scores, axis=0)
-        return {"held_out_em": em, "held_out_f1": f1}
+                _, *answer = answers.parse(response)
+                scores.append(metrics.score_row(row, *answer))
+        return {f"held_out_{name}": 100 * np.mean([s[name] for s in scores]) for name in ("em", "f1")}
 
     def finish(self, state: TrainState, keep: str) -> TrainState:
         """Show what the evaluations say, and return the state that becomes the adapter."""

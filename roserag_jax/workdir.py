@@ -215,10 +215,18 @@ class Parts:
         """The rows of the finished batches."""
         return [row for part in self.done.values() for row in part]
 
+    def gather(self, rows: list[dict]) -> list[dict]:
+        """The finished rows in the order of `rows`, by id, once all processes are here with theirs."""
+        processes.barrier("parts finished")
+        self.read()
+        by_id = {row["id"]: row for row in self.rows()}
+        return [by_id[row["id"]] for row in rows]
+
     def write(self, batch: int, rows: list[dict]) -> None:
-        """Keep a finished batch."""
+        """Keep a finished batch, and find those that others have finished meanwhile."""
         write_atomic(self.folder / f"{batch:06d}.jsonl", to_lines(rows))
         self.done[batch] = rows
+        self.read()
 
     def clear(self) -> None:
         """Drop the parts, once the artifact that they make up is published."""

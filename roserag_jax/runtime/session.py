@@ -10,6 +10,7 @@ from roserag_jax.errors import UserError
 from roserag_jax.models import adapter as adapters
 from roserag_jax.models import source, tokenizer, weights
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig
+from roserag_jax.models.transformer import Transformer
 from roserag_jax.runtime.mesh import make_mesh
 from roserag_jax.runtime.sampler import Engine
 
@@ -108,4 +109,8 @@ class Session:
         model = self.model(adapter)
         if adapter is not None and self.config.merge:
             model = weights.merge(model)
+        return self.engine_of(model)
+
+    def engine_of(self, model: Transformer) -> Engine:
+        """An engine over a network."""
         return Engine(model, self.mesh, self.stop_ids, self.pad_id, self.config.seed)
