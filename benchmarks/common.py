@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from roserag_jax.models import source, weights
+from roserag_jax.runtime.engine import Engine
 from roserag_jax.runtime.mesh import make_mesh
-from roserag_jax.runtime.sampler import Engine
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

@@ -14,14 +14,21 @@ import jax
 import numpy as np
 
 from benchmarks import common
+from roserag_jax.runtime import decoder
+from roserag_jax.runtime.decoder import Decode, Read, Room
 from roserag_jax.runtime.sampler import Sampling
 
 
 def ours(args, engine, prompts, samples: int):
     """Seconds of prefill and of the whole."""
-    ids, openings = [str(i) for i in range(len(prompts))], [[p[-1:]] * samples for p in prompts]
-    read = lambda: jax.block_until_ready(engine.prefill(prompts, length=args.length - 1))
-    everything = lambda: engine.decode(read(), openings, 1, ids, 0, Sampling(1.0), args.new)
+
+    def task(i):
+        yield Read(prompts[i])
+        yield Decode([prompts[i][-1:]] * samples, args.new, Sampling(1.0), str(i))
+
+    room, numbers = Room(len(prompts), samples, ((1, args.new),)), range(len(prompts))
+    read = lambda: jax.block_until_ready([engine.prefill([p], length=args.length - 1) for p in prompts])
+    everything = lambda: list(decoder.run(engine, map(task, numbers), [args.length] * len(prompts), room))
     return common.fastest(read, args.repeats), common.fastest(everything, args.repeats)
 
 
@@ -48,7 +55,7 @@ def main() -> None:
     parser.add_argument("--peer", default="hf", choices=("hf", "repeated"))
     args = parser.parse_args()
     engine = common.engine(args)
-    prompts = common.random_tokens(np.random.default_rng(0), args.prompts, args.length, engine.vocab_size)
+    prompts = common.random_tokens(np.random.default_rng(0), args.prompts, args.length, engine.config.vocab_size)
     new = args.prompts * args.samples * args.new
     prefill, whole = ours(args, engine, prompts, args.samples)
     decode = whole - prefill

@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--peer", default="hf", choices=("hf", "repeated"))
     args = parser.parse_args()
     engine, rng = common.engine(args), np.random.default_rng(0)
-    prompts = common.random_tokens(rng, args.prompts, args.length, engine.vocab_size)
-    candidates = [common.random_tokens(rng, args.candidates, args.response, engine.vocab_size) for _ in prompts]
+    prompts = common.random_tokens(rng, args.prompts, args.length, engine.config.vocab_size)
+    candidates = [common.random_tokens(rng, args.candidates, args.response, engine.config.vocab_size) for _ in prompts]
     seconds, sums = ours(engine, args, prompts, candidates)
     if args.peer == "hf":
         peer, theirs = transformers_forward(args, prompts, candidates)

@@ -16,7 +16,6 @@ with `table.md`, `passages.svg` and `noise.svg` (the pictures need matplotlib). 
 """
 
 import argparse
-import json
 import random
 import shutil
 import signal
@@ -25,7 +24,7 @@ import sys
 from pathlib import Path
 
 from roserag_jax.report import comparison, plot
-from roserag_jax.workdir import to_lines, write_atomic
+from roserag_jax.workdir import from_lines, to_lines, write_atomic
 
 ROWS = {
     "roserag": {},  # first: its pairs are the budget
@@ -58,7 +57,7 @@ def command(stage: str, arguments, workdir: Path, **changes) -> None:
 
 def rows_of(file: Path) -> list[dict]:
     """Rows of a file of JSON lines."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return from_lines(file.read_text())
 
 
 def take_over(shared: Path, folder: Path) -> None:

@@ -15,7 +15,6 @@ from absl import flags
 from roserag_jax import config as options
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_in_use, respond
-from roserag_jax.generate import batches
 from roserag_jax.rag import answers, datasets
 from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.rag.retrievers import BM25
@@ -53,14 +52,10 @@ def run(config) -> None:
     builder = PromptBuilder(session.tokenizer, **config.prompt)
     prompts = [builder.plain(row) for row in rows]
     engine = session.engine(adapter_in_use(config, workdir))
-    size = min(config.evaluate.batch, len(rows))
-    said, shared = {}, engine.read_shared([p.tokens for p in prompts])
-    for group in batches(prompts, size):
-        asked = ([rows[i] for i in group], [prompts[i] for i in group])
-        responses = respond(engine, session.tokenizer, *asked, shared, size, config.evaluate.max_tokens)
-        said.update(zip(group, responses, strict=True))
+    limits = (config.evaluate.batch, config.evaluate.max_tokens, builder.stop)
+    said = {i: text for i, text, *_ in respond(engine, session.tokenizer, [p.tokens for p in prompts], *limits)}
     for i, row in enumerate(rows):
-        rationale, answer, _ = answers.parse(said[i][0])
+        rationale, answer, _ = answers.parse(said[i])
         shown = row.get("contexts", [])[: config.prompt.passages]
         if file is not None:
             result = {"id": row["id"], "question": row["question"], "answer": answer, "rationale": rationale}

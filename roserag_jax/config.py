@@ -87,6 +87,7 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "passages": Option(10, "K, passages shown; 0 is closed book"),
         "examples": Option(0, "worked examples shown first, of at most 2; they help the smallest models"),
         "max_tokens": Option(2048, "limit of a prompt; passages are cut to fit, the question never is"),
+        "stop": Option((), "texts that end a response, besides the model's end of turn; for models that run on"),
     },
     "generate": {
         "guided_samples": Option(4, "rationales sampled per question with the golden answer in view"),
@@ -104,7 +105,7 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
             ("decoded", "sampled"),
         ),
         "answer_tokens": Option(24, "limit of the answer decoded after a rationale"),
-        "batch": Option(8, "questions decoded at a time"),
+        "batch": Option(8, "questions decoded at a time; one that is finished makes room for the next"),
         "memory_gb": Option(0.0, "limit of caches and logits while decoding; lowers the batch; 0.0 is none"),
     },
     "select": {

@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -20,14 +21,14 @@ from etils import epath
 from roserag_jax import config as options
 from roserag_jax import retrieve
 from roserag_jax.errors import UserError
-from roserag_jax.generate import batches, filled
 from roserag_jax.rag import answers, datasets, metrics
 from roserag_jax.rag.noise import Noise
 from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.report.comparison import summary
-from roserag_jax.runtime import processes
+from roserag_jax.runtime import decoder, processes
+from roserag_jax.runtime.decoder import Decode, Read, Room
+from roserag_jax.runtime.engine import Engine
 from roserag_jax.runtime.progress import Progress
-from roserag_jax.runtime.sampler import Sampling
 from roserag_jax.runtime.session import Session
 from roserag_jax.workdir import Parts, Recipe, Workdir, digest, to_lines
 
@@ -97,15 +98,25 @@ def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict
     return [{**row, "contexts": made.passages(row, passages)} for row in rows]
 
 
-def respond(engine, tokenizer, rows, prompts, shared, size: int, max_tokens: int):
-    """Greedy responses to one batch of prompts with a shared beginning, as `(text, finished, tokens)` for each row."""
-    padded = filled(prompts, size)
-    cache = engine.prefill([p.tokens for p in padded], shared)
-    ids = [row["id"] for row in rows] + [""] * (size - len(rows))
-    out = engine.decode(cache, [[p.tokens[-1:]] for p in padded], 1, ids, 0, Sampling(), max_tokens)
-    texts = [tokenizer.decode(out.tokens[i, 0, : out.lengths[i, 0]]) for i in range(len(rows))]
-    finished, lengths = (a[: len(rows), 0].tolist() for a in (out.finished, out.lengths))
-    return list(zip(texts, finished, lengths, strict=True))
+def respond(
+    engine: Engine, tokenizer, prompts: list[list[int]], tasks: int, max_tokens: int, stop: tuple[str, ...]
+) -> Iterator[tuple[int, str, bool, int]]:
+    """Greedy responses to prompts, as `(number of the prompt, text, finished, tokens)` in the order they are finished.
+
+    Args:
+      tasks: prompts worked on at a time.
+      stop: texts that end a response.
+    """
+    shared = engine.read_shared(prompts)
+
+    def task(prompt):
+        yield Read(prompt, shared)
+        (branch,) = yield Decode([prompt[-1:]], max_tokens, ends=answers.ending(tokenizer, stop))
+        return answers.until(tokenizer.decode(branch.tokens), stop)[0], branch.finished, len(branch.tokens)
+
+    room = Room(min(tasks, len(prompts)), 1, ((1, max_tokens),))
+    for number, said in decoder.run(engine, map(task, prompts), list(map(len, prompts)), room):
+        yield number, *said
 
 
 def make(session: Session, workdir: Workdir, system: str, passages: int | None = None, noise: str = "none") -> dict:
@@ -130,53 +141,46 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     wanted = recipe(config, workdir, folder, K, noise)
     if workdir.fresh(name, wanted):
         return json.loads((workdir / name / "metrics.json").read_text())
-    rows, size = workdir.rows(retrieve.ARTIFACTS["eval"]), config.evaluate.batch
+    rows = workdir.rows(retrieve.ARTIFACTS["eval"])
     if passages and passages > (most := max(len(row.get("contexts", [])) for row in rows)):
         raise UserError(f"config.evaluate.passages: no question has {passages} passages, at most {most}.")
     rows = shown_rows(config, rows, K, noise)
     shape = {**config.prompt, "passages": K and max(len(row["contexts"]) for row in rows) or K}
     builder = PromptBuilder(session.tokenizer, **shape)
     prompts = [builder.plain(row) for row in rows]
-    groups = batches(prompts, size)
     label = name.removeprefix("eval/")
-    layout = wanted.fingerprint(batch=size, mesh=dict(session.own.mesh.shape))
-    parts = Parts(workdir, f"evaluate-{label}", layout, len(groups))
-    progress = Progress(f"evaluate {label}", len(rows), "questions", len(parts.rows()))
+    parts = Parts(workdir, f"evaluate-{label}", wanted.fingerprint(), [row["id"] for row in rows])
+    progress = Progress(f"evaluate {label}", len(rows), "questions", len(parts.done))
     if missing := parts.missing():
         engine = session.own.engine(Path(folder) if folder else None)
-        shared = engine.read_shared([p.tokens for p in prompts])
-    for number in missing:
-        group = groups[number]
-        progress.phase(f"answering {len(group)} questions")
-        asked = [rows[i] for i in group]
-        of_group = [prompts[i] for i in group]
+        progress.phase(f"answering {len(missing)} questions")
+        tokens, limit = [prompts[i].tokens for i in missing], config.evaluate.max_tokens
         clock = time.monotonic()
-        said = respond(engine, session.tokenizer, asked, of_group, shared, size, config.evaluate.max_tokens)
-        seconds = (time.monotonic() - clock) / len(group)
-        examples = []
-        for prompt, row, (response, finished, tokens) in zip(of_group, asked, said, strict=True):
+        for number, response, finished, said in respond(
+            engine, session.tokenizer, tokens, config.evaluate.batch, limit, builder.stop
+        ):
+            row, prompt = rows[missing[number]], prompts[missing[number]]
             rationale, prediction, parsed = answers.parse(response)
-            examples.append(
-                {
-                    "id": row["id"],
-                    "question": row["question"],
-                    "golden_answers": row["golden_answers"],
-                    "prediction": prediction,
-                    "rationale": rationale,
-                    "response": response,
-                    "finished": finished,
-                    "scores": metrics.score_row(row, prediction, parsed),
-                    "prompt_tokens": len(prompt.tokens),
-                    "response_tokens": tokens,
-                    "prompt_cut": prompt.cut,
-                    "prompt": prompt.text,
-                    "seconds": seconds,
-                }
-            )
-        parts.write(number, examples)
-        scores = [example["scores"] for example in parts.rows()]
-        progress.update(len(scores), f"EM {100 * sum(s['em'] for s in scores) / len(scores):.1f}")
-    examples = parts.gather(rows)
+            example = {
+                "id": row["id"],
+                "question": row["question"],
+                "golden_answers": row["golden_answers"],
+                "prediction": prediction,
+                "rationale": rationale,
+                "response": response,
+                "finished": finished,
+                "scores": metrics.score_row(row, prediction, parsed),
+                "prompt_tokens": len(prompt.tokens),
+                "response_tokens": said,
+                "prompt_cut": prompt.cut,
+                "prompt": prompt.text,
+                "seconds": time.monotonic() - clock,
+            }
+            clock = time.monotonic()
+            parts.add(example)
+            scores = [example["scores"] for example in parts.done.values()]
+            progress.update(len(scores), f"EM {100 * sum(s['em'] for s in scores) / len(scores):.1f}")
+    examples = parts.gather()
     with processes.main_first("evaluation published"):
         if processes.is_main():
             _publish(workdir, name, wanted, examples, {"system": system, "passages": K, "noise": noise})
@@ -186,8 +190,10 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
 
 def _publish(workdir: Workdir, name: str, wanted: Recipe, examples: list[dict], about: dict) -> None:
     """Write an evaluation from its examples."""
-    # The median, because batches that compile take long. Time is no function of the input: it stays out of the rows.
-    seconds = statistics.median(example.pop("seconds") for example in examples)
+    # Since the one before was finished, so the sum is the stage's time. Compilation stands in the longest waits, which
+    # are left out. Time is no function of the input: it stays out of the rows.
+    waits = sorted(example.pop("seconds") for example in examples)
+    seconds = statistics.fmean(waits[: -(-len(waits) * 19 // 20)])
     mean = lambda field: round(statistics.fmean(example[field] for example in examples), 1)
     result = about | metrics.summarize([example["scores"] for example in examples])
     result |= {field: mean(field) for field in ("prompt_tokens", "response_tokens")}

@@ -3,7 +3,7 @@
     python -m roserag_jax.generate --config configs/quickstart.py
 
 Reads `retrieved.jsonl`, writes `candidates.jsonl`: `{id, prompt, golden_answers, candidates: [{response, rationale,
-answer, source, correct, logprob, tokens}], dropped}`. Stopped, it goes on after the last finished batch.
+answer, source, correct, logprob, tokens}], dropped}`. Stopped, it goes on with the questions that are not done.
 """
 
 from etils import epath
@@ -13,10 +13,11 @@ from roserag_jax import retrieve
 from roserag_jax.errors import UserError
 from roserag_jax.preference import candidates
 from roserag_jax.rag.datasets import read_rows
-from roserag_jax.rag.prompts import Prompt, PromptBuilder
-from roserag_jax.runtime import processes
+from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.runtime import decoder, processes
+from roserag_jax.runtime.decoder import Room
+from roserag_jax.runtime.engine import shared_length
 from roserag_jax.runtime.progress import Progress
-from roserag_jax.runtime.sampler import bucket, decoding_bytes
 from roserag_jax.runtime.session import Session
 from roserag_jax.workdir import Parts, Recipe, Workdir, to_lines
 
@@ -32,34 +33,25 @@ def recipe(config, workdir: Workdir) -> Recipe:
     return Recipe(options.subset(config, *names, without=("generate.batch", "generate.memory_gb")), inputs)
 
 
-def batches(prompts: list[Prompt], size: int) -> list[list[int]]:
-    """Rows grouped by prompt length: a fixed partition, so that a batch made again gives the same numbers."""
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].tokens), i))
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def fitting_batch(session: Session, prompts: list[Prompt], branches: int) -> int:
-    """The batch size: `config.generate.batch`, or what `memory_gb` allows if that is less.
+def fitting(session: Session, room: Room, prompt: int) -> Room:
+    """Room for `config.generate.batch` questions, or for what `memory_gb` allows if that is less.
 
     Raises:
       UserError: not even one question fits.
     """
-    options = session.config.generate
-    if not options.memory_gb:
-        return options.batch
-    longest = bucket(max(len(p.tokens) for p in prompts))
-    slots = bucket(options.max_tokens + 8) + options.answer_tokens
-    itemsize = 4 if session.config.dtype == "float32" else 2
-    each = decoding_bytes(session.source.config, itemsize, longest, branches, slots)
-    fits = int(options.memory_gb * 1e9 / each)
+    limit = session.config.generate.memory_gb
+    if not limit:
+        return room
+    each = room.memory(session.source.config, 4 if session.config.dtype == "float32" else 2, prompt)
+    fits = int(limit * 1e9 / each)
     if not fits:
         raise UserError(
-            f"config.generate.memory_gb={options.memory_gb}: one question with {branches} rationales takes "
+            f"config.generate.memory_gb={limit}: one question with {room.branches} rationales at a time takes "
             f"{each / 1e9:.2f} GB; raise it, or lower config.generate.plain_samples or config.prompt.max_tokens."
         )
-    size = min(options.batch, fits)
-    print(f"generate: {size} questions at a time, {each / 1e6:.0f} MB each, of {options.memory_gb} GB.")
-    return size
+    room = room._replace(tasks=min(room.tasks, fits))
+    print(f"generate: {room.tasks} questions at a time, {each / 1e6:.0f} MB each, of {limit} GB.")
+    return room
 
 
 def outside_samples(path: str, rows: list[dict]) -> list[list[str]]:
@@ -83,11 +75,6 @@ def outside_samples(path: str, rows: list[dict]) -> list[list[str]]:
     return [[*found.get(row["id"], []), *[""] * (most - len(found.get(row["id"], [])))] for row in rows]
 
 
-def filled(prompts: list[Prompt], size: int) -> list[Prompt]:
-    """Prompts with empty ones up to the batch size."""
-    return prompts + [Prompt("", [], 0)] * (size - len(prompts))
-
-
 def make(session: Session, workdir: Workdir) -> None:
     """Bring the candidates up to date."""
     config = session.config
@@ -102,33 +89,28 @@ def make(session: Session, workdir: Workdir) -> None:
     if cut := sum(p.cut > 0 for p in plain):
         print(f"{cut} of {len(rows)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
     outside = outside_samples(config.generate.samples, rows) if config.generate.samples else [[] for _ in rows]
-    size = fitting_batch(session, guided, candidates.branches(config.generate, outside))
-    groups = batches(plain, size)
-    layout = wanted.fingerprint(batch=size, mesh=dict(session.own.mesh.shape))
-    parts = Parts(workdir, "generate", layout, len(groups))
-    progress = Progress("generate", len(rows), "questions", len(parts.rows()))
+    lengths = [max(len(p.tokens), len(g.tokens)) for p, g in zip(plain, guided, strict=True)]
+    own = config.generate
+    shared = [shared_length([p.tokens for p in prompts]) for prompts in (plain, guided)]
+    common = [candidates.hint_behind(p, g, own.guided_samples, shared[1]) for p, g in zip(plain, guided, strict=True)]
+    hints = [len(g.tokens) - n for g, n in zip(guided, common, strict=True) if n is not None]
+    room = fitting(session, candidates.room(own, own.batch, len(outside[0]), hints), max(lengths))
+    parts = Parts(workdir, "generate", wanted.fingerprint(), [row["id"] for row in rows])
+    progress = Progress("generate", len(rows), "questions", len(parts.done))
     if missing := parts.missing():
         engine, newlines = session.own.engine(), candidates.newline_tokens(session.tokenizer)
-        shared = [engine.read_shared([p.tokens for p in prompts]) for prompts in (plain, guided)]
-    for number in missing:
-        of_group = lambda items, group=groups[number]: [items[i] for i in group]
-        made = candidates.generate_batch(
-            engine,
-            session.tokenizer,
-            config.generate,
-            of_group(rows),
-            filled(of_group(plain), size),
-            filled(of_group(guided), size),
-            of_group(outside),
-            shared,
-            newlines,
-            progress.phase,
+        shared = tuple(engine.read_shared([p.tokens for p in prompts]) for prompts in (plain, guided))
+        progress.phase(f"{room.tasks} questions at a time, {room.branches} rationales of each")
+        tasks = (
+            candidates.question(session.tokenizer, own, rows[i], plain[i], guided[i], outside[i], shared, builder.stop)
+            for i in missing
         )
-        parts.write(number, made)
-        found = [c for row in parts.rows() for c in row["candidates"]]
-        correct = f"{sum(c['correct'] for c in found)} of {len(found)} candidates correct"
-        progress.update(len(parts.rows()), correct)
-    results = parts.gather(rows)
+        for _, made in decoder.run(engine, tasks, [lengths[i] for i in missing], room, newlines):
+            parts.add(made)
+            found = [c for row in parts.done.values() for c in row["candidates"]]
+            correct = f"{sum(c['correct'] for c in found)} of {len(found)} candidates correct"
+            progress.update(len(parts.done), correct)
+    results = parts.gather()
     with processes.main_first("candidates published"):
         if processes.is_main():
             workdir.publish(ARTIFACT, wanted, to_lines(results), len(results))

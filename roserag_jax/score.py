@@ -16,8 +16,8 @@ from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_in_use
 from roserag_jax.rag.datasets import read_rows
 from roserag_jax.rag.prompts import prompt_tokens, response_tokens
+from roserag_jax.runtime.engine import bucket
 from roserag_jax.runtime.progress import Progress
-from roserag_jax.runtime.sampler import bucket
 from roserag_jax.runtime.session import Session
 from roserag_jax.workdir import Workdir, to_lines, write_atomic
 

@@ -23,7 +23,6 @@ from roserag_jax.errors import UserError
 from roserag_jax.models import adapter as adapters
 from roserag_jax.models import weights
 from roserag_jax.rag import answers, metrics
-from roserag_jax.rag.prompts import Prompt
 from roserag_jax.report.comparison import comparison
 from roserag_jax.report.training import TrainingLog, score, verdict
 from roserag_jax.runtime import processes
@@ -269,16 +268,12 @@ class _HeldOut:
         session, config = self.session, self.session.config
         model = weights.assemble(session.source.config, session.base, session.lora, state.adapter)
         engine = session.engine_of(model)
-        shared = engine.read_shared([tokens for _, tokens in self.questions])
-        scores, size = [], config.evaluate.batch
-        for start in range(0, len(self.questions), size):
-            rows, prompts = zip(*self.questions[start : start + size], strict=True)
-            prompts = [Prompt("", tokens, 0) for tokens in prompts]
-            limit = config.evaluate.max_tokens
-            said = evaluate.respond(engine, session.tokenizer, rows, prompts, shared, size, limit)
-            for row, (response, *_) in zip(rows, said, strict=True):
-                _, *answer = answers.parse(response)
-                scores.append(metrics.score_row(row, *answer))
+        rows, prompts = zip(*self.questions, strict=True)
+        limits = (config.evaluate.batch, config.evaluate.max_tokens, config.prompt.stop)
+        scores = []
+        for i, response, *_ in evaluate.respond(engine, session.tokenizer, list(prompts), *limits):
+            _, *answer = answers.parse(response)
+            scores.append(metrics.score_row(rows[i], *answer))
         return {f"held_out_{name}": 100 * np.mean([s[name] for s in scores]) for name in ("em", "f1")}
 
     def finish(self, state: TrainState, keep: str) -> TrainState:

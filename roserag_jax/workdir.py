@@ -2,7 +2,7 @@
 
 An artifact is a file of rows or a folder of files. It is written under another name and moved into place; its manifest
 (options, digests of its inputs and of itself, row count) comes last, and without one an artifact does not exist. Long
-stages keep finished batches as parts, named by the fingerprint of what they are made from, and go on from them.
+stages keep finished rows as parts, named by the fingerprint of what they are made from, and go on from them.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ class Recipe(NamedTuple):
     options: dict
     inputs: dict[str, str]
 
-    def fingerprint(self, **layout) -> str:
-        """Sixteen hex digits over everything, and over what shapes the parts but not the result (`layout`)."""
-        text = json.dumps([self.options, self.inputs, layout], sort_keys=True, default=list)
+    def fingerprint(self, **more) -> str:
+        """Sixteen hex digits over everything."""
+        text = json.dumps([self.options, self.inputs, more], sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -59,6 +59,11 @@ def write_atomic(path: epath.Path, content: str | bytes) -> None:
     temporary = path.parent / f".{path.name}.tmp"
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
+
+
+def from_lines(text: str) -> list[dict]:
+    """Rows from JSON lines. Only a line feed ends a line: text may hold other line separators (U+2028) as they are."""
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def to_lines(rows) -> str:
@@ -177,7 +182,7 @@ class Workdir:
     def rows(self, name: str) -> list[dict]:
         """The rows of a finished artifact, after checking it."""
         self.check(name)
-        return [json.loads(line) for line in (self.path / name).read_text().splitlines()]
+        return from_lines((self.path / name).read_text())
 
 
 def _plain(options: dict) -> dict:
@@ -185,48 +190,51 @@ def _plain(options: dict) -> dict:
     return json.loads(json.dumps(options, default=list))
 
 
-class Parts:
-    """Finished batches of a stage under way, one file each, so that a stopped stage repeats at most one batch.
+def _whole_lines(file: epath.Path) -> bytes:
+    """A file without a last line that was cut off, or is just being written."""
+    return b"".join(file.read_bytes().rpartition(b"\n")[:2])
 
-    Several processes take turns at the batches, and each writes its own.
+
+class Parts:
+    """Finished rows of a stage under way, so that a stopped stage repeats only what was being worked on.
+
+    Several processes take turns at the rows, and each appends to a file of its own.
 
     Args:
-      batches: how many batches the stage has.
+      ids: of all rows that the stage makes, in their order.
     """
 
-    def __init__(self, workdir: Workdir, stage: str, fingerprint: str, batches: int):
+    def __init__(self, workdir: Workdir, stage: str, fingerprint: str, ids: list[str]):
         self.folder = workdir.path / ".parts" / f"{stage}-{fingerprint}"
-        self.batches, self.done = batches, {}
+        self.own = self.folder / f"{jax.process_index():04d}.jsonl"
+        self.ids, self.done = ids, {}
         self.read()
+        if self.own.exists() and self.own.read_bytes() != (whole := _whole_lines(self.own)):
+            write_atomic(self.own, whole)
 
     def read(self) -> None:
-        """Find the finished batches, those of other processes too."""
+        """Find the finished rows, those of other processes too."""
         if self.folder.exists():
-            for file in self.folder.glob("*.jsonl"):
-                if int(file.stem) not in self.done:
-                    self.done[int(file.stem)] = [json.loads(line) for line in file.read_text().splitlines()]
+            for file in sorted(self.folder.glob("*.jsonl")):
+                self.done |= {row["id"]: row for row in from_lines(_whole_lines(file).decode())}
 
     def missing(self) -> list[int]:
-        """The batches that this process has to make."""
-        mine = range(jax.process_index(), self.batches, jax.process_count())
-        return [number for number in mine if number not in self.done]
+        """The rows that this process has to make, by their place."""
+        mine = range(jax.process_index(), len(self.ids), jax.process_count())
+        return [i for i in mine if self.ids[i] not in self.done]
 
-    def rows(self) -> list[dict]:
-        """The rows of the finished batches."""
-        return [row for part in self.done.values() for row in part]
-
-    def gather(self, rows: list[dict]) -> list[dict]:
-        """The finished rows in the order of `rows`, by id, once all processes are here with theirs."""
+    def gather(self) -> list[dict]:
+        """All rows in their order, once all processes are here with theirs."""
         processes.barrier("parts finished")
         self.read()
-        by_id = {row["id"]: row for row in self.rows()}
-        return [by_id[row["id"]] for row in rows]
+        return [self.done[i] for i in self.ids]
 
-    def write(self, batch: int, rows: list[dict]) -> None:
-        """Keep a finished batch, and find those that others have finished meanwhile."""
-        write_atomic(self.folder / f"{batch:06d}.jsonl", to_lines(rows))
-        self.done[batch] = rows
-        self.read()
+    def add(self, row: dict) -> None:
+        """Keep a finished row."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.own.open("a") as file:
+            file.write(to_lines([row]))
+        self.done[row["id"]] = row
 
     def clear(self) -> None:
         """Drop the parts, once the artifact that they make up is published."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_sampler import decode
 
 from roserag_jax import config as options
 from roserag_jax import evaluate, export, generate, inspect, select, train
@@ -13,9 +14,10 @@ from roserag_jax.errors import UserError
 from roserag_jax.report import comparison
 from roserag_jax.report.training import verdict
 from roserag_jax.runtime import session
+from roserag_jax.runtime.decoder import Decode
 from roserag_jax.runtime.mesh import make_mesh
 from roserag_jax.runtime.sampler import Sampling
-from roserag_jax.workdir import Recipe, Workdir, digest
+from roserag_jax.workdir import Parts, Recipe, Workdir, digest, to_lines
 
 torch = pytest.importorskip("torch")
 
@@ -124,13 +126,49 @@ def test_a_merged_adapter_says_the_same(finished):
     for merge in (False, True):
         run.config.merge = merge
         engine = run.engine(folder)
-        openings = [[p[-1:]] * 2 for p in prompts]
         knobs = [Sampling(), Sampling(1.0, 0.9)]
-        said.append(engine.decode(engine.prefill(prompts), openings, 1, ["a", "b"], 0, knobs, 12))
+        wishes = [Decode([p[-1:]] * 2, 12, s, q) for p, s, q in zip(prompts, knobs, "ab", strict=True)]
+        said.append([branch for row in decode(engine, prompts, wishes, branches=2) for branch in row])
     run.config.merge = False
-    np.testing.assert_array_equal(said[0].tokens, said[1].tokens)
-    np.testing.assert_allclose(said[0].logprobs, said[1].logprobs, atol=1e-4)
-    assert said[0].tokens.any()
+    for beside, merged in zip(*said, strict=True):
+        assert beside.tokens == merged.tokens
+        np.testing.assert_allclose(beside.logprobs, merged.logprobs, atol=1e-4)
+    assert any(branch.tokens for branch in said[0])
+
+
+def test_a_text_ends_a_response(finished):
+    """`prompt.stop`: what stands before the text is the response, and it counts as finished."""
+    run = session.Session(finished)
+    prompts = [list(f"What is {name}?".encode()) for name in "abcdefgh"]
+    respond = lambda stop: evaluate.respond(run.engine(), run.tokenizer, prompts, 3, 24, stop)
+    answers = lambda *stop: {i: said for i, *said in respond(stop)}
+    free = answers()
+    longest = max((text for text, *_ in free.values()), key=len)
+    stop = longest[len(longest) // 2 :][:2]
+    assert stop
+    for i, (text, finished_too, _) in answers(stop, "never said").items():
+        whole, found, _ = free[i][0].partition(stop)
+        assert text == whole and (finished_too if found else finished_too == free[i][1])
+
+
+def test_a_row_cut_off_while_writing_is_made_again(tmp_path):
+    """Parts of a stage: a row is there whole or not at all, whatever line separators its text holds."""
+    work, ids = Workdir(str(tmp_path)), ["a", "b", "c"]
+    rows = [{"id": i, "text": "one\u2028two\x85three"} for i in ids]
+    parts = Parts(work, "generate", "0123", ids)
+    for row in rows[:2]:
+        parts.add(row)
+    file = next((tmp_path / ".parts").rglob("*.jsonl"))
+    file.write_bytes(file.read_bytes()[:-9])
+    parts = Parts(work, "generate", "0123", ids)
+    assert parts.missing() == [1, 2] and list(parts.done.values()) == rows[:1]
+    for row in rows[:0:-1]:
+        parts.add(row)
+    assert Parts(work, "generate", "0123", ids).gather() == rows
+    work.publish("rows.jsonl", Recipe({}, {}), to_lines(rows), 3)
+    assert work.rows("rows.jsonl") == rows
+    parts.clear()
+    assert not list((tmp_path / ".parts").iterdir())
 
 
 def test_options_make_stale_only_what_depends_on_them(finished, config_of, questions, capsys):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_network import branch_logits, cached_logits, hf_logits
+from test_sampler import decode
 
 from roserag_jax.errors import UserError
 from roserag_jax.models import source, weights
@@ -13,7 +14,8 @@ from roserag_jax.models.tokenizer import load as load_tokenizer
 from roserag_jax.models.tokenizer import stop_ids, turn_end
 from roserag_jax.rag import synthetic
 from roserag_jax.rag.prompts import PromptBuilder
-from roserag_jax.runtime.sampler import Engine, Sampling
+from roserag_jax.runtime.decoder import Decode
+from roserag_jax.runtime.engine import Engine
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -69,13 +71,12 @@ def assert_same_greedy_tokens(model, stop, reference, prompts, mesh):
     Each token must be the likeliest by transformers after those before it, which is what its greedy decoding would say.
     """
     engine = Engine(model, mesh, (stop,), 0)
-    for group in (prompts[:8], prompts[8:]):
-        out = engine.decode(engine.prefill(group), [[p[-1:]] for p in group], 1, [""] * len(group), 0, Sampling(), 64)
-        for i, prompt in enumerate(group):
-            ours = out.tokens[i, 0, : out.lengths[i, 0]].tolist() + [stop] * bool(out.finished[i, 0])
-            with torch.no_grad():
-                logits = reference(torch.tensor([prompt + ours[:-1]]), logits_to_keep=len(ours)).logits
-            assert ours == logits[0].argmax(-1).tolist(), i
+    said = decode(engine, prompts, [Decode([p[-1:]], 64) for p in prompts], tasks=8, branches=1)
+    for i, (prompt, (branch,)) in enumerate(zip(prompts, said, strict=True)):
+        ours = branch.tokens + [stop] * branch.finished
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + ours[:-1]]), logits_to_keep=len(ours)).logits
+        assert ours == logits[0].argmax(-1).tolist(), i
 
 
 def test_greedy_decoding_equals_transformers(smollm, reference, prompts, one_device):

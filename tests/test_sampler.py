@@ -10,8 +10,11 @@ import pytest
 from roserag_jax.models import weights
 from roserag_jax.preference import candidates
 from roserag_jax.rag.prompts import Prompt
+from roserag_jax.runtime import decoder
+from roserag_jax.runtime.decoder import Decode
+from roserag_jax.runtime.engine import Engine
 from roserag_jax.runtime.mesh import make_mesh
-from roserag_jax.runtime.sampler import Engine, Sampling, draw
+from roserag_jax.runtime.sampler import Sampling, draw
 
 pytest.importorskip("torch")
 RNG = np.random.default_rng(0)
@@ -26,11 +29,25 @@ def engine(tiny_llama, one_device):
     return Engine(weights.assemble(opened.config, base), one_device, (2,), 0)
 
 
-def sample(engine, rows, N=3, bucket=32, max_new=12, sampling=WARM, first=0):
-    prompts = [PROMPTS[i] for i in rows]
-    cache = engine.prefill(prompts, length=bucket)
-    openings = [[p[-1:]] * N for p in prompts]
-    return engine.decode(cache, openings, 1, [IDS[i] for i in rows], first, sampling, max_new)
+def decode(engine, prompts, wishes, tasks=4, branches=3, also_stop=()):
+    """What becomes of one `Decode` behind each prompt: its branches, prompt by prompt."""
+
+    def task(prompt, wish):
+        yield decoder.Read(prompt)
+        return (yield wish)
+
+    turns = tuple((max(map(len, wish.openings)), wish.limit) for wish in wishes)
+    room, made = decoder.Room(tasks, branches, turns), map(task, prompts, wishes)
+    return [said for _, said in sorted(decoder.run(engine, made, list(map(len, prompts)), room, also_stop))]
+
+
+def sample(engine, rows, N=3, max_new=12, sampling=WARM, first=0, **room):
+    wishes = [Decode([PROMPTS[i][-1:]] * N, max_new, sampling, IDS[i], first) for i in rows]
+    return decode(engine, [PROMPTS[i] for i in rows], wishes, **room)
+
+
+def tokens_of(said):
+    return [[branch.tokens for branch in row] for row in said]
 
 
 @pytest.mark.parametrize(
@@ -79,70 +96,97 @@ def test_draws_follow_the_distribution(sampling):
     assert ((observed - wanted) ** 2 / wanted).sum() < freedom + 4 * np.sqrt(2 * freedom)
 
 
-def test_a_draw_depends_on_its_question_and_sample_only(engine):
-    """Another batch, order, padding, number of branches: the same tokens for a (question, sample)."""
-    together = sample(engine, [0, 1, 2, 3])
-    turned = sample(engine, [3, 1], bucket=64)
-    np.testing.assert_array_equal(together.tokens[[3, 1]], turned.tokens)
-    fewer = sample(engine, [0, 1, 2, 3], N=1, first=2)
-    np.testing.assert_array_equal(together.tokens[:, 2], fewer.tokens[:, 0])
-    assert (together.tokens[:, 0] != together.tokens[:, 1]).any()
+@pytest.mark.parametrize("tasks, branches", [(1, 3), (3, 3), (4, 2)])
+def test_a_draw_depends_on_its_question_and_sample_only(engine, tasks, branches):
+    """Another order, fewer slots (so that questions wait for one another), fewer branches at a time: the same draws."""
+    together = tokens_of(sample(engine, [0, 1, 2, 3]))
+    turned = tokens_of(sample(engine, [3, 1, 2, 0], tasks=tasks, branches=branches))
+    assert turned == [together[i] for i in (3, 1, 2, 0)]
+    fewer = tokens_of(sample(engine, [0, 1], N=1, first=2, tasks=tasks))
+    assert fewer == [[row[2]] for row in together[:2]]
+    assert together[0][0] != together[0][1]
 
 
 def test_sharded_sampling_draws_the_same(engine, tiny_folder, tiny_llama):
+    """Four devices for questions, each with two slots, and two for heads; fewer questions than slots; one for all."""
     opened, _ = tiny_llama
     mesh = make_mesh(1, 4, 2)
     base = weights.load_base(opened, jnp.dtype("float32"), mesh)
     spread = Engine(weights.assemble(opened.config, base), mesh, (2,), 0)
-    np.testing.assert_array_equal(sample(engine, [0, 1, 2, 3]).tokens, sample(spread, [0, 1, 2, 3]).tokens)
+    many = [0, 1, 2, 3, 3, 2, 1, 0, 2, 1]
+    alone = tokens_of(sample(engine, [0, 1, 2, 3]))
+    assert tokens_of(sample(spread, many, tasks=8)) == [alone[i] for i in many]
+    assert tokens_of(sample(spread, [1])) == [alone[1]]
 
 
 def test_logprobs_agree_with_scoring(engine):
-    """The sampler's log-probabilities are those of the scorer; an opening of several tokens goes on as if decoded."""
-    out = sample(engine, [0, 1], N=2, max_new=10)
-    responses = [[out.tokens[i, n, : out.lengths[i, n]].tolist() for n in range(2)] for i in range(2)]
+    """The decoder's log-probabilities are those of the scorer; an opening of several tokens goes on as if decoded."""
+    said = sample(engine, [0, 1], N=2, max_new=10)
     prompts = PROMPTS[:2]
-    cache = engine.prefill(prompts, length=32)
-    scored = engine.score(cache, prompts, responses, 16)
-    np.testing.assert_allclose(out.logprobs, scored[:, :, :10], atol=1e-4)
+    scored = engine.score(engine.prefill(prompts), prompts, tokens_of(said), 16)
+    for row, scores in zip(said, scored, strict=True):
+        for branch, score in zip(row, scores, strict=True):
+            np.testing.assert_allclose(branch.logprobs, score[: len(branch.tokens)], atol=1e-4)
 
     greedy = sample(engine, [0, 1], N=1, max_new=10, sampling=Sampling())
-    halves = [[prompts[i][-1:] + greedy.tokens[i, 0, : 3 + i].tolist()] for i in range(2)]
-    rest = engine.decode(cache, halves, 6, IDS[:2], 0, Sampling(), 6)
+    openings = [[p[-1:] + row[0].tokens[: 3 + i]] for i, (p, row) in enumerate(zip(prompts, greedy, strict=True))]
+    rest = decode(engine, prompts, [Decode(o, 6) for o in openings], tasks=1)
+    scored = decode(engine, prompts, [Decode(o * 4, 0) for o in openings], tasks=1)  # nothing is decoded
     for i in range(2):
-        np.testing.assert_array_equal(rest.tokens[i, 0], greedy.tokens[i, 0, 3 + i : 9 + i])
-        np.testing.assert_allclose(rest.opening_logprobs[i, 0, : 3 + i], greedy.logprobs[i, 0, : 3 + i], atol=1e-4)
+        assert rest[i][0].tokens == greedy[i][0].tokens[3 + i : 9 + i]
+        for branch in (rest[i][0], *scored[i]):
+            np.testing.assert_allclose(branch.opening_logprobs, greedy[i][0].logprobs[: 3 + i], atol=1e-4)
+        assert [branch.tokens for branch in scored[i]] == [[]] * 4
 
 
 def test_stops_and_limits(engine):
-    """A stop token ends a branch and is not part of it; a branch that hits the limit says so; fillers say nothing."""
-    free = sample(engine, [0, 1, 2], N=1, sampling=Sampling())
-    stop = int(free.tokens[0, 0, 4])
-    first = free.tokens[0, 0].tolist().index(stop)
-    prompts = [*PROMPTS[:3], []]
-    cache = engine.prefill(prompts, length=32)
-    openings = [[p[-1:]] for p in prompts]
-    out = engine.decode(cache, openings, 1, [*IDS[:3], ""], 0, Sampling(), 12, (stop,))
-    assert out.lengths[0, 0] == first and out.finished[0, 0]
-    assert out.tokens[0, 0, :first].tolist() == free.tokens[0, 0, :first].tolist()
-    others = [i for i in (1, 2) if stop not in free.tokens[i, 0]]
-    assert all(out.lengths[i, 0] == 12 and not out.finished[i, 0] for i in others)
-    assert out.lengths[3, 0] == 0
+    """A stop token ends a branch and is not part of it; one that hits the limit says so; a text can end one too."""
+    free = tokens_of(sample(engine, [0, 1, 2], N=1, sampling=Sampling(), max_new=40))
+    stop = free[0][0][4]
+    wishes = [Decode([PROMPTS[i][-1:]], 40, also_stop=i != 2) for i in range(3)]
+    said = decode(engine, PROMPTS[:3], wishes, also_stop=(stop,))
+    for i, row in enumerate(said):
+        whole = free[i][0]
+        cut = whole.index(stop) if stop in whole and i != 2 else 40
+        assert row[0].tokens == whole[:cut] and row[0].finished == (cut < 40)
+    wishes = [dataclasses.replace(w, also_stop=False, ends=lambda tokens: stop in tokens) for w in wishes]
+    early = decode(engine, PROMPTS[:3], wishes)[0][0]
+    assert early.finished and 5 <= len(early.tokens) < 40 and early.tokens == free[0][0][: len(early.tokens)]
 
 
 def test_a_guided_prompt_goes_on_from_the_plain_one(engine):
     """Read to where the two part, and then the hint as the branches' opening: as if the guided prompt had been read."""
     plain = [p + [7, 8, 9] for p in PROMPTS[:2]]
-    guided = [Prompt("", p + [40, 41] + [7, 8, 9], 0) for p in PROMPTS[:2]]
-    cache = engine.prefill(plain, length=48)
-    plain = [Prompt("", tokens, 0) for tokens in plain]
-    rewound, starts = candidates._read_guided(engine, plain, guided, cache, None, 2)
-    assert starts == [[40, 41, 7, 8, 9]] * 2
-    apart, ends = candidates._read_guided(engine, plain, guided, cache, None, 99)
-    assert ends == [[9]] * 2
-    said = [
-        engine.decode(c, [[s] * 2 for s in opening], len(opening[0]), IDS[:2], 0, WARM, 12)
-        for c, opening in ((rewound, starts), (apart, ends))
+    guided = [p + [40, 41] + [7, 8, 9] for p in PROMPTS[:2]]
+    common = [
+        candidates.hint_behind(Prompt("", p, 0), Prompt("", g, 0), 2, 0) for p, g in zip(plain, guided, strict=True)
     ]
-    np.testing.assert_array_equal(said[0].tokens, said[1].tokens)
-    np.testing.assert_allclose(said[0].logprobs, said[1].logprobs, atol=1e-4)
+    assert common == [len(p) for p in PROMPTS[:2]]
+    assert candidates.hint_behind(Prompt("", plain[0], 0), Prompt("", guided[0], 0), 99, 0) is None
+    knobs = (12, WARM)
+    wishes = [Decode([g[n:]] * 2, *knobs, q, length=n) for g, n, q in zip(guided, common, IDS, strict=False)]
+    behind = decode(engine, plain, wishes)
+    apart = decode(engine, guided, [Decode([g[-1:]] * 2, *knobs, q) for g, q in zip(guided, IDS, strict=False)])
+    assert tokens_of(behind) == tokens_of(apart)
+    for row, other in zip(behind, apart, strict=True):
+        np.testing.assert_allclose(row[1].logprobs, other[1].logprobs, atol=1e-4)
+
+
+def test_every_task_comes_back_once(engine):
+    """Tasks of several wishes, lengths in three classes, some without any branch: each result once, by its number."""
+    rng = np.random.default_rng(1)
+    lengths = [5, 300, 30, 700, 290, 12, 600, 40]
+    prompts = [rng.integers(3, 131, n).tolist() for n in lengths]
+
+    def task(i):
+        yield decoder.Read(prompts[i])
+        first = yield Decode([prompts[i][-1:]] * (i % 3), 3 + i)
+        yield decoder.Read(prompts[0])
+        then = yield Decode([prompts[0][-1:] + branch.tokens for branch in first], 4)
+        return i, [len(branch.tokens) for branch in (*first, *then)]
+
+    room = decoder.Room(2, 2, ((1, 10), (11, 4)))
+    found = dict(decoder.run(engine, map(task, range(8)), lengths, room))
+    assert found == {i: (i, [3 + i] * (i % 3) + [4] * (i % 3)) for i in range(8)}
+    assert decoder.length_classes(lengths, 2) == [[0, 2, 5, 7], [1, 4], [3, 6]]
+    assert decoder.length_classes(lengths, 3) == [[0, 2, 5, 7], [1, 3, 4, 6]]

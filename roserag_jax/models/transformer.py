@@ -38,7 +38,10 @@ class PrefixCache:
 )
 @dataclasses.dataclass(frozen=True)
 class OwnCache:
-    """Keys and values of the branches themselves. All branches write the same slots; `used` marks the real tokens."""
+    """Keys and values of the branches themselves, in a ring of M slots.
+
+    All branches write the same slot; `used` marks the tokens that a branch has, so each may have begun at any time.
+    """
 
     k: Float[Array, "L B K N h M"]
     v: Float[Array, "L B K N M h"]
@@ -217,19 +220,19 @@ class Transformer(nnx.Module):
 
         Args:
           real: False for padding, which takes a slot but no position and is never seen.
-          own: must have S slots free from `own.slot` on; donate it.
+          own: its S slots from `own.slot` on are overwritten, and must not go over the end; donate it.
         """
-        B, N, S = branches.shape
-        M = own.used.shape[-1]
+        S, M = branches.shape[2], own.used.shape[-1]
         before = cache.lengths[:, None, None] + own.used.sum(-1, keepdims=True)
         positions = before + jnp.maximum(jnp.cumsum(real, axis=-1) - 1, 0)
         at = (0, 0, own.slot)
         used = jax.lax.dynamic_update_slice(own.used, real, at)
         slot_positions = jax.lax.dynamic_update_slice(own.positions, positions, at)
-        earlier = jnp.arange(M) <= own.slot + jnp.arange(S)[:, None]
-        own_seen = used[:, :, None, :] & earlier
+        age = jnp.arange(M) - own.slot  # of the slots written now: 0 to S - 1
+        later = (age > jnp.arange(S)[:, None]) & (age < S)
+        own_seen = used[:, :, None, :] & ~later
         hidden, (k, v) = self._branches(branches, positions, slot_positions, own_seen, cache, own, "none", None)
-        return hidden, OwnCache(k, v, slot_positions, used, own.slot + S)
+        return hidden, OwnCache(k, v, slot_positions, used, (own.slot + S) % M)
 
     def own_cache(self, batch: int, branches: int, slots: int) -> OwnCache:
         """An empty own cache of `slots` tokens for each branch."""

@@ -13,9 +13,10 @@ import numpy as np
 
 from roserag_jax.rag import answers
 from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, response_tokens
-from roserag_jax.runtime.sampler import Engine, Sampling, bucket
+from roserag_jax.runtime.decoder import Decode, Read, Room, Task
+from roserag_jax.runtime.engine import bucket
+from roserag_jax.runtime.sampler import Sampling
 
-_GREEDY = Sampling()
 # First sample index of each source, so that the draws of one do not move when the other's number changes.
 _FIRST_SAMPLE = {"plain": 0, "guided": 1 << 16}
 _SENTENCE_END = re.compile(r"^.*[.!?](?=\s|$)", re.DOTALL)
@@ -33,146 +34,147 @@ def rationale_of(text: str, finished: bool) -> str | None:
     return whole.group().strip() if whole else None
 
 
-def generate_batch(
-    engine: Engine,
-    tokenizer,
-    options,
-    rows: list[dict],
-    plain: list[Prompt],
-    guided: list[Prompt],
-    outside: list[list[str]],
-    shared,
-    newline_ids,
-    say,
-) -> list[dict]:
-    """Candidates for one batch of questions.
+def opening_limit(options) -> int:
+    """The most tokens of a rationale and the words that ask for its answer, behind the prompt's last token."""
+    return bucket(options.max_tokens + 8)
+
+
+def hint_behind(plain: Prompt, guided: Prompt, count: int, shared: int) -> int | None:
+    """How many tokens of the plain prompt the guided one begins with, if its branches go on from there; else None.
+
+    A guided prompt goes its own way only at the hint, behind the passages and the question. Where it is less work that
+    each of the `count` branches reads the rest of it, what was read of the plain prompt serves up to there (worked
+    examples have hints of their own, near the beginning, so with them it does not).
+
+    Args:
+      shared: tokens that all guided prompts begin with; they are read once in any case.
+    """
+    common = len(os.path.commonprefix([plain.tokens[:-1], guided.tokens[:-1]]))
+    return common if count * (len(guided.tokens) - common) < len(guided.tokens) - shared else None
+
+
+def room(options, tasks: int, outside: int, hints: list[int]) -> Room:
+    """What the decoder of `question` needs room for.
 
     Args:
       options: `config.generate`.
-      plain, guided: the prompts of `rows`; empty prompts past the last row fill the batch.
-      outside: responses to each row that were made elsewhere; as many for each, '' where there is none.
-      shared: what all plain and what all guided prompts begin with, from `engine.read_shared`.
-      newline_ids: tokens that end the decoded answer, besides the end of the turn.
-      say: called with a phrase before each long part.
+      outside: responses to a question that were made elsewhere.
+      hints: lengths of the guided prompts' rests that open branches.
+    """
+    sampled = max(options.guided_samples, options.plain_samples)
+    sampling = (max([1, *hints]), options.max_tokens)
+    return Room(tasks, sampled or outside, (sampling, (opening_limit(options), options.answer_tokens)))
+
+
+def question(
+    tokenizer,
+    options,
+    row: dict,
+    plain: Prompt,
+    guided: Prompt,
+    outside: list[str],
+    shared: tuple,
+    stop: tuple[str, ...],
+) -> Task:
+    """The task of one question: sample, verify, and return its candidates.
+
+    Args:
+      options: `config.generate`.
+      outside: responses to the question that were made elsewhere.
+      shared: what all plain and what all guided prompts begin with, from `Engine.read_shared`.
+      stop: texts that end a response.
 
     Returns:
-      For each row `{id, prompt, golden_answers, candidates: [{response, rationale, answer, source, correct, logprob,
-      tokens}], dropped: {reason: count}}`. `logprob` is the sum over the response's `tokens` tokens under the plain
-      prompt, without the end-of-turn token.
+      `{id, prompt, golden_answers, candidates: [{response, rationale, answer, source, correct, logprob, tokens}],
+      dropped: {reason: count}}`. `logprob` is the sum over the response's `tokens` tokens under the plain prompt,
+      without the end-of-turn token.
     """
-    ids = [row["id"] for row in rows] + [""] * (len(plain) - len(rows))
-    plain_cache = engine.prefill([p.tokens for p in plain], shared[0])
+    rationales = []  # (source, rationale, its sampled answer or '')
+    dropped = {"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0}
+    sampled_answer = options.answer == "sampled"
+    if not sampled_answer:
+        stop = (*stop, ANSWER_PREFIX)  # the answer will be decoded on the plain prompt
 
-    rationales = [[] for _ in rows]  # per row: (source, rationale, its sampled answer or '')
-    dropped = [{"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0} for _ in rows]
-
-    def keep(i, source, text, finished):
+    def keep(source, text, finished):
         rationale, answer = rationale_of(text, finished), ""
-        if options.answer == "sampled":
+        if sampled_answer:
             _, answer, parsed = answers.parse(text)
             answer = answer if parsed and finished else ""
             if not answer:
-                dropped[i]["no answer"] += 1
+                dropped["no answer"] += 1
                 return
         if rationale is None:
-            dropped[i]["no whole sentence"] += 1
-        elif (rationale, answer) in [found[1:] for found in rationales[i]]:
-            dropped[i]["repeated"] += 1
+            dropped["no whole sentence"] += 1
+        elif (rationale, answer) in [found[1:] for found in rationales]:
+            dropped["repeated"] += 1
         else:
-            rationales[i].append((source, rationale, answer))
+            rationales.append((source, rationale, answer))
 
-    for source, count in (("guided", options.guided_samples), ("plain", options.plain_samples)):
-        if not count:
-            continue
-        say(f"sampling {count} {source} rationales for each of {len(rows)} questions")
-        if source == "plain":
-            cache, starts = plain_cache, [p.tokens[-1:] for p in plain]
-        else:
-            cache, starts = _read_guided(engine, plain, guided, plain_cache, shared[1], count)
-        sampling = Sampling(options[f"{source}_temperature"], options.top_p, options.top_k, options.min_p)
-        openings, width = [[start] * count for start in starts], max(map(len, starts))
-        width = 1 if width == 1 else bucket(width)
-        out = engine.decode(cache, openings, width, ids, _FIRST_SAMPLE[source], sampling, options.max_tokens)
-        for i in range(len(rows)):
-            for n in range(count):
-                text = tokenizer.decode(out.tokens[i, n, : out.lengths[i, n]])
-                keep(i, source, text, bool(out.finished[i, n]))
-    for i, texts in enumerate(outside):
-        for text in filter(None, texts):
-            keep(i, "outside", text, True)
+    def sample(source, opening, count, length=None):
+        knobs = (options[f"{source}_temperature"], options.top_p, options.top_k, options.min_p)
+        branches = yield Decode(
+            [opening] * count,
+            options.max_tokens,
+            Sampling(*knobs),
+            row["id"],
+            _FIRST_SAMPLE[source],
+            ends=answers.ending(tokenizer, stop),
+            length=length,
+        )
+        for branch in branches:
+            keep(source, answers.until(tokenizer.decode(branch.tokens), stop)[0], branch.finished)
 
-    say(f"verifying {sum(map(len, rationales))} rationales on the plain prompt")
+    read_shared = 0 if shared[1] is None else shared[1].v.shape[3]
+    common = hint_behind(plain, guided, options.guided_samples, read_shared)
+    if options.guided_samples and common is None:
+        yield Read(guided.tokens, shared[1])
+        yield from sample("guided", guided.tokens[-1:], options.guided_samples)
+    yield Read(plain.tokens, shared[0])
+    if options.guided_samples and common is not None:
+        yield from sample("guided", guided.tokens[common:], options.guided_samples, common)
+    yield from sample("plain", plain.tokens[-1:], options.plain_samples)
+    for text in filter(None, outside):
+        keep("outside", text, True)
+
     # Every branch is a rationale and the words that ask for its answer, behind the plain prompt's last token; or the
-    # answer too, and then nothing is left to decode (one token is, and is not looked at).
-    width, limit = branches(options, outside), bucket(options.max_tokens + 8)
-    openings = [[[] for _ in range(width)] for _ in plain]
-    for i, found in enumerate(rationales):
-        for n, (_, rationale, answer) in enumerate(found):
-            tokens = response_tokens(tokenizer, f"{rationale}{ANSWER_PREFIX} {answer}".strip("\n "))
-            opening = plain[i].tokens[-1:] + tokens
-            if len(opening) > limit:  # only one that was made elsewhere can be
-                dropped[i]["too long"] += 1
-            else:
-                openings[i][n] = opening
-    count = 1 if options.answer == "sampled" else options.answer_tokens
-    out = engine.decode(plain_cache, openings, limit, ids, 0, _GREEDY, count, newline_ids)
+    # answer too, and then nothing is left to decode.
+    openings, verified = [], []
+    for found in rationales:
+        _, rationale, answer = found
+        tokens = response_tokens(tokenizer, f"{rationale}{ANSWER_PREFIX} {answer}".strip("\n "))
+        if len(tokens) < opening_limit(options):
+            openings.append(plain.tokens[-1:] + tokens)
+            verified.append(found)
+        else:  # only one that was made elsewhere can be
+            dropped["too long"] += 1
+    limit = 0 if sampled_answer else options.answer_tokens
+    branches = yield Decode(openings, limit, also_stop=True)
 
-    results = []
-    for i, row in enumerate(rows):
-        candidates = []
-        for n, (source, rationale, answer) in enumerate(rationales[i]):
-            if not openings[i][n]:
+    candidates = []
+    for branch, opening, (source, rationale, answer) in zip(branches, openings, verified, strict=True):
+        if not sampled_answer:
+            answer = tokenizer.decode(branch.tokens).strip()
+            if not answer or not branch.finished:
+                dropped["no answer"] += 1
                 continue
-            length, said = out.lengths[i, n], len(openings[i][n]) - 1
-            if answer:
-                length = 0
-            else:
-                answer = tokenizer.decode(out.tokens[i, n, :length]).strip()
-                if not answer or not out.finished[i, n]:
-                    dropped[i]["no answer"] += 1
-                    continue
-            logprob = out.opening_logprobs[i, n, :said].sum() + out.logprobs[i, n, :length].sum()
-            candidates.append(
-                {
-                    "response": f"{rationale}{ANSWER_PREFIX} {answer}".lstrip("\n"),
-                    "rationale": rationale,
-                    "answer": answer,
-                    "source": source,
-                    "correct": bool(answers.exact_match(answer, row["golden_answers"])),
-                    "logprob": round(float(logprob), 4),
-                    "tokens": int(said + length),
-                }
-            )
-        results.append(
+        candidates.append(
             {
-                "id": row["id"],
-                "prompt": plain[i].text,
-                "golden_answers": row["golden_answers"],
-                "candidates": candidates,
-                "dropped": {k: v for k, v in dropped[i].items() if v},
+                "response": f"{rationale}{ANSWER_PREFIX} {answer}".lstrip("\n"),
+                "rationale": rationale,
+                "answer": answer,
+                "source": source,
+                "correct": bool(answers.exact_match(answer, row["golden_answers"])),
+                "logprob": round(float(branch.opening_logprobs.sum() + branch.logprobs.sum()), 4),
+                "tokens": len(opening) - 1 + len(branch.tokens),
             }
         )
-    return results
-
-
-def _read_guided(engine: Engine, plain: list[Prompt], guided: list[Prompt], plain_cache, shared, count: int):
-    """A cache of the guided prompts and what opens their branches.
-
-    A guided prompt goes its own way only at the hint, behind the passages and the question. Where it is less work that
-    each of the `count` branches reads the rest of it, the plain prompt's cache serves up to there (worked examples
-    have hints of their own, near the beginning, so with them it is not).
-    """
-    common = [len(os.path.commonprefix([p.tokens[:-1], g.tokens[:-1]])) for p, g in zip(plain, guided, strict=True)]
-    rest = [g.tokens[n:] for g, n in zip(guided, common, strict=True)]
-    shared_tokens = 0 if shared is None else shared.v.shape[3]
-    if count * max(map(len, rest)) < max(len(g.tokens) for g in guided) - shared_tokens:
-        return engine.rewind(plain_cache, common), rest
-    return engine.prefill([g.tokens for g in guided], shared), [g.tokens[-1:] for g in guided]
-
-
-def branches(options, outside: list[list[str]]) -> int:
-    """How many rationales of a question are verified at once."""
-    return options.guided_samples + options.plain_samples + len(outside[0])
+    return {
+        "id": row["id"],
+        "prompt": plain.text,
+        "golden_answers": row["golden_answers"],
+        "candidates": candidates,
+        "dropped": {k: v for k, v in dropped.items() if v},
+    }
 
 
 def newline_tokens(tokenizer) -> tuple[int, ...]:

@@ -78,3 +78,14 @@ def parse(response: str) -> tuple[str, str, bool]:
 
 def _clean(answer: str) -> str:
     return answer.strip().strip("*_`\"' ").removesuffix(".").strip()
+
+
+def until(text: str, stop: tuple[str, ...]) -> tuple[str, bool]:
+    """What stands before the first of the texts that end a response, and whether one was there."""
+    end = min((at for at in map(text.find, stop) if at >= 0), default=None)
+    return text[:end], end is not None
+
+
+def ending(tokenizer, stop: tuple[str, ...]):
+    """A function that tells whether a response's tokens hold one of the texts that end it; None if there are none."""
+    return (lambda tokens: until(tokenizer.decode(tokens), stop)[1]) if stop else None

@@ -68,10 +68,11 @@ class PromptBuilder:
       max_tokens: limit of a whole prompt.
       passages: how many of a row's contexts are shown (the first K); 0 is closed book.
       examples: how many worked examples come first.
+      stop: texts that end a response to these prompts; kept for who decodes them.
     """
 
-    def __init__(self, tokenizer, max_tokens: int, passages: int, examples: int = 0):
-        self.tokenizer, self.max_tokens, self.passages = tokenizer, max_tokens, passages
+    def __init__(self, tokenizer, max_tokens: int, passages: int, examples: int = 0, stop: tuple[str, ...] = ()):
+        self.tokenizer, self.max_tokens, self.passages, self.stop = tokenizer, max_tokens, passages, tuple(stop)
         self.examples = EXAMPLES[len(EXAMPLES) - examples :]
         self._special = _special_tokens(tokenizer)
 

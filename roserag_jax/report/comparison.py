@@ -13,6 +13,7 @@ from etils import epath
 from roserag_jax.errors import UserError
 from roserag_jax.rag import metrics
 from roserag_jax.report.tables import markdown, table
+from roserag_jax.workdir import from_lines
 
 _DRAWN = {"em": "EM", "f1": "F1"}
 
@@ -104,8 +105,8 @@ def _interval(result: dict, metric: str) -> str:
 
 
 def _scores(folder: epath.Path, name: str) -> dict[str, dict]:
-    lines = (epath.Path(folder) / name / "examples.jsonl").read_text().splitlines()
-    return {row["id"]: row["scores"] for row in map(json.loads, lines)}
+    rows = from_lines((epath.Path(folder) / name / "examples.jsonl").read_text())
+    return {row["id"]: row["scores"] for row in rows}
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from roserag_jax.rag.prompts import prompt_tokens, response_tokens
-from roserag_jax.runtime.sampler import bucket, pad, shared_length
+from roserag_jax.runtime.engine import bucket, pad, shared_length
 
 
 class Pair(NamedTuple):

@@ -11,8 +11,8 @@ from roserag_jax.models import adapter as adapters
 from roserag_jax.models import source, tokenizer, weights
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig
 from roserag_jax.models.transformer import Transformer
+from roserag_jax.runtime.engine import Engine
 from roserag_jax.runtime.mesh import make_mesh
-from roserag_jax.runtime.sampler import Engine
 
 _MODEL_OPTIONS = ("model", "revision", "tokenizer", "dtype")
 

@@ -1,0 +1,105 @@
+"""The engine: a network that reads prompts once and scores responses behind them.
+
+Axes: B batch, N branches, P prompt, S response length, C shared beginning.
+"""
+
+import functools
+import os
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from roserag_jax.models.logprobs import token_logprobs
+from roserag_jax.models.sharding import sharding
+from roserag_jax.models.transformer import PrefixCache, Transformer
+
+
+class Engine:
+    """A network on its mesh, ready to read prompts and score responses; `runtime.decoder` decodes with it.
+
+    The batch of every call is the caller's; each shape compiles once.
+    """
+
+    def __init__(self, model: Transformer, mesh: Mesh, stop_ids: tuple[int, ...], pad_id: int, seed: int = 0):
+        self.graph, self.state = nnx.split(model)
+        self.config, self.dtype = model.config, model.embed[...].dtype
+        self.mesh, self.stop_ids, self.pad_id, self.seed = mesh, tuple(stop_ids), pad_id, seed
+
+    def place(self, *arrays) -> list[jax.Array]:
+        """Host arrays on the devices, their first axis over the mesh's batch axes."""
+        batch = lambda a: sharding(a.shape, ("batch",) + (None,) * (a.ndim - 1), self.mesh)
+        return [jax.device_put(a, batch(a)) for a in map(np.asarray, arrays)]
+
+    def read_shared(self, prompts: list[list[int]]) -> PrefixCache | None:
+        """Read what all prompts of a stage begin with (instructions, worked examples); None where it is short."""
+        C = shared_length(prompts)
+        return self._read([prompts[0][:C]], C, None) if C else None
+
+    def prefill(
+        self, prompts: list[list[int]], shared: PrefixCache | None = None, length: int | None = None
+    ) -> PrefixCache:
+        """Read prompts (all but their last token); an empty one only fills the batch.
+
+        Args:
+          shared: their common beginning, read before.
+          length: padded length of what follows it; by default the bucket of the longest.
+        """
+        C = 0 if shared is None else shared.v.shape[3]
+        rest = [p[C:-1] for p in prompts]
+        return self._read(rest, length or bucket(max(map(len, rest))), shared)
+
+    def _read(self, rows, length, shared):
+        tokens, lengths = pad(rows, length, self.pad_id)
+        with jax.set_mesh(self.mesh):
+            return _prefill(self.graph, self.state, *self.place(tokens, lengths), shared)
+
+    def score(self, cache: PrefixCache, prompts, responses: list[list[list[int]]], bucket: int) -> np.ndarray:
+        """Log-probabilities [B, N, bucket] of N responses (tokens, stop token included) per prompt; 0 past each end."""
+        N = len(responses[0])
+        flat = [r for row in responses for r in row]
+        targets, lengths = pad(flat, bucket, self.pad_id)
+        first = np.repeat([[p[-1]] for p in prompts], N, axis=0)
+        branches = np.concatenate([first, targets[:, :-1]], axis=1)
+        shape = (len(prompts), N, bucket)
+        with jax.set_mesh(self.mesh):
+            placed = self.place(branches.reshape(shape), targets.reshape(shape))
+            logprobs = np.asarray(_score(self.graph, self.state, cache, *placed))
+        return np.where(np.arange(bucket) < lengths.reshape(shape[:2])[..., None], logprobs, 0.0)
+
+
+def bucket(length: int) -> int:
+    """The padded length for `length` tokens: few sizes, so few compilations, and at most a quarter of it padding."""
+    for step, limit in ((16, 128), (64, 512), (128, 1024)):
+        if length <= limit:
+            return max(-(-length // step), 1) * step
+    return -(-length // 256) * 256
+
+
+def shared_length(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with; 0 where they are too few to be read apart.
+
+    The last token of a prompt opens its branches and is never among them.
+    """
+    common = min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=0) - 1)
+    return common if common >= 32 else 0
+
+
+def pad(rows: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded tokens [rows, length] and the rows' lengths."""
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens, np.array([len(row) for row in rows], np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(graph, state, tokens, lengths, shared):
+    return nnx.merge(graph, state).prefill(tokens, lengths, shared)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(graph, state, cache, branches, targets):
+    model = nnx.merge(graph, state)
+    return token_logprobs(model.extend(branches, cache), targets, model.table, model.config.final_softcap)
