@@ -14,6 +14,7 @@ from roserag_jax.models.tokenizer import load as load_tokenizer
 from roserag_jax.models.tokenizer import stop_ids, turn_end
 from roserag_jax.rag import synthetic
 from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.runtime import decoder
 from roserag_jax.runtime.decoder import Decode
 from roserag_jax.runtime.engine import Engine
 
@@ -133,10 +134,12 @@ def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_token
     generate.guided_samples, generate.plain_samples, generate.max_tokens = 2, 2, 40
     engine = Engine(smollm, one_device, (2,), 0)
     newlines = candidates.newline_tokens(smollm_tokenizer)
-    outside, say = [[] for _ in rows], lambda phrase: None
-    made = candidates.generate_batch(
-        engine, smollm_tokenizer, generate, rows, plain, guided, outside, (None, None), newlines, say
-    )
+    rest = ([], (None, None), ())  # nothing from elsewhere, nothing read before, no text that ends a response
+    tasks = [
+        candidates.question(smollm_tokenizer, generate, *of, *rest) for of in zip(rows, plain, guided, strict=True)
+    ]
+    room, lengths = candidates.room(generate, 1, 0, []), [len(p.tokens) for p in guided]
+    made = [row for _, row in sorted(decoder.run(engine, tasks, lengths, room, newlines))]
     compared = 0
     for row, prompt in zip(made, plain, strict=True):
         assert {c["source"] for c in row["candidates"]} == {"guided", "plain"}

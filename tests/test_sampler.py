@@ -119,14 +119,18 @@ def test_sharded_sampling_draws_the_same(engine, tiny_folder, tiny_llama):
     assert tokens_of(sample(spread, [1])) == [alone[1]]
 
 
-def test_logprobs_agree_with_scoring(engine):
+def test_logprobs_agree_with_scoring(engine, monkeypatch):
     """The decoder's log-probabilities are those of the scorer; an opening of several tokens goes on as if decoded."""
     said = sample(engine, [0, 1], N=2, max_new=10)
     prompts = PROMPTS[:2]
-    scored = engine.score(engine.prefill(prompts), prompts, tokens_of(said), 16)
+    scored = engine.score(cache := engine.prefill(prompts), prompts, tokens_of(said), 16)
     for row, scores in zip(said, scored, strict=True):
         for branch, score in zip(row, scores, strict=True):
             np.testing.assert_allclose(branch.logprobs, score[: len(branch.tokens)], atol=1e-4)
+
+    monkeypatch.setattr("roserag_jax.runtime.engine._SCORED_TOKENS", 64)  # two of five at a time
+    many = engine.score(cache, prompts, [row * 2 + row[:1] for row in tokens_of(said)], 16)
+    np.testing.assert_allclose(many, scored[:, [0, 1, 0, 1, 0]], atol=1e-4)
 
     greedy = sample(engine, [0, 1], N=1, max_new=10, sampling=Sampling())
     openings = [[p[-1:] + row[0].tokens[: 3 + i]] for i, (p, row) in enumerate(zip(prompts, greedy, strict=True))]

@@ -15,6 +15,8 @@ from roserag_jax.models.logprobs import token_logprobs
 from roserag_jax.models.sharding import sharding
 from roserag_jax.models.transformer import PrefixCache, Transformer
 
+_SCORED_TOKENS = 1 << 15  # the most tokens of responses in one program
+
 
 class Engine:
     """A network on its mesh, ready to read prompts and score responses; `runtime.decoder` decodes with it.
@@ -56,17 +58,25 @@ class Engine:
             return _prefill(self.graph, self.state, *self.place(tokens, lengths), shared)
 
     def score(self, cache: PrefixCache, prompts, responses: list[list[list[int]]], bucket: int) -> np.ndarray:
-        """Log-probabilities [B, N, bucket] of N responses (tokens, stop token included) per prompt; 0 past each end."""
-        N = len(responses[0])
-        flat = [r for row in responses for r in row]
+        """Log-probabilities [B, N, bucket] of N responses (tokens, stop token included) per prompt; 0 past each end.
+
+        Many responses are scored in equal parts of N, so that the memory for their activations has a limit.
+        """
+        N, B = len(responses[0]), len(prompts)
+        parts = -(-N * B * bucket // _SCORED_TOKENS)
+        part = -(-N // min(parts, N))
+        flat = [r for row in responses for r in row + [[]] * (-N % part)]
         targets, lengths = pad(flat, bucket, self.pad_id)
-        first = np.repeat([[p[-1]] for p in prompts], N, axis=0)
-        branches = np.concatenate([first, targets[:, :-1]], axis=1)
-        shape = (len(prompts), N, bucket)
+        targets = targets.reshape(B, -1, bucket)
+        first = np.broadcast_to(np.array([p[-1] for p in prompts])[:, None, None], (*targets.shape[:2], 1))
+        branches = np.concatenate([first, targets[:, :, :-1]], axis=2)
+        logprobs = []
         with jax.set_mesh(self.mesh):
-            placed = self.place(branches.reshape(shape), targets.reshape(shape))
-            logprobs = np.asarray(_score(self.graph, self.state, cache, *placed))
-        return np.where(np.arange(bucket) < lengths.reshape(shape[:2])[..., None], logprobs, 0.0)
+            for at in range(0, N, part):
+                placed = self.place(branches[:, at : at + part], targets[:, at : at + part])
+                logprobs.append(np.asarray(_score(self.graph, self.state, cache, *placed)))
+        real = np.arange(bucket) < lengths.reshape(B, -1)[..., None]
+        return np.where(real, np.concatenate(logprobs, axis=1), 0.0)[:, :N]
 
 
 def bucket(length: int) -> int:
