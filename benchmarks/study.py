@@ -12,6 +12,7 @@ with `table.md`, `passages.svg` and `noise.svg` (the pictures need matplotlib). 
     roserag          ORPO on the hardest pair of each question
     no_rejection     chosen and rejected are not checked
     random, easy, all  other pairs than the hardest
+    supported        the hardest pair where a passage holds the answer
     dpo, simpo       other losses on RoseRAG's pairs
 """
 
@@ -34,6 +35,7 @@ ROWS = {
     "random": {"select.strategy": "random"},
     "easy": {"select.strategy": "easy"},
     "all": {"select.strategy": "all"},
+    "supported": {"select.supported": True},
     "dpo": {"train.loss": "dpo"},
     "simpo": {"train.loss": "simpo"},
 }

@@ -120,6 +120,7 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
             1,
             "words of the passages, beyond the answer's, that a chosen rationale must hold; 0 lets it restate the hint",
         ),
+        "supported": Option(False, "leave out questions whose answer no passage holds (those of yes or no aside)"),
         "confidence": Option("mean", "log-probability under the plain prompt per token or in sum", ("mean", "sum")),
     },
     "lora": {

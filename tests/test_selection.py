@@ -37,10 +37,10 @@ def candidate(rationale, answer, logprob, source="guided"):
     }
 
 
-def chosen_and_rejected(candidates, **changes):
+def chosen_and_rejected(candidates, golden=("Bath",), **changes):
     select = options.defaults().select
     select.update(changes)
-    row = {"id": "q", "prompt": "p", "golden_answers": ["Bath"], "candidates": candidates}
+    row = {"id": "q", "prompt": "p", "golden_answers": list(golden), "candidates": candidates}
     pairs, counts = selection.select([row], {"q": PASSAGES}, select, 0)
     return [(p["chosen"].split("\n")[0], p["rejected"].split("\n")[0]) for p in pairs], counts
 
@@ -58,6 +58,17 @@ def test_a_restated_hint_is_not_chosen():
     assert chosen_and_rejected(ALL, evidence=0)[0] == [("The answer is Bath.", "No idea.")]
     with pytest.raises(UserError, match="1 had no evidence"):
         chosen_and_rejected([HINTED, WRONG])
+
+
+def test_an_answer_that_no_passage_holds_may_be_left_out():
+    """`select.supported`: what leads to such an answer came from the hint. Yes and no stand nowhere and are kept."""
+    assert selection.supported(["Oslo", "bath"], PASSAGES) and selection.supported(["Yes"], PASSAGES)
+    assert not selection.supported(["Ba"], PASSAGES) and not selection.supported(["Rome"], [])
+    assert chosen_and_rejected(ALL, supported=True)[0] == chosen_and_rejected(ALL)[0]
+    made_up = [candidate("The Kennebec runs by it.", "Rome", -5.0), SURE]
+    assert len(chosen_and_rejected(made_up, golden=["Rome"])[0]) == 1
+    with pytest.raises(UserError, match="1 had no support"):
+        chosen_and_rejected(made_up, golden=["Rome"], supported=True)
 
 
 def test_strategies_and_matches():

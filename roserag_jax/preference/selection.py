@@ -41,6 +41,15 @@ def evidence(rationale: str, golden_answers: list[str], passages: list[dict]) ->
     return len((words(rationale) & seen) - known)
 
 
+def supported(golden_answers: list[str], passages: list[dict]) -> bool:
+    """Whether a passage holds a golden answer as whole words, or the question is one of yes or no.
+
+    Where none does, a rationale that leads to the answer took it from the hint or made it up.
+    """
+    closed = answers.normalize(golden_answers[0]) in ("yes", "no")
+    return closed or any(answers.contains(f"{p['title']} {p['text']}", golden_answers) for p in passages)
+
+
 def judged(row: dict, match: str) -> list[dict]:
     """A row's candidates, `correct` by the given match ('em' or 'contains') of their answers."""
     verdict = _MATCHES[match]
@@ -66,7 +75,9 @@ def select(rows: list[dict], passages: dict[str, list[dict]], options, seed: int
     """
     pairs, dropped = (
         [],
-        {"no candidate": 0, "all correct": 0, "none correct": 0, "no evidence": 0, "one source only": 0},
+        dict.fromkeys(
+            ("no candidate", "all correct", "none correct", "no evidence", "no support", "one source only"), 0
+        ),
     )
     counts = {"questions": dropped, "no_evidence": 0, "accepted": {}}
     for row in rows:
@@ -82,9 +93,11 @@ def select(rows: list[dict], passages: dict[str, list[dict]], options, seed: int
             bare = lambda c: evidence(c["rationale"], row["golden_answers"], shown) < options.evidence  # noqa: B023
             right = [c for c in correct if not bare(c)] if options.evidence and shown else correct
             counts["no_evidence"] += len(correct) - len(right)
+            unsupported = bool(options.supported and right and not supported(row["golden_answers"], shown))
+            right = [] if unsupported else right
         else:
             right, wrong = ([c for c in candidates if c["source"] == s] for s in ("guided", "plain"))
-            correct = right
+            correct, unsupported = right, False
         if not right or not wrong:
             if not candidates:
                 reason = "no candidate"
@@ -92,6 +105,8 @@ def select(rows: list[dict], passages: dict[str, list[dict]], options, seed: int
                 reason = "one source only"
             elif not wrong:
                 reason = "all correct"
+            elif unsupported:
+                reason = "no support"
             else:
                 reason = "no evidence" if correct else "none correct"
             dropped[reason] += 1
