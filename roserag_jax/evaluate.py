@@ -190,10 +190,8 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
 
 def _publish(workdir: Workdir, name: str, wanted: Recipe, examples: list[dict], about: dict) -> None:
     """Write an evaluation from its examples."""
-    # Since the one before was finished, so the sum is the stage's time. Compilation stands in the longest waits, which
-    # are left out. Time is no function of the input: it stays out of the rows.
-    waits = sorted(example.pop("seconds") for example in examples)
-    seconds = statistics.fmean(waits[: -(-len(waits) * 19 // 20)])
+    # Each is counted from when the one before was finished. Time is no function of the input: it stays out of the rows.
+    seconds = statistics.fmean(example.pop("seconds") for example in examples)
     mean = lambda field: round(statistics.fmean(example[field] for example in examples), 1)
     result = about | metrics.summarize([example["scores"] for example in examples])
     result |= {field: mean(field) for field in ("prompt_tokens", "response_tokens")}
