@@ -114,7 +114,7 @@ def respond(
         (branch,) = yield Decode([prompt[-1:]], max_tokens, ends=answers.ending(tokenizer, stop))
         return answers.until(tokenizer.decode(branch.tokens), stop)[0], branch.finished, len(branch.tokens)
 
-    room = Room(min(tasks, len(prompts)), 1, ((1, max_tokens),))
+    room = Room(tasks, 1, ((1, max_tokens),))
     for number, said in decoder.run(engine, map(task, prompts), list(map(len, prompts)), room):
         yield number, *said
 
@@ -150,8 +150,9 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     prompts = [builder.plain(row) for row in rows]
     label = name.removeprefix("eval/")
     parts = Parts(workdir, f"evaluate-{label}", wanted.fingerprint(), [row["id"] for row in rows])
-    progress = Progress(f"evaluate {label}", len(rows), "questions", len(parts.done))
-    if missing := parts.missing():
+    missing, em = parts.missing(), sum(example["scores"]["em"] for example in parts.done.values())
+    progress = Progress(f"evaluate {label}", len(parts.done) + len(missing), "questions", len(parts.done))
+    if missing:
         engine = session.own.engine(Path(folder) if folder else None)
         progress.phase(f"answering {len(missing)} questions")
         tokens, limit = [prompts[i].tokens for i in missing], config.evaluate.max_tokens
@@ -178,8 +179,8 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
             }
             clock = time.monotonic()
             parts.add(example)
-            scores = [example["scores"] for example in parts.done.values()]
-            progress.update(len(scores), f"EM {100 * sum(s['em'] for s in scores) / len(scores):.1f}")
+            em += example["scores"]["em"]
+            progress.update(len(parts.done), f"EM {100 * em / len(parts.done):.1f}")
     examples = parts.gather()
     with processes.main_first("evaluation published"):
         if processes.is_main():

@@ -89,27 +89,27 @@ def make(session: Session, workdir: Workdir) -> None:
     if cut := sum(p.cut > 0 for p in plain):
         print(f"{cut} of {len(rows)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
     outside = outside_samples(config.generate.samples, rows) if config.generate.samples else [[] for _ in rows]
-    lengths = [max(len(p.tokens), len(g.tokens)) for p, g in zip(plain, guided, strict=True)]
-    own = config.generate
-    shared = [shared_length([p.tokens for p in prompts]) for prompts in (plain, guided)]
-    common = [candidates.hint_behind(p, g, own.guided_samples, shared[1]) for p, g in zip(plain, guided, strict=True)]
-    hints = [len(g.tokens) - n for g, n in zip(guided, common, strict=True) if n is not None]
-    room = fitting(session, candidates.room(own, own.batch, len(outside[0]), hints), max(lengths))
+    sampling, read_once = config.generate, shared_length([g.tokens for g in guided])
+    hints = [candidates.hint_behind(*of, sampling.guided_samples, read_once) for of in zip(plain, guided, strict=True)]
+    apart = [g.tokens if hint is None else [] for g, hint in zip(guided, hints, strict=True)]  # read by themselves
+    lengths = [max(len(p.tokens), len(tokens)) for p, tokens in zip(plain, apart, strict=True)]
+    room = fitting(session, candidates.room(sampling, len(outside[0]), guided, hints), max(lengths))
     parts = Parts(workdir, "generate", wanted.fingerprint(), [row["id"] for row in rows])
-    progress = Progress("generate", len(rows), "questions", len(parts.done))
-    if missing := parts.missing():
+    missing = parts.missing()
+    progress = Progress("generate", len(parts.done) + len(missing), "questions", len(parts.done))
+    if missing:
         engine, newlines = session.own.engine(), candidates.newline_tokens(session.tokenizer)
-        shared = tuple(engine.read_shared([p.tokens for p in prompts]) for prompts in (plain, guided))
+        shared = tuple(engine.read_shared(prompts) for prompts in ([p.tokens for p in plain], [*filter(None, apart)]))
         progress.phase(f"{room.tasks} questions at a time, {room.branches} rationales of each")
-        tasks = (
-            candidates.question(session.tokenizer, own, rows[i], plain[i], guided[i], outside[i], shared, builder.stop)
-            for i in missing
-        )
+        of_row = lambda i: (rows[i], plain[i], guided[i], hints[i], outside[i])
+        tasks = (candidates.question(session.tokenizer, sampling, *of_row(i), shared, builder.stop) for i in missing)
+        found = [candidates.correct(row) for row in parts.done.values()]
+        correct, of = sum(c for c, _ in found), sum(n for _, n in found)
         for _, made in decoder.run(engine, tasks, [lengths[i] for i in missing], room, newlines):
             parts.add(made)
-            found = [c for row in parts.done.values() for c in row["candidates"]]
-            correct = f"{sum(c['correct'] for c in found)} of {len(found)} candidates correct"
-            progress.update(len(parts.done), correct)
+            here, made_here = candidates.correct(made)
+            correct, of = correct + here, of + made_here
+            progress.update(len(parts.done), f"{correct} of {of} candidates correct")
     results = parts.gather()
     with processes.main_first("candidates published"):
         if processes.is_main():

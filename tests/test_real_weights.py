@@ -132,13 +132,15 @@ def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_token
     plain, guided = [builder.plain(r) for r in rows], [builder.guided(r) for r in rows]
     generate = options.defaults().generate
     generate.guided_samples, generate.plain_samples, generate.max_tokens = 2, 2, 40
+    generate.batch = 1
     engine = Engine(smollm, one_device, (2,), 0)
     newlines = candidates.newline_tokens(smollm_tokenizer)
-    rest = ([], (None, None), ())  # nothing from elsewhere, nothing read before, no text that ends a response
+    # Every guided prompt is read; nothing from elsewhere, nothing read before, no text that ends a response.
+    rest = (None, [], (None, None), ())
     tasks = [
         candidates.question(smollm_tokenizer, generate, *of, *rest) for of in zip(rows, plain, guided, strict=True)
     ]
-    room, lengths = candidates.room(generate, 1, 0, []), [len(p.tokens) for p in guided]
+    room, lengths = candidates.room(generate, 0, guided, [None, None]), [len(p.tokens) for p in guided]
     made = [row for _, row in sorted(decoder.run(engine, tasks, lengths, room, newlines))]
     compared = 0
     for row, prompt in zip(made, plain, strict=True):

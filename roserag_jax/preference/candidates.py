@@ -53,17 +53,18 @@ def hint_behind(plain: Prompt, guided: Prompt, count: int, shared: int) -> int |
     return common if count * (len(guided.tokens) - common) < len(guided.tokens) - shared else None
 
 
-def room(options, tasks: int, outside: int, hints: list[int]) -> Room:
+def room(options, outside: int, guided: list[Prompt], hints: list[int | None]) -> Room:
     """What the decoder of `question` needs room for.
 
     Args:
       options: `config.generate`.
       outside: responses to a question that were made elsewhere.
-      hints: lengths of the guided prompts' rests that open branches.
+      hints: from `hint_behind`, for each guided prompt.
     """
     sampled = max(options.guided_samples, options.plain_samples)
-    sampling = (max([1, *hints]), options.max_tokens)
-    return Room(tasks, sampled or outside, (sampling, (opening_limit(options), options.answer_tokens)))
+    rests = [len(g.tokens) - hint for g, hint in zip(guided, hints, strict=True) if hint is not None]
+    sampling = (max([1, *rests]) if options.guided_samples else 1, options.max_tokens)
+    return Room(options.batch, sampled or outside, (sampling, (opening_limit(options), options.answer_tokens)))
 
 
 def question(
@@ -72,6 +73,7 @@ def question(
     row: dict,
     plain: Prompt,
     guided: Prompt,
+    hint: int | None,
     outside: list[str],
     shared: tuple,
     stop: tuple[str, ...],
@@ -80,8 +82,9 @@ def question(
 
     Args:
       options: `config.generate`.
+      hint: from `hint_behind`.
       outside: responses to the question that were made elsewhere.
-      shared: what all plain and what all guided prompts begin with, from `Engine.read_shared`.
+      shared: what all plain and what all guided prompts that are read begin with, from `Engine.read_shared`.
       stop: texts that end a response.
 
     Returns:
@@ -124,14 +127,12 @@ def question(
         for branch in branches:
             keep(source, answers.until(tokenizer.decode(branch.tokens), stop)[0], branch.finished)
 
-    read_shared = 0 if shared[1] is None else shared[1].v.shape[3]
-    common = hint_behind(plain, guided, options.guided_samples, read_shared)
-    if options.guided_samples and common is None:
+    if options.guided_samples and hint is None:
         yield Read(guided.tokens, shared[1])
         yield from sample("guided", guided.tokens[-1:], options.guided_samples)
     yield Read(plain.tokens, shared[0])
-    if options.guided_samples and common is not None:
-        yield from sample("guided", guided.tokens[common:], options.guided_samples, common)
+    if options.guided_samples and hint is not None:
+        yield from sample("guided", guided.tokens[hint:], options.guided_samples, hint)
     yield from sample("plain", plain.tokens[-1:], options.plain_samples)
     for text in filter(None, outside):
         keep("outside", text, True)
@@ -182,6 +183,11 @@ def newline_tokens(tokenizer) -> tuple[int, ...]:
     ids = np.array(sorted(tokenizer.get_vocab().values()))
     texts = tokenizer.batch_decode(ids[:, None])
     return tuple(int(i) for i, text in zip(ids, texts, strict=True) if "\n" in text)
+
+
+def correct(row: dict) -> tuple[int, int]:
+    """How many candidates of a question are correct, and how many there are."""
+    return sum(c["correct"] for c in row["candidates"]), len(row["candidates"])
 
 
 def summary(rows: list[dict]) -> str:

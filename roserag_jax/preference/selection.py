@@ -46,8 +46,7 @@ def supported(golden_answers: list[str], passages: list[dict]) -> bool:
 
     Where none does, a rationale that leads to the answer took it from the hint or made it up.
     """
-    closed = answers.normalize(golden_answers[0]) in ("yes", "no")
-    return closed or any(answers.contains(f"{p['title']} {p['text']}", golden_answers) for p in passages)
+    return answers.closed(golden_answers[0]) or any(answers.holds(p, golden_answers) for p in passages)
 
 
 def judged(row: dict, match: str) -> list[dict]:
@@ -73,12 +72,8 @@ def select(rows: list[dict], passages: dict[str, list[dict]], options, seed: int
     Raises:
       UserError: no question has both kinds of candidates.
     """
-    pairs, dropped = (
-        [],
-        dict.fromkeys(
-            ("no candidate", "all correct", "none correct", "no evidence", "no support", "one source only"), 0
-        ),
-    )
+    reasons = ("no candidate", "all correct", "none correct", "no evidence", "no support", "one source only")
+    pairs, dropped = [], dict.fromkeys(reasons, 0)
     counts = {"questions": dropped, "no_evidence": 0, "accepted": {}}
     for row in rows:
         candidates = judged(row, options.match)

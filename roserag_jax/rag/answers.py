@@ -50,6 +50,16 @@ def contains(prediction: str, golden: list[str]) -> float:
     return float(any(f" {normalize(answer)} " in padded for answer in golden))
 
 
+def holds(passage: dict, golden: list[str]) -> bool:
+    """Whether a passage's title and text contain any golden answer."""
+    return bool(contains(f"{passage['title']} {passage['text']}", golden))
+
+
+def closed(answer: str) -> bool:
+    """Whether an answer is yes or no."""
+    return normalize(answer) in ("yes", "no")
+
+
 def yes_no(text: str) -> bool | None:
     """The truth value that an answer begins with (yes, no, true, false); None if it begins with neither."""
     first = normalize(text).partition(" ")[0]
@@ -58,7 +68,7 @@ def yes_no(text: str) -> bool | None:
 
 def yes_no_accuracy(prediction: str, golden: list[str]) -> float | None:
     """StrategyQA's accuracy: 1.0 if the truth values are equal; None if the question is not one of yes or no."""
-    if normalize(golden[0]) not in ("yes", "no"):
+    if not closed(golden[0]):
         return None
     return float(yes_no(prediction) == yes_no(golden[0]))
 

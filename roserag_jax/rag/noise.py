@@ -74,10 +74,8 @@ class Noise:
 
     def _others(self, row: dict, rng: random.Random) -> list[dict]:
         own = {(c["title"], c["text"]) for c in row.get("contexts", [])}
-        golden = [a for a in row["golden_answers"] if answers.normalize(a) not in ("yes", "no")]
-        fits = lambda p: (
-            (p["title"], p["text"]) not in own and not answers.contains(f"{p['title']} {p['text']}", golden)
-        )
+        golden = [a for a in row["golden_answers"] if not answers.closed(a)]
+        fits = lambda p: (p["title"], p["text"]) not in own and not answers.holds(p, golden)
         if self.index:
             found = self.index.search([row["question"]], self.count + len(own) + 50)[0]
         else:
@@ -97,7 +95,7 @@ class Noise:
         The wrong answer is another question's, a number for a number; to yes it is no.
         """
         golden = row["golden_answers"][0]
-        closed = answers.normalize(golden) in ("yes", "no")
+        closed = answers.closed(golden)
         if closed:
             wrong = ["no" if answers.normalize(golden) == "yes" else "yes"]
         else:

@@ -1,12 +1,10 @@
 """What training leaves to look at: its numbers step by step, and what its evaluations say."""
 
-import json
-
 import numpy as np
 
 from roserag_jax.report.tables import table
 from roserag_jax.runtime import processes
-from roserag_jax.workdir import Workdir, to_lines, write_atomic
+from roserag_jax.workdir import Workdir, from_lines, to_lines, write_atomic
 
 
 class TrainingLog:
@@ -17,8 +15,8 @@ class TrainingLog:
 
     def __init__(self, workdir: Workdir, done: int, config):
         self.path = workdir / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if done and self.path.exists() else []
-        self.all = [row for row in map(json.loads, lines) if row["step"] <= done]
+        before = from_lines(self.path.read_text()) if done and self.path.exists() else []
+        self.all = [row for row in before if row["step"] <= done]
         self.events = self.wandb = None
         if not processes.is_main():
             return

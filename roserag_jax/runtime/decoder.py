@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.logprobs import token_logprobs
@@ -109,8 +108,8 @@ class Room(NamedTuple):
 class _Slot:
     number: int
     task: Task
-    wish: Read | Decode
-    branches: list[Branch]
+    wish: Read | Decode | None = None
+    branches: list[Branch] = dataclasses.field(default_factory=list)
     opening_logprobs: np.ndarray | None = None
     running: bool = False
 
@@ -197,32 +196,27 @@ class Decoder:
         """Run tasks of one length class, as `run` does; they begin in their order."""
         waiting = enumerate(tasks)
         while True:
-            for b, slot in enumerate(self.slots):
-                while slot is None and (following := next(waiting, None)):
-                    slot = self.slots[b] = _Slot(*following, None, [])
-                    if (result := self._send(b, None)) is not None:
-                        yield slot.number, result[0]
-                        slot = self.slots[b] = None
+            for b in range(len(self.slots)):
+                while self.slots[b] is None and (following := next(waiting, None)):
+                    self.slots[b] = _Slot(*following)
+                    yield from self._answer(b)
             if not any(self.slots):
                 return
             done = self._serve()
             for b in self._steps() if done is None else done:
-                slot = self.slots[b]
-                if (result := self._send(b, slot.branches if isinstance(slot.wish, Decode) else None)) is not None:
-                    self.slots[b] = None
-                    yield slot.number, result[0]
+                yield from self._answer(b)
 
-    def _send(self, b: int, answer) -> tuple | None:
-        """Send a task what it waits for and note its next wish; its result, in a tuple, if it has no more."""
+    def _answer(self, b: int) -> Iterator[tuple[int, Any]]:
+        """Send a task what it waits for and note its next wish; if it has none, free the slot and yield its result."""
         slot = self.slots[b]
         try:
-            slot.wish = slot.task.send(answer)
+            slot.wish = slot.task.send(slot.branches if isinstance(slot.wish, Decode) else None)
             while isinstance(slot.wish, Decode) and not slot.wish.openings:
                 slot.wish = slot.task.send([])
+            slot.branches = []
         except StopIteration as end:
-            return (end.value,)
-        slot.branches, slot.running = [], False
-        return None
+            self.slots[b] = None
+            yield slot.number, end.value
 
     def _serve(self) -> list[int] | None:
         """Serve the next wish of one slot of every device; returns the slots that have got what they waited for, or
@@ -267,11 +261,9 @@ class Decoder:
         N, no_branch = self.N, [[]] * self.N
         batch = lambda b: self.slots[b].wish.openings[len(self.slots[b].branches) :][:N]
         openings, at, real = self._rows(asking, lambda b: (batch(b) + no_branch)[:N], no_branch)
-        earlier = [o[:-1] for row in openings for o in row]
-        S = max(map(len, earlier))
+        S = max(len(o) for row in openings for o in row) - 1  # tokens to read before the first that is decoded
         if S:
-            tokens, lengths = pad(earlier, bucket(S), self.engine.pad_id)
-            logprobs, used, positions = self._extend(openings, tokens.reshape(self.D, N, -1), lengths, asking, at, real)
+            logprobs, used, positions = self._extend(openings, bucket(S), asking, at, real)
         for d, b in asking.items():
             slot, wish, state, asked = self.slots[b], self.slots[b].wish, self.state, self.asked
             slot.running = True
@@ -292,14 +284,12 @@ class Decoder:
         length = self.slots[b].wish.length
         return self.lengths[b] if length is None else length
 
-    def _extend(self, openings, tokens, lengths, asking, at, real):
+    def _extend(self, openings, S: int, asking, at, real):
         """Read openings of several tokens, all but their last, into the slots' rings just behind their next turn."""
-        e, S = self.engine, tokens.shape[2]
-        lengths = lengths.reshape(self.D, self.N)
-        targets = np.zeros_like(tokens)  # what follows each token of an opening
-        for d, row in enumerate(openings):
-            for n, opening in enumerate(row):
-                targets[d, n, : max(len(opening) - 1, 0)] = opening[1:]
+        e, flat = self.engine, [o for row in openings for o in row]
+        tokens, lengths = pad([o[:-1] for o in flat], S, e.pad_id)
+        targets, _ = pad([o[1:] for o in flat], S, e.pad_id)  # what follows each token
+        tokens, targets, lengths = (a.reshape(self.D, self.N, *a.shape[1:]) for a in (tokens, targets, lengths))
         seen = np.array([self._seen(asking[d]) if d in asking else 0 for d in range(self.D)], np.int32)
         placed = e.place(tokens, targets, lengths, seen, at, real)
         with jax.set_mesh(e.mesh):
@@ -357,11 +347,9 @@ class Decoder:
 
 def _on_each(function, axes, cache, *rest):
     """`function(cache, *rest)` on each device's own slots; all have the slots (or devices) on the batch's axis."""
-    spec = lambda a, named: partition_spec(a.shape, named, jax.sharding.get_abstract_mesh())
-    of = lambda a: spec(a, axes if a.ndim == len(axes) else ("batch",))
-    specs = tuple(map(of, (cache, *rest)))
-    out = PartitionSpec(*specs[0])
-    return jax.shard_map(function, in_specs=specs, out_specs=out)(cache, *rest)
+    mesh = jax.sharding.get_abstract_mesh()
+    specs = [partition_spec(a.shape, axes if a.ndim == len(axes) else ("batch",), mesh) for a in (cache, *rest)]
+    return jax.shard_map(function, in_specs=tuple(specs), out_specs=specs[0])(cache, *rest)
 
 
 def _take(cache, axes, at):

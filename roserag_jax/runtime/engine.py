@@ -37,25 +37,14 @@ class Engine:
     def read_shared(self, prompts: list[list[int]]) -> PrefixCache | None:
         """Read what all prompts of a stage begin with (instructions, worked examples); None where it is short."""
         C = shared_length(prompts)
-        return self._read([prompts[0][:C]], C, None) if C else None
+        return self.prefill([prompts[0][: C + 1]], C) if C else None
 
-    def prefill(
-        self, prompts: list[list[int]], shared: PrefixCache | None = None, length: int | None = None
-    ) -> PrefixCache:
-        """Read prompts (all but their last token); an empty one only fills the batch.
-
-        Args:
-          shared: their common beginning, read before.
-          length: padded length of what follows it; by default the bucket of the longest.
-        """
-        C = 0 if shared is None else shared.v.shape[3]
-        rest = [p[C:-1] for p in prompts]
-        return self._read(rest, length or bucket(max(map(len, rest))), shared)
-
-    def _read(self, rows, length, shared):
-        tokens, lengths = pad(rows, length, self.pad_id)
+    def prefill(self, prompts: list[list[int]], length: int | None = None) -> PrefixCache:
+        """Read prompts, all but their last token, padded to `length` or by default to the bucket of the longest."""
+        rows = [p[:-1] for p in prompts]
+        tokens, lengths = pad(rows, length or bucket(max(map(len, rows))), self.pad_id)
         with jax.set_mesh(self.mesh):
-            return _prefill(self.graph, self.state, *self.place(tokens, lengths), shared)
+            return _prefill(self.graph, self.state, *self.place(tokens, lengths))
 
     def score(self, cache: PrefixCache, prompts, responses: list[list[list[int]]], bucket: int) -> np.ndarray:
         """Log-probabilities [B, N, bucket] of N responses (tokens, stop token included) per prompt; 0 past each end.
@@ -105,8 +94,8 @@ def pad(rows: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(graph, state, tokens, lengths, shared):
-    return nnx.merge(graph, state).prefill(tokens, lengths, shared)
+def _prefill(graph, state, tokens, lengths):
+    return nnx.merge(graph, state).prefill(tokens, lengths)
 
 
 @functools.partial(jax.jit, static_argnums=0)
