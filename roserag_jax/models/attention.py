@@ -7,6 +7,8 @@ Values are [..., tokens, h] and keys [..., h, tokens]: every product here is the
 (B, K) of operands that lie in memory as it reads them. Scores and softmax are float32 throughout.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -39,19 +41,25 @@ def prompt_attention(
     B, P, H, h = q.shape
     K, C = k.shape[1], k.shape[3] - P
     q = q.reshape(B, P, K, H // K, h).transpose(0, 2, 3, 1, 4)  # B K G P h
-    blocks = []
-    for start in range(0, P, block):
-        stop = min(start + block, P)
-        T, keys = stop - start, C + stop
-        block_q = q[:, :, :, start:stop].reshape(B, K, -1, h)
-        scores = _scores(block_q, k[..., :keys], softcap).reshape(B, K, H // K, T, keys)
-        query, key = jnp.arange(C + start, keys)[:, None], jnp.arange(keys)[None]
+
+    # The backward pass makes a block's scores again: kept, they would be most of a step's memory, and cost more to
+    # write and read back than the products that give them.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attend(q, k, v, window):
+        T, keys = q.shape[3], k.shape[3]
+        scores = _scores(q.reshape(B, K, -1, h), k, softcap).reshape(B, K, H // K, T, keys)
+        query, key = jnp.arange(keys - T, keys)[:, None], jnp.arange(keys)[None]
         seen = key <= query
         if window is not None:
             seen &= query - key < window
         weights = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=-1).astype(v.dtype)
-        out = weights.reshape(B, K, -1, keys) @ v[:, :, :keys]
-        blocks.append(out.reshape(B, K, H // K, T, h))
+        return (weights.reshape(B, K, -1, keys) @ v).reshape(q.shape)
+
+    blocks = []
+    for start in range(0, P, block):
+        stop = min(start + block, P)
+        keys = C + stop
+        blocks.append(attend(q[:, :, :, start:stop], k[..., :keys], v[:, :, :keys], window))
     return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, P, H, h)
 
 

@@ -120,8 +120,10 @@ class Layer(nnx.Module):
 
 _REMAT = {
     "none": lambda body: body,
-    "layer": jax.checkpoint,
-    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "layer": functools.partial(jax.checkpoint, prevent_cse=False),  # inside a scan nothing can be merged
+    "dots": functools.partial(
+        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 
 
