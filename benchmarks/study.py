@@ -53,7 +53,14 @@ def command(stage: str, arguments, workdir: Path, **changes) -> None:
         for name, value in changes.items()
     ]
     print(f"\n== {stage} {workdir.name}: {changes}", flush=True)
-    if code := subprocess.run(line).returncode:
+    process = subprocess.Popen(line)
+    try:
+        code = process.wait()
+    except BaseException:  # ended from outside: the command saves what it has
+        process.terminate()
+        process.wait()
+        raise
+    if code:
         sys.exit(code)
 
 
@@ -115,7 +122,7 @@ def main() -> None:
     arguments.rest = rest
     arguments.workdir = arguments.workdir.resolve()
     shared = arguments.workdir / "shared"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the command that runs is then ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     command("generate", arguments, shared)
     asked = [name for name in ROWS if name in ("roserag", *arguments.rows)]
