@@ -39,6 +39,13 @@ def random_pairs(args, vocabulary: int) -> list[Pair]:
     return [Pair(str(i), tokens(args.prompt), tokens(args.response), tokens(args.response)) for i in range(args.pairs)]
 
 
+def batch_of(pairs: list[Pair]):
+    """One batch in which every prompt is whole, also where there is but one and it would count as shared."""
+    stream = Stream(pairs, len(pairs), 1, 0, 0)
+    stream.shared = stream.shared[:0]
+    return stream.collate(0)
+
+
 def with_adapter(opened):
     """The mesh, and the float32 network on it with a fresh adapter."""
     mesh = make_mesh()
@@ -51,7 +58,7 @@ def ours(args, opened, pairs) -> tuple[list[float], dict]:
     mesh, model = with_adapter(opened)
     optimizer, schedule = make_optimizer(1e-4, args.steps, 0.1, 0.0, 1.0)
     step = TrainStep(model, mesh, Objective(remat=args.remat), optimizer, schedule, 1, 0)
-    batch, state, seconds, first = Stream(pairs, args.pairs, 1, 0, 0).collate(0), step.initial, [], None
+    batch, state, seconds, first = batch_of(pairs), step.initial, [], None
     for number in range(args.steps + 1):
         start = time.monotonic()
         state, metrics = step(state, batch, number)
@@ -64,7 +71,7 @@ def ours(args, opened, pairs) -> tuple[list[float], dict]:
 def repeated(args, opened, pairs) -> tuple[list[float], dict]:
     """The same loss and gradient with every prompt read twice."""
     graph, adapter, base = nnx.split(with_adapter(opened)[1], LoRAParam, ...)
-    batch = Stream(pairs, args.pairs, 1, 0, 0).collate(0)
+    batch = batch_of(pairs)
     twice = lambda a: np.repeat(a, 2, axis=0)
     alone = lambda a: a.reshape(-1, 1, *a.shape[2:])
     batch = batch._replace(
@@ -143,7 +150,7 @@ def growth(args, opened) -> list[dict]:
         model = Transformer(config, LORA, jnp.float32, nnx.Rngs(0))
         optimizer, schedule = make_optimizer(1e-4, args.steps, 0.1, 0.0, 1.0)
         step = TrainStep(model, make_mesh(), Objective(remat=args.remat), optimizer, schedule, 1, 0)
-        batch, state, seconds = Stream(random_pairs(args, size), args.pairs, 1, 0, 0).collate(0), step.initial, []
+        batch, state, seconds = batch_of(random_pairs(args, size)), step.initial, []
         memory = step.memory(batch)
         for number in range(args.steps + 1):
             start = time.monotonic()
