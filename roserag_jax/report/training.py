@@ -8,8 +8,8 @@ from roserag_jax.workdir import Workdir, from_lines, to_lines, write_atomic
 
 
 class TrainingLog:
-    """`metrics.jsonl` and TensorBoard events, cut back to the step that a resumed run starts from; Weights & Biases, where
-    every start is a run of its own.
+    """`metrics.jsonl` and TensorBoard events, cut back to the step that a resumed run starts from; in Weights &
+    Biases every start is a run of its own.
 
     A step is a row, and so is an evaluation, whose names begin with 'held_out_'. Numbers that are none are null.
     """
