@@ -227,6 +227,7 @@ class Parts:
         """All rows in their order, once all processes are here with theirs."""
         processes.barrier("parts finished")
         self.read()
+        processes.barrier("parts read")  # before the first of them clears the folder
         return [self.done[i] for i in self.ids]
 
     def add(self, row: dict) -> None:

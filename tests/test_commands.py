@@ -2,8 +2,12 @@
 
 import json
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from test_sampler import decode
@@ -169,6 +173,29 @@ def test_a_row_cut_off_while_writing_is_made_again(tmp_path):
     assert work.rows("rows.jsonl") == rows
     parts.clear()
     assert not list((tmp_path / ".parts").iterdir())
+
+
+def test_parts_of_several_processes_are_read_before_they_are_cleared(tmp_path, monkeypatch):
+    """Process 0 clears the folder as soon as it has published; process 1, which is slow, has its rows by then."""
+    together, work, ids = threading.Barrier(2), Workdir(str(tmp_path)), ["a", "b"]
+    monkeypatch.setattr("roserag_jax.runtime.processes.barrier", lambda name: together.wait(timeout=10))
+    parts = []
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append(Parts(work, "generate", "0123", ids))
+    for i, own in zip(ids, parts, strict=True):
+        own.add({"id": i})
+    read = parts[1].read
+    parts[1].read = lambda: (time.sleep(0.2), read())
+
+    def first():
+        found = parts[0].gather()
+        parts[0].clear()
+        return found
+
+    with ThreadPoolExecutor() as threads:
+        results = [threads.submit(each) for each in (first, parts[1].gather)]
+    assert [result.result() for result in results] == [[{"id": "a"}, {"id": "b"}]] * 2 and not parts[0].folder.exists()
 
 
 def test_options_make_stale_only_what_depends_on_them(finished, config_of, questions, capsys):
