@@ -145,9 +145,12 @@ def main() -> None:
     results = comparison.load(shared / "eval")
     write_atomic(arguments.workdir / "table.md", comparison.summary(shared / "eval", results, as_markdown=True) + "\n")
     in_curves = {name: r for name, r in results.items() if r["system"] in ("closed_book", "base", *CURVES)}
-    plot.draw(in_curves, arguments.workdir / "passages.svg", "passages")
-    plot.draw(in_curves, arguments.workdir / "noise.svg", "noise", passages=arguments.at)
-    print(f"Made {arguments.workdir / 'table.md'}, passages.svg and noise.svg.")
+    made = [arguments.workdir / "table.md"]
+    for over, asked, known in (("passages", arguments.passages, arguments.at), ("noise", arguments.noise, "none")):
+        if {*asked} - {known}:
+            made.append(arguments.workdir / f"{over}.svg")
+            plot.draw(in_curves, made[-1], over, passages=arguments.at)
+    print(f"Made {', '.join(map(str, made))}.")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,11 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
     },
     "prompt": {
         "passages": Option(10, "K, passages shown; 0 is closed book"),
+        "order": Option(
+            "best_first",
+            "of the passages shown; some small models mostly read the one before the question: best_last helps those",
+            ("best_first", "best_last"),
+        ),
         "examples": Option(0, "worked examples shown first, of at most 2; they help the smallest models"),
         "max_tokens": Option(2048, "limit of a prompt; passages are cut to fit, the question never is"),
         "stop": Option((), "texts that end a response, besides the model's end of turn; for models that run on"),

@@ -86,6 +86,18 @@ def test_prompts_fit_by_cutting_passages(smollm_tokenizer):
     assert PromptBuilder(smollm_tokenizer, 2000, 4, 2).plain(ROW).text.count("Answer: ") == 2
 
 
+def test_the_best_passage_first_or_last(smollm_tokenizer):
+    """The shown passages are the same, numbered as they stand; worked examples, which name theirs, keep their order."""
+
+    def shown(order):
+        text = PromptBuilder(smollm_tokenizer, 2000, 3, 2, order=order).plain(ROW).text
+        return re.findall(r"^Passage (\d): (.*)$", text, re.MULTILINE)
+
+    first, last = shown("best_first"), shown("best_last")
+    assert [text.partition(":")[0] for _, text in last[-3:]] == ["T2", "T1", "T0"]
+    assert last == first[:-3] + [(n, text) for n, (_, text) in zip("123", first[:-4:-1], strict=True)]
+
+
 # Templates of three families, in our own words: what matters is where they open and close a turn.
 TEMPLATES = {
     "ChatML": (

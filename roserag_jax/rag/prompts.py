@@ -69,10 +69,20 @@ class PromptBuilder:
       passages: how many of a row's contexts are shown (the first K); 0 is closed book.
       examples: how many worked examples come first.
       stop: texts that end a response to these prompts; kept for who decodes them.
+      order: 'best_first' shows the contexts as they are ranked; 'best_last' puts the first right before the question.
     """
 
-    def __init__(self, tokenizer, max_tokens: int, passages: int, examples: int = 0, stop: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        tokenizer,
+        max_tokens: int,
+        passages: int,
+        examples: int = 0,
+        stop: tuple[str, ...] = (),
+        order: str = "best_first",
+    ):
         self.tokenizer, self.max_tokens, self.passages, self.stop = tokenizer, max_tokens, passages, tuple(stop)
+        self.step = {"best_first": 1, "best_last": -1}[order]
         self.examples = EXAMPLES[len(EXAMPLES) - examples :]
         self._special = _special_tokens(tokenizer)
 
@@ -101,7 +111,7 @@ class PromptBuilder:
 
     def _fitted(self, row: dict) -> tuple[list[str], int]:
         """The passages, cut so that the plain prompt fits, and how many of their tokens were cut."""
-        passages = self._passages(row, self.passages)
+        passages = self._passages(row, self.passages)[:: self.step]
         if len(self._render(passages, row, guided=False)[1]) <= self.max_tokens:
             return passages, 0
 
