@@ -57,7 +57,6 @@ def write_random_model(folder: Path) -> None:
         name, shape = weights.tensor_name(path, config), variable.get_value().shape
         for i in range(shape[0]) if "{}" in name else [None]:
             inner = shape[1:] if "{}" in name else shape
-            inner = inner[::-1] if path[-1] == "kernel" else inner
             pending[name.format(i)] = rng.standard_normal(inner, np.float32).astype(jnp.bfloat16)
             if sum(t.nbytes for t in pending.values()) > 5e8:
                 flush()

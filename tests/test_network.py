@@ -126,8 +126,8 @@ def test_sharded_equals_one_device(family, shape, tiny_folder, one_device):
 def test_parameters_are_spread(tiny_llama):
     opened, _ = tiny_llama
     base = weights.load_base(opened, jnp.dtype("float32"), make_mesh(1, 4, 2))
-    kernel = dict(nnx.to_flat_state(base))[("layers", "gate_proj", "kernel")].get_value()
-    assert kernel.shape == (3, 48, 80) and kernel.addressable_shards[0].data.shape == (3, 12, 40)
+    weight = dict(nnx.to_flat_state(base))[("layers", "gate_proj", "weight")].get_value()
+    assert weight.shape == (3, 80, 48) and weight.addressable_shards[0].data.shape == (3, 40, 12)
 
 
 def random_adapter(opened, lora, mesh):

@@ -1,7 +1,7 @@
 """A linear layer with its low-rank adapter inside (LoRA, arXiv 2106.09685, equation 3).
 
-Axes: L layers, D_in and D_out the sizes of the projection, r rank. Parameters are stacked over layers and scanned, so a
-declaration has the layer axis and a call does not.
+Axes: T tokens, L layers, D_in and D_out the sizes of the projection, r rank. Parameters are stacked over layers and
+scanned, so a declaration has the layer axis and a call does not. Weights are [D_out, D_in], as Hugging Face keeps them.
 """
 
 import dataclasses
@@ -34,15 +34,32 @@ class LoRAConfig:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
+_FEW_TOKENS = 128
+
+
+def _project(x: Float[Array, "T D_in"], weight: Float[Array, "D_out D_in"]) -> Float[Array, "T D_out"]:
+    """`x @ weight.T`.
+
+    A product on a CPU begins by copying its second operand into an order of its own. With few tokens, as in decoding,
+    that would cost as much as the product if it were the weight; the fences keep XLA from turning the product round.
+    """
+    tokens_first = lambda x, weight: x @ weight.T
+    fence = jax.lax.optimization_barrier
+    weight_first = lambda x, weight: fence(weight @ fence(x.T)).T
+    if x.shape[0] > _FEW_TOKENS:
+        return tokens_first(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=tokens_first)
+
+
 class Linear(nnx.Module):
-    """`x @ kernel + bias + scale * dropout(x) @ A @ B`, for one projection of every layer."""
+    """`x @ weight.T + bias + scale * dropout(x) @ A @ B`, for one projection of every layer."""
 
     def __init__(self, name, config, in_dim, out_dim, axes, lora: LoRAConfig, dtype, rngs, bias=False):
         L, bound = config.num_layers, in_dim**-0.5
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
         self.name = name
-        self.kernel = nnx.Param(
-            nnx.initializers.normal(0.02)(rngs.params(), (L, in_dim, out_dim), dtype), axes=("layers", *axes)
+        self.weight = nnx.Param(
+            nnx.initializers.normal(0.02)(rngs.params(), (L, out_dim, in_dim), dtype), axes=("layers", *axes[::-1])
         )
         self.bias = nnx.Param(jnp.zeros((L, out_dim), dtype), axes=("layers", axes[1])) if bias else None
         self.lora = lora if lora.rank and name in lora.targets else None
@@ -54,7 +71,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D_in"], dropout_key: Array | None = None) -> Float[Array, "T D_out"]:
         """Project tokens; dropout applies to the adapter's input, and only when a key is given."""
-        y = x @ self.kernel[...]
+        y = _project(x, self.weight[...])
         if self.bias is not None:
             y += self.bias[...]
         if self.lora is None:

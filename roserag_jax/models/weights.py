@@ -1,7 +1,7 @@
 """Weights in and out: Hugging Face's tensors to the network's stacked parameters, and back.
 
 A parameter's path says which tensors it is made of; one table serves every family, with the norms that Gemma 2 and 3
-call otherwise. Projections are stored transposed (Hugging Face keeps [out, in], the network [in, out]).
+call otherwise. Layouts are Hugging Face's.
 """
 
 import functools
@@ -88,29 +88,28 @@ def load_base(source: Source, dtype, mesh: Mesh) -> nnx.State:
         for path, variable in nnx.to_flat_state(base)
     ]
     expected = {}
-    for path, _, name, shape in leaves:
+    for _, _, name, shape in leaves:
         inner = shape[1:] if "{}" in name else shape
-        inner = inner[::-1] if path[-1] == "kernel" else inner
         layers = range(shape[0]) if "{}" in name else [None]
         expected.update({name.format(i): inner for i in layers})
     _check(source, expected)
 
-    def read(name, transposed, shape, axes):
+    def read(name, shape, axes):
         def piece(index):
             index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
-            return (source.read(name, index[::-1]).T if transposed else source.read(name, index)).astype(dtype)
+            return source.read(name, index).astype(dtype)
 
         return jax.make_array_from_callback(shape, sharding(shape, axes, mesh), piece)
 
     filled = []
     for path, variable, name, shape in leaves:
-        transposed, axes = path[-1] == "kernel", variable.get_metadata()["axes"]
+        axes = variable.get_metadata()["axes"]
         if "{}" not in name:
-            array = read(name, transposed, shape, axes)
+            array = read(name, shape, axes)
         else:
             array = jnp.zeros(shape, dtype, device=sharding(shape, axes, mesh))
             for i in range(shape[0]):
-                array = _set_layer(array, read(name.format(i), transposed, shape[1:], axes[1:]), i)
+                array = _set_layer(array, read(name.format(i), shape[1:], axes[1:]), i)
         filled.append((path, variable.replace(array)))
     return nnx.from_flat_state(filled)
 
@@ -135,15 +134,15 @@ def init_adapter(config: ModelConfig, lora: LoRAConfig, mesh: Mesh, key: jax.Arr
 
 
 @jax.jit
-def _folded(kernel, a, b, scale):
-    return (kernel.astype(jnp.float32) + scale * jnp.matmul(a, b)).astype(kernel.dtype)
+def _folded(weight, a, b, scale):
+    return (weight.astype(jnp.float32) + scale * jnp.matmul(a, b).mT).astype(weight.dtype)
 
 
 def merge(model: Transformer) -> Transformer:
     """The network with its adapter folded into its weights, the sum taken in float32: faster, but a copy of them."""
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Not(LoRAParam))))
     for path, variable in flat.items():
-        linear = getattr(model.layers, path[1]) if path[-1] == "kernel" else None
+        linear = getattr(model.layers, path[1]) if path[-1] == "weight" else None
         if linear is not None and linear.lora is not None:
             folded = _folded(variable.get_value(), linear.lora_a[...], linear.lora_b[...], linear.lora.scale)
             flat[path] = variable.replace(folded)
@@ -163,13 +162,13 @@ def merged_tensors(model: Transformer):
             continue
         linear = getattr(model.layers, path[1])
         delta = None
-        if path[-1] == "kernel" and linear.lora is not None:
+        if path[-1] == "weight" and linear.lora is not None:
             a, b = np.asarray(linear.lora_a[...]), np.asarray(linear.lora_b[...])
-            delta = linear.lora.scale * np.matmul(a, b)
+            delta = linear.lora.scale * np.matmul(a, b).mT
         for i, layer in enumerate(value):
             if delta is not None:
                 layer = (layer.astype(np.float32) + delta[i]).astype(value.dtype)
-            yield name.format(i), np.ascontiguousarray(layer.T if path[-1] == "kernel" else layer)
+            yield name.format(i), np.ascontiguousarray(layer)
 
 
 def save_merged(model: Transformer, source: Source, folder: Path, shard_bytes: int = 4 << 30) -> None:

@@ -245,7 +245,7 @@ class TrainStep:
         real, branches = batch.weights > 0, 1 if self.objective.loss == "sft" else 2
         prompts, responses = batch.prompt_lengths[real].astype(float), batch.response_lengths[real, :branches]
         size = lambda filter: sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.model, filter)))
-        adapter, frozen = size(LoRAParam), size(nnx.PathContains("kernel"))
+        adapter, frozen = size(LoRAParam), size(nnx.PathContains("weight"))
         tokens = C + prompts.sum() + responses.sum()
         sums = lambda n: n * (n + 1) / 2  # keys that n tokens see of themselves
         keys = (
