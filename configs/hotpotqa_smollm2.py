@@ -26,6 +26,7 @@ def get_config():
     config.retrieve.retriever, config.retrieve.k = "bm25", 4
     config.retrieve.corpus = str(folder / "corpus.jsonl.gz")
     config.prompt.passages, config.prompt.max_tokens = 4, 640
+    config.prompt.order = "best_last"  # this model copies from the passage right before the question
     config.generate.guided_samples = config.generate.plain_samples = 3
     config.generate.max_tokens, config.evaluate.max_tokens = 48, 56
     config.generate.batch, config.evaluate.batch = 20, 25
