@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from roserag_jax.models import source, weights
 from roserag_jax.runtime.engine import Engine
@@ -70,6 +69,14 @@ def memory_rate(megabytes: int = 512) -> float:
     return a.nbytes / fastest(lambda: total(a).block_until_ready(), 5)
 
 
-def parameter_count(engine: Engine) -> int:
-    """Parameters that a decoded token is multiplied with."""
-    return int(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(engine.state)))
+def operations(engine: Engine, rows: int, tokens: int, before: int = 0, projected: bool = False) -> float:
+    """Operations of a forward pass over rows of `tokens` tokens behind `before` others.
+
+    Args:
+      projected: the vocabulary projection too.
+    """
+    c = engine.config
+    weights = sum(leaf.size for leaf in jax.tree.leaves(engine.state["layers"]))
+    weights += c.embed_dim * c.vocab_size if projected else 0
+    keys = tokens * before + tokens * (tokens + 1) / 2
+    return rows * (2 * tokens * weights + 4 * keys * c.num_layers * c.num_heads * c.head_dim)

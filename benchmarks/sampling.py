@@ -1,11 +1,13 @@
 """New tokens per second of sampling, beside a peer that does the same work in the same run.
 
     python -m benchmarks.sampling --model PATH --prompts 8 --length 700 --samples 4 --new 64 --peer hf
+    python -m benchmarks.sampling --model PATH --prompts 1 --grow
 
 Peers: `hf` is `generate(num_return_sequences=N)` of transformers; `repeated` is this engine with each prompt repeated
 N times instead of read once. float32, temperature 1, the whole vocabulary. Prefill and decoding are also timed apart,
-with the share of the machine's measured limits that they reach: prefill of the matrix-product rate, decoding of the
-time that reading the weights and the caches once per step would take. The last line is one JSON object.
+with the share of the machine's measured limits that they reach: of the matrix-product rate, and in decoding also of the
+rate at which memory is read, weights and caches once a step. `--grow` shows instead how both grow with the number of
+passages, of 130 tokens each. The last line is one JSON object.
 """
 
 import json
@@ -18,6 +20,8 @@ from roserag_jax.runtime import decoder
 from roserag_jax.runtime.decoder import Decode, Read, Room
 from roserag_jax.runtime.sampler import Sampling
 
+_PASSAGE = 130  # tokens of a passage of HotPotQA, number and title included, and of what stands around all of them
+
 
 def ours(args, engine, prompts, samples: int):
     """Seconds of prefill and of the whole."""
@@ -26,9 +30,9 @@ def ours(args, engine, prompts, samples: int):
         yield Read(prompts[i])
         yield Decode([prompts[i][-1:]] * samples, args.new, Sampling(1.0), str(i))
 
-    room, numbers = Room(len(prompts), samples, ((1, args.new),)), range(len(prompts))
-    read = lambda: jax.block_until_ready([engine.prefill([p], length=args.length - 1) for p in prompts])
-    everything = lambda: list(decoder.run(engine, map(task, numbers), [args.length] * len(prompts), room))
+    room, lengths = Room(len(prompts), samples, ((1, args.new),)), list(map(len, prompts))
+    read = lambda: jax.block_until_ready([engine.prefill([p]) for p in prompts])
+    everything = lambda: list(decoder.run(engine, map(task, range(len(prompts))), lengths, room))
     return common.fastest(read, args.repeats), common.fastest(everything, args.repeats)
 
 
@@ -47,36 +51,58 @@ def transformers_generate(args, prompts) -> float:
     return common.fastest(run, args.repeats)
 
 
+def limits(args, engine, prefill: float, decode: float) -> dict:
+    """The shares of the machine's limits that `prefill` and `decode`, in seconds, reach."""
+    c, branches = engine.config, args.prompts * args.samples
+    of_token = 2 * 4 * c.num_layers * c.num_kv_heads * c.head_dim
+    weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(engine.state))
+    read = args.new * (weights + of_token * (args.prompts * args.length + branches * args.new / 2))
+    products = common.matmul_rate()
+    of_prompts = common.operations(engine, args.prompts, args.length - 1)
+    of_branches = common.operations(engine, branches, args.new, args.length - 1, projected=True)
+    return {
+        "prefill_s": prefill,
+        "decode_s": decode,
+        "prefill_share_of_matmul_rate": of_prompts / prefill / products,
+        "decode_share_of_matmul_rate": of_branches / decode / products,
+        "decode_share_of_memory_rate": read / decode / common.memory_rate(),
+    }
+
+
+def growth(args, engine) -> list[dict]:
+    """Time and shares of the limits by number of passages."""
+    rows = []
+    for passages in (1, 2, 5, 10, 20, 50):
+        args.length = _PASSAGE * (passages + 1)
+        prompts = common.random_tokens(np.random.default_rng(0), args.prompts, args.length, engine.config.vocab_size)
+        prefill, whole = ours(args, engine, prompts, args.samples)
+        row = {"passages": passages, "length": args.length} | limits(args, engine, prefill, whole - prefill)
+        rows.append({name: round(value, 3) for name, value in row.items()})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     """The command."""
     parser = common.parser(__doc__)
     parser.add_argument("--samples", type=int, default=4, help="samples of a prompt")
     parser.add_argument("--new", type=int, default=64, help="new tokens of a sample")
     parser.add_argument("--peer", default="hf", choices=("hf", "repeated"))
+    parser.add_argument("--grow", action="store_true", help="show how time grows with the passages instead")
     args = parser.parse_args()
     engine = common.engine(args)
+    if args.grow:
+        print(json.dumps({"grow": growth(args, engine), "prompts": args.prompts, "samples": args.samples}))
+        return
     prompts = common.random_tokens(np.random.default_rng(0), args.prompts, args.length, engine.config.vocab_size)
     new = args.prompts * args.samples * args.new
     prefill, whole = ours(args, engine, prompts, args.samples)
-    decode = whole - prefill
     if args.peer == "hf":
         peer = transformers_generate(args, prompts)
     else:
         peer = ours(args, engine, [p for p in prompts for _ in range(args.samples)], 1)[1]
-
-    parameters = common.parameter_count(engine)
-    cache = engine.prefill(prompts, length=args.length - 1)
-    read = 4 * parameters + cache.k.nbytes + cache.v.nbytes
-    flops = 2 * parameters * args.prompts * args.length
-    result = {
-        "tokens_per_s": new / whole,
-        "peer_tokens_per_s": new / peer,
-        "ratio": peer / whole,
-        "prefill_s": prefill,
-        "decode_s": decode,
-        "prefill_share_of_matmul_rate": flops / prefill / common.matmul_rate(),
-        "decode_share_of_memory_rate": args.new * read / common.memory_rate() / decode,
-    }
+    result = {"tokens_per_s": new / whole, "peer_tokens_per_s": new / peer, "ratio": peer / whole}
+    result |= limits(args, engine, prefill, whole - prefill)
     print(json.dumps({name: round(value, 3) for name, value in result.items()} | vars(args)))
 
 

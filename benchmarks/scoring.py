@@ -4,7 +4,7 @@
 
 Peers: `hf` is a forward pass of transformers over every prompt with every candidate; `repeated` is this engine with
 each prompt repeated for its candidates. float32. The largest difference of the sums is printed. The last line is one
-JSON object.
+JSON object, with the share of the machine's measured matrix-product rate that scoring reaches.
 """
 
 import json
@@ -59,6 +59,9 @@ def main() -> None:
     print(f"largest difference of a sum: {np.abs(sums - theirs).max():.1e} of about {np.abs(sums).mean():.0f}")
     count = args.prompts * args.candidates
     result = {"candidates_per_s": count / seconds, "peer_candidates_per_s": count / peer, "ratio": peer / seconds}
+    work = common.operations(engine, args.prompts, args.length - 1)
+    work += common.operations(engine, count, args.response, args.length - 1, projected=True)
+    result["share_of_matmul_rate"] = work / seconds / common.matmul_rate()
     print(json.dumps({name: round(value, 3) for name, value in result.items()} | vars(args)))
 
 

@@ -1,5 +1,6 @@
 """Sampling and scoring: the right distribution, the same draw whatever the batch, honest about limits."""
 
+import copy
 import dataclasses
 
 import jax
@@ -107,16 +108,31 @@ def test_a_draw_depends_on_its_question_and_sample_only(engine, tasks, branches)
     assert together[0][0] != together[0][1]
 
 
-def test_sharded_sampling_draws_the_same(engine, tiny_folder, tiny_llama):
+@pytest.mark.parametrize("apart", [True, False], ids=["layers apart", "layers stacked"])
+def test_sharded_sampling_draws_the_same(apart, engine, tiny_folder, tiny_llama):
     """Four devices for questions, each with two slots, and two for heads; fewer questions than slots; one for all."""
     opened, _ = tiny_llama
     mesh = make_mesh(1, 4, 2)
     base = weights.load_base(opened, jnp.dtype("float32"), mesh)
     spread = Engine(weights.assemble(opened.config, base), mesh, (2,), 0)
+    spread.layers_apart = apart
     many = [0, 1, 2, 3, 3, 2, 1, 0, 2, 1]
     alone = tokens_of(sample(engine, [0, 1, 2, 3]))
     assert tokens_of(sample(spread, many, tasks=8)) == [alone[i] for i in many]
     assert tokens_of(sample(spread, [1])) == [alone[1]]
+
+
+def test_stacked_layers_decode_as_those_apart(engine):
+    """What accelerators run, a scan over stacked layers and caches, beside what CPUs run: openings, draws, chances."""
+    assert engine.layers_apart
+    stacked = copy.copy(engine)
+    stacked.layers_apart = False
+    wishes = [Decode([p[-1:] + [7, 8, 9, 10][: i + 1]] * 2, 8, WARM, IDS[i]) for i, p in enumerate(PROMPTS)]
+    for row, other in zip(*(decode(e, PROMPTS, wishes, tasks=2) for e in (stacked, engine)), strict=True):
+        for branch, twin in zip(row, other, strict=True):
+            assert branch.tokens == twin.tokens
+            np.testing.assert_allclose(branch.logprobs, twin.logprobs, atol=1e-4)
+            np.testing.assert_allclose(branch.opening_logprobs, twin.opening_logprobs, atol=1e-4)
 
 
 def test_logprobs_agree_with_scoring(engine, monkeypatch):

@@ -70,7 +70,7 @@ def branch_attention(
     own_k: Float[Array, "B K N h M"],
     own_v: Float[Array, "B K N M h"],
     *,
-    prefix_seen: Bool[Array, "B N S P"],
+    prefix_seen: Bool[Array, "B #N #S P"],
     own_seen: Bool[Array, "B N S M"],
     softcap: float | None,
 ) -> Float[Array, "B N S H h"]:

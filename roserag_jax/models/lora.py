@@ -5,6 +5,7 @@ scanned, so a declaration has the layer axis and a call does not. Weights are [D
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +38,16 @@ class LoRAConfig:
 _FEW_TOKENS = 128
 
 
-def _project(x: Float[Array, "T D_in"], weight: Float[Array, "D_out D_in"]) -> Float[Array, "T D_out"]:
-    """`x @ weight.T`.
+def project(x: Float[Array, "T D_in"], weight: Float[Array, "D_out D_in"], dtype=None) -> Float[Array, "T D_out"]:
+    """`x @ weight.T`, summed and returned in `dtype` (by default that of the operands).
 
     A product on a CPU begins by copying its second operand into an order of its own. With few tokens, as in decoding,
     that would cost as much as the product if it were the weight; the fences keep XLA from turning the product round.
     """
-    tokens_first = lambda x, weight: x @ weight.T
+    product = functools.partial(jnp.matmul, preferred_element_type=dtype)
+    tokens_first = lambda x, weight: product(x, weight.T)
     fence = jax.lax.optimization_barrier
-    weight_first = lambda x, weight: fence(weight @ fence(x.T)).T
+    weight_first = lambda x, weight: fence(product(weight, fence(x.T))).T
     if x.shape[0] > _FEW_TOKENS:
         return tokens_first(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=tokens_first)
@@ -71,7 +73,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D_in"], dropout_key: Array | None = None) -> Float[Array, "T D_out"]:
         """Project tokens; dropout applies to the adapter's input, and only when a key is given."""
-        y = _project(x, self.weight[...])
+        y = project(x, self.weight[...])
         if self.bias is not None:
             y += self.bias[...]
         if self.lora is None:

@@ -3,6 +3,9 @@
 Axes: B batch, N branches, C shared beginning, P prompt, S branch length, M own-cache slots, L layers, D model,
 H query heads, K key/value heads, h head size, V vocabulary.
 
+Layers and caches are stacked and scanned. Where `extend_cached` gets them apart, layer by layer, it is unrolled
+instead: a scan copies each layer's arrays before it uses them, which on a CPU takes a third of a decoding step.
+
 A prompt's last token opens every branch: prefill takes `tokens[:-1]`, a branch is `[tokens[-1], *response[:-1]]` and
 its targets are the response. So prefill needs no logits and the vocabulary projection meets response positions only.
 """
@@ -19,8 +22,10 @@ from jaxtyping import Array, Bool, Float, Int
 from roserag_jax.models import rope
 from roserag_jax.models.attention import branch_attention, prompt_attention
 from roserag_jax.models.config import ModelConfig
-from roserag_jax.models.lora import Linear, LoRAConfig
+from roserag_jax.models.lora import Linear, LoRAConfig, project
 from roserag_jax.models.sharding import constrain
+
+Apart = tuple[Float[Array, "B ..."], ...]  # what is else stacked over layers, one array a layer
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths"], meta_fields=[])
@@ -28,8 +33,8 @@ from roserag_jax.models.sharding import constrain
 class PrefixCache:
     """Keys and values of the prompts, read by every branch and never written."""
 
-    k: Float[Array, "L B K h P"]
-    v: Float[Array, "L B K P h"]
+    k: Float[Array, "L B K h P"] | Apart
+    v: Float[Array, "L B K P h"] | Apart
     lengths: Int[Array, "B"]
 
 
@@ -43,11 +48,26 @@ class OwnCache:
     All branches write the same slot; `used` marks the tokens that a branch has, so each may have begun at any time.
     """
 
-    k: Float[Array, "L B K N h M"]
-    v: Float[Array, "L B K N M h"]
+    k: Float[Array, "L B K N h M"] | Apart
+    v: Float[Array, "L B K N M h"] | Apart
     positions: Int[Array, "B N M"]
     used: Bool[Array, "B N M"]
     slot: Int[Array, ""]
+
+
+def unstack(tree) -> tuple:
+    """A tree of arrays stacked over layers as one tree a layer."""
+    leaves, structure = jax.tree.flatten(tree)
+    return tuple(structure.unflatten(of_layer) for of_layer in zip(*leaves, strict=True))
+
+
+def _write(cache, index, new, at):
+    """Write a layer's new keys or values [B ...] at `at` of its own cache; all layers' caches, and this layer's."""
+    if isinstance(cache, tuple):
+        of_layer = jax.lax.dynamic_update_slice(cache[index], new, at)
+        return (*cache[:index], of_layer, *cache[index + 1 :]), of_layer
+    cache = jax.lax.dynamic_update_slice(cache, new[None], (index, *at))
+    return cache, jax.lax.dynamic_index_in_dim(cache, index, keepdims=False)
 
 
 class RMSNorm(nnx.Module):
@@ -153,7 +173,8 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Logits of normed hidden states, in float32 and soft-capped where the family does so."""
-        logits = jnp.einsum("...d,vd->...v", hidden, self.table, preferred_element_type=jnp.float32)
+        logits = project(hidden.reshape(-1, hidden.shape[-1]), self.table, jnp.float32)
+        logits = logits.reshape(*hidden.shape[:-1], -1)
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -212,17 +233,20 @@ class Transformer(nnx.Module):
         start = jnp.broadcast_to(cache.lengths[:, None, None], (B, N, 1))
         positions = start + jnp.arange(S)
         own_seen = jnp.broadcast_to(jnp.tril(jnp.ones((S, S), bool)), (B, N, S, S))
-        hidden, _ = self._branches(branches, positions, positions, own_seen, cache, None, remat, dropout_key)
+        hidden, _ = self._branches(
+            branches, positions, positions, own_seen, cache, remat=remat, dropout_key=dropout_key
+        )
         return hidden
 
     def extend_cached(
-        self, branches: Int[Array, "B N S"], real: Bool[Array, "B N S"], cache: PrefixCache, own: OwnCache
+        self, branches: Int[Array, "B N S"], real: Bool[Array, "B N S"], cache: PrefixCache, own: OwnCache, layers=None
     ) -> tuple[Float[Array, "B N S D"], OwnCache]:
         """`extend` that goes on from what each branch has already said, and remembers what it says now.
 
         Args:
           real: False for padding, which takes a slot but no position and is never seen.
           own: its S slots from `own.slot` on are overwritten, and must not go over the end; donate it.
+          layers: the layers' parameters apart (`unstack`), if both caches are apart as well.
         """
         S, M = branches.shape[2], own.used.shape[-1]
         before = cache.lengths[:, None, None] + own.used.sum(-1, keepdims=True)
@@ -233,7 +257,7 @@ class Transformer(nnx.Module):
         age = jnp.arange(M) - own.slot  # of the slots written now: 0 to S - 1
         later = (age > jnp.arange(S)[:, None]) & (age < S)
         own_seen = used[:, :, None, :] & ~later
-        hidden, (k, v) = self._branches(branches, positions, slot_positions, own_seen, cache, own, "none", None)
+        hidden, (k, v) = self._branches(branches, positions, slot_positions, own_seen, cache, own, layers)
         return hidden, OwnCache(k, v, slot_positions, used, (own.slot + S) % M)
 
     def own_cache(self, batch: int, branches: int, slots: int) -> OwnCache:
@@ -249,12 +273,14 @@ class Transformer(nnx.Module):
             jnp.int32(0),
         )
 
-    def _branches(self, branches, positions, key_positions, own_seen, cache, own, remat, dropout_key):
+    def _branches(
+        self, branches, positions, key_positions, own_seen, cache, own=None, layers=None, remat="none", dropout_key=None
+    ):
         """Shared body of `extend` and `extend_cached`: normed hidden states and the own keys and values."""
         c = self.config
         B, N, S = branches.shape
-        P = cache.v.shape[3]
-        prefix_seen = jnp.broadcast_to(jnp.arange(P) < cache.lengths[:, None, None, None], (B, N, S, P))
+        P = cache.v[0].shape[-2]
+        prefix_seen = jnp.arange(P) < cache.lengths[:, None, None, None]
 
         def body(carry, layer, angles, window, key, xs):
             (x, own_kv), (index, prefix_k, prefix_v) = carry, xs
@@ -264,15 +290,12 @@ class Transformer(nnx.Module):
             k, v = k.transpose(0, 3, 1, 4, 2), v.transpose(0, 3, 1, 2, 4)
             k, v = (constrain(a, "batch", "heads", None, None, None) for a in (k, v))
             if own_kv is not None:
-                write = jax.lax.dynamic_update_slice
-                own_kv = (
-                    write(own_kv[0], k[None], (index, 0, 0, 0, 0, own.slot)),
-                    write(own_kv[1], v[None], (index, 0, 0, 0, own.slot, 0)),
-                )
-                k, v = (jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in own_kv)
+                own_k, k = _write(own_kv[0], index, k, (0, 0, 0, 0, own.slot))
+                own_v, v = _write(own_kv[1], index, v, (0, 0, 0, own.slot, 0))
+                own_kv = own_k, own_v
             seen_prefix, seen_own = prefix_seen, own_seen
             if window is not None:
-                seen_prefix &= positions[..., None] - jnp.arange(P) < window
+                seen_prefix = seen_prefix & (positions[..., None] - jnp.arange(P) < window)
                 seen_own &= positions[..., None] - key_positions[:, :, None] < window
             with jax.named_scope("branch_attention"):
                 out = branch_attention(
@@ -289,8 +312,10 @@ class Transformer(nnx.Module):
 
         x = self._embed(branches)
         carry = (x, None if own is None else (own.k, own.v))
-        xs = (jnp.arange(c.num_layers), cache.k, cache.v)
-        (x, own_kv), _ = self._scan(body, carry, positions.reshape(-1), xs, remat, dropout_key)
+        numbers = jnp.arange(c.num_layers) if layers is None else range(c.num_layers)
+        (x, own_kv), _ = self._scan(
+            body, carry, positions.reshape(-1), (numbers, cache.k, cache.v), remat, dropout_key, layers
+        )
         return self.final_norm(x).reshape(B, N, S, -1), own_kv
 
     def _embed(self, tokens: Int[Array, "..."]) -> Float[Array, "T D"]:
@@ -299,10 +324,14 @@ class Transformer(nnx.Module):
             x *= jnp.asarray(self.config.embed_scale, x.dtype)
         return constrain(x.reshape(-1, x.shape[-1]), "batch", None)
 
-    def _scan(self, body, carry, positions, xs, remat, dropout_key):
+    def _scan(self, body, carry, positions, xs, remat, dropout_key, layers=None):
         """Scan `body(carry, layer, angles, window, key, xs)` over the layers.
 
         Layers that differ (sliding or full attention, and their RoPE base) differ in scanned data, not in code.
+
+        Args:
+          layers: the layers' parameters apart; nothing is scanned then, each of `xs` has an entry a layer, and what
+            the body returns beside the carry is dropped.
         """
         c = self.config
         graph, state = nnx.split(self.layers)
@@ -322,4 +351,9 @@ class Transformer(nnx.Module):
                 of_layer = jax.tree.map(lambda full, local: jnp.where(slides, local, full), *angles)
             return body(carry, nnx.merge(graph, layer_state), of_layer, layer_window, key, layer_xs)
 
-        return jax.lax.scan(_REMAT[remat](step), carry, (state, sliding, window, keys, xs))
+        if layers is None:
+            return jax.lax.scan(_REMAT[remat](step), carry, (state, sliding, window, keys, xs))
+        for i, layer in enumerate(layers):
+            of_layer = [None if a is None else a[i] for a in (sliding, window, keys)]
+            carry, _ = step(carry, (layer, *of_layer, tuple(x[i] for x in xs)))
+        return carry, None

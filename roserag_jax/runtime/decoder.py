@@ -22,13 +22,13 @@ from flax import nnx
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.logprobs import token_logprobs
 from roserag_jax.models.sharding import RULES, partition_spec, sharding
-from roserag_jax.models.transformer import OwnCache, PrefixCache
+from roserag_jax.models.transformer import OwnCache, PrefixCache, unstack
 from roserag_jax.runtime.engine import Engine, bucket, pad
 from roserag_jax.runtime.sampler import Sampling, draw, question_key
 
 _CHUNK = 16  # steps between two looks of the host, if nobody finishes before
-_PREFIX_AXES = (None, "batch", "heads", None, None)
-_OWN_AXES = (None, "batch", "heads", None, None, None)
+_PREFIX_AXES = ("batch", "heads", None, None)
+_OWN_AXES = ("batch", "heads", None, None, None)
 
 
 class Read(NamedTuple):
@@ -162,9 +162,10 @@ class Decoder:
         stops[1, list(also_stop)] = True
         self.stops = jnp.asarray(stops)
         self.slots: list[_Slot | None] = [None] * B
-        heads, h = (c.num_layers, B, c.num_kv_heads), c.head_dim
-        self.prefix = [self._empty(heads + size, _PREFIX_AXES) for size in ((h, self.P), (self.P, h))]
-        self.own = [self._empty((*heads, N, *size), _OWN_AXES) for size in ((h, self.M), (self.M, h))]
+        self.layers = _unstack(engine.state["layers"]) if engine.layers_apart else None
+        heads, h = (B, c.num_kv_heads), c.head_dim
+        self.prefix = tuple(self._empty(heads + size, _PREFIX_AXES) for size in ((h, self.P), (self.P, h)))
+        self.own = tuple(self._empty((*heads, N, *size), _OWN_AXES) for size in ((h, self.M), (self.M, h)))
         self.lengths = np.zeros(B, np.int32)
         self.turn = np.int32(0)  # the slot of the own caches that is written next
         self.state = {
@@ -187,7 +188,12 @@ class Decoder:
         }
 
     def _empty(self, shape, axes):
-        return jnp.zeros(shape, self.engine.dtype, device=sharding(shape, axes, self.engine.mesh))
+        """An empty cache: of a layer's `shape`, stacked for all of them, or apart as the layers are."""
+        e, L = self.engine, self.engine.config.num_layers
+        zeros = lambda shape, axes: jnp.zeros(shape, e.dtype, device=sharding(shape, axes, e.mesh))
+        if self.layers is None:
+            return zeros((L, *shape), (None, *axes))
+        return tuple(zeros(shape, axes) for _ in range(L))
 
     def _place(self, values: dict) -> dict:
         return dict(zip(values, self.engine.place(*values.values()), strict=True))
@@ -253,7 +259,7 @@ class Decoder:
             self.lengths[b] = C + lengths[d]
         e = self.engine
         with jax.set_mesh(e.mesh):
-            self.prefix = list(_read(e.graph, e.state, self.prefix, *e.place(tokens, lengths, at, real), shared))
+            self.prefix = _read(e.graph, e.state, self.prefix, *e.place(tokens, lengths, at, real), shared)
         return list(asking.values())
 
     def _open(self, asking: dict[int, int]) -> list[int]:
@@ -307,6 +313,7 @@ class Decoder:
             self.own, self.turn, state = _steps(
                 e.graph,
                 e.state,
+                self.layers,
                 self.prefix,
                 self.own,
                 self.turn,
@@ -345,40 +352,55 @@ class Decoder:
         return done
 
 
+_unstack = jax.jit(unstack)
+
+
 def _on_each(function, axes, cache, *rest):
-    """`function(cache, *rest)` on each device's own slots; all have the slots (or devices) on the batch's axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    specs = [partition_spec(a.shape, axes if a.ndim == len(axes) else ("batch",), mesh) for a in (cache, *rest)]
-    return jax.shard_map(function, in_specs=tuple(specs), out_specs=specs[0])(cache, *rest)
+    """`function(batch, cache, *rest)` on each device's own slots; all have slots or devices on the axis `batch`."""
+    mesh, stacked = jax.sharding.get_abstract_mesh(), not isinstance(cache, tuple)
+    axes = (None, *axes) if stacked else axes
+    spec = lambda a: partition_spec(a.shape, axes if a.ndim == len(axes) else ("batch",), mesh)
+    specs = jax.tree.map(spec, (cache, *rest))
+    function = functools.partial(function, int(stacked))
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0])(cache, *rest)
 
 
 def _take(cache, axes, at):
     """The slot `at` of each device, [L D ...]."""
-    return _on_each(lambda cache, at: jax.lax.dynamic_slice_in_dim(cache, at[0], 1, axis=1), axes, cache, at)
+
+    def take(batch, cache, at):
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, at[0], 1, axis=batch), cache)
+
+    rows = _on_each(take, axes, cache, at)
+    return jnp.stack(rows) if isinstance(rows, tuple) else rows
 
 
 def _put(cache, axes, fresh, at, real):
     """Write each device's fresh row [L D ...] at its slot `at`, from the front of all other axes, where it is real."""
 
-    def write(cache, fresh, at, real):
-        start = (0, at[0], *[0] * (cache.ndim - 2))
-        fresh = jnp.where(real[0], fresh, jax.lax.dynamic_slice(cache, start, fresh.shape))
-        return jax.lax.dynamic_update_slice(cache, fresh, start)
+    def put(batch, cache, fresh, at, real):
+        def write(a, fresh):
+            start = [0] * a.ndim
+            start[batch] = at[0]
+            fresh = jnp.where(real[0], fresh, jax.lax.dynamic_slice(a, start, fresh.shape))
+            return jax.lax.dynamic_update_slice(a, fresh, start)
 
-    return _on_each(write, axes, cache, fresh, at, real)
+        return jax.tree.map(write, cache, fresh)
+
+    return _on_each(put, axes, cache, unstack(fresh) if isinstance(cache, tuple) else fresh, at, real)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read(graph, state, prefix, tokens, lengths, at, real, shared):
     cache = nnx.merge(graph, state).prefill(tokens, lengths, shared)
-    return [_put(a, _PREFIX_AXES, new, at, real) for a, new in zip(prefix, (cache.k, cache.v), strict=True)]
+    return tuple(_put(a, _PREFIX_AXES, new, at, real) for a, new in zip(prefix, (cache.k, cache.v), strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def _extend(graph, state, prefix, own, tokens, targets, lengths, seen, at, real, first):
     model = nnx.merge(graph, state)
     D, N, S = tokens.shape
-    M = own[0].shape[-1]
+    M = jax.tree.leaves(own)[0].shape[-1]
     cache = PrefixCache(*(_take(a, _PREFIX_AXES, at) for a in prefix), seen)
     hidden, new = model.extend_cached(tokens, jnp.arange(S) < lengths[..., None], cache, model.own_cache(D, N, S))
     logprobs = token_logprobs(hidden, targets, model.table, model.config.final_softcap)
@@ -388,11 +410,11 @@ def _extend(graph, state, prefix, own, tokens, targets, lengths, seen, at, real,
         return jnp.roll(jnp.pad(a, widths), first, axis)
 
     rows = ring(new.k, 5), ring(new.v, 4)
-    return [_put(a, _OWN_AXES, row, at, real) for a, row in zip(own, rows, strict=True)], logprobs
+    return tuple(_put(a, _OWN_AXES, row, at, real) for a, row in zip(own, rows, strict=True)), logprobs
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _steps(graph, state, prefix, own, turn, small, asked, stops, seed):
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _steps(graph, state, layers, prefix, own, turn, small, asked, stops, seed):
     """Up to `_CHUNK` steps of all slots; fewer if one of them finishes."""
     model = nnx.merge(graph, state)
     B, N, _ = small["tokens"].shape
@@ -411,7 +433,7 @@ def _steps(graph, state, prefix, own, turn, small, asked, stops, seed):
         step, own, turn, small = carry
         active, counts = small["active"], small["counts"]
         ring = OwnCache(*own, small["positions"], small["used"], turn)
-        hidden, ring = model.extend_cached(small["token"][..., None], active[..., None], cache, ring)
+        hidden, ring = model.extend_cached(small["token"][..., None], active[..., None], cache, ring, layers)
         logits = model.logits(hidden).reshape(B * N, -1)
         token = draw(logits, jax.vmap(jax.random.fold_in)(keys, counts.reshape(-1)), knobs)
         logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
@@ -430,7 +452,7 @@ def _steps(graph, state, prefix, own, turn, small, asked, stops, seed):
             "active": says & (counts < asked["limit"][:, None]),
             "stopped": small["stopped"] | stopped,
         }
-        return step + 1, [ring.k, ring.v], ring.slot, small
+        return step + 1, (ring.k, ring.v), ring.slot, small
 
     _, own, turn, small = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), own, turn, small))
     return own, turn, small

@@ -28,6 +28,8 @@ class Engine:
         self.graph, self.state = nnx.split(model)
         self.config, self.dtype = model.config, model.embed[...].dtype
         self.mesh, self.stop_ids, self.pad_id, self.seed = mesh, tuple(stop_ids), pad_id, seed
+        # Decoding from layers apart takes their weights once more; elsewhere than on a CPU it gains nothing.
+        self.layers_apart = mesh.devices.flat[0].platform == "cpu"
 
     def place(self, *arrays) -> list[jax.Array]:
         """Host arrays on the devices, their first axis over the mesh's batch axes."""
@@ -69,8 +71,8 @@ class Engine:
 
 
 def bucket(length: int) -> int:
-    """The padded length for `length` tokens: few sizes, so few compilations, and at most a quarter of it padding."""
-    for step, limit in ((16, 128), (64, 512), (128, 1024)):
+    """The padded length for `length` tokens: few sizes, so few compilations, and past 128 at most a third of it padding."""
+    for step, limit in ((16, 128), (64, 1024), (128, 2048)):
         if length <= limit:
             return max(-(-length // step), 1) * step
     return -(-length // 256) * 256
