@@ -29,5 +29,5 @@ def get_config():
     config.prompt.order = "best_last"  # this model copies from the passage right before the question
     config.generate.guided_samples = config.generate.plain_samples = 3
     config.generate.max_tokens, config.evaluate.max_tokens = 48, 56
-    config.generate.batch, config.evaluate.batch = 20, 25
+    config.generate.batch, config.evaluate.batch = 20, 24
     return config

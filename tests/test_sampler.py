@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,8 @@ def test_sharded_sampling_draws_the_same(apart, engine, tiny_folder, tiny_llama)
     mesh = make_mesh(1, 4, 2)
     base = weights.load_base(opened, jnp.dtype("float32"), mesh)
     spread = Engine(weights.assemble(opened.config, base), mesh, (2,), 0)
-    spread.layers_apart = apart
+    if not apart:
+        spread.layers = None
     many = [0, 1, 2, 3, 3, 2, 1, 0, 2, 1]
     alone = tokens_of(sample(engine, [0, 1, 2, 3]))
     assert tokens_of(sample(spread, many, tasks=8)) == [alone[i] for i in many]
@@ -124,9 +126,9 @@ def test_sharded_sampling_draws_the_same(apart, engine, tiny_folder, tiny_llama)
 
 def test_stacked_layers_decode_as_those_apart(engine):
     """What accelerators run, a scan over stacked layers and caches, beside what CPUs run: openings, draws, chances."""
-    assert engine.layers_apart
+    assert engine.layers is not None
     stacked = copy.copy(engine)
-    stacked.layers_apart = False
+    stacked.layers = None
     wishes = [Decode([p[-1:] + [7, 8, 9, 10][: i + 1]] * 2, 8, WARM, IDS[i]) for i, p in enumerate(PROMPTS)]
     for row, other in zip(*(decode(e, PROMPTS, wishes, tasks=2) for e in (stacked, engine)), strict=True):
         for branch, twin in zip(row, other, strict=True):
@@ -192,6 +194,27 @@ def test_a_guided_prompt_goes_on_from_the_plain_one(engine):
         np.testing.assert_allclose(row[1].logprobs, other[1].logprobs, atol=1e-4)
 
 
+def test_an_error_in_one_lane_ends_both(engine):
+    """What goes wrong in a thread is raised by `run`, and so is an interruption; no thread goes on alone."""
+    of_lanes = copy.copy(engine)
+    of_lanes.lanes = 2
+
+    def task(i):
+        yield decoder.Read(PROMPTS[i])
+        yield Decode([PROMPTS[i][-1:]] * 3, 12)
+        if i == 3:
+            raise ValueError("no answer")
+
+    running, room = threading.active_count(), decoder.Room(2, 3, ((1, 12),))
+    with pytest.raises(ValueError, match="no answer"):
+        list(decoder.run(of_lanes, map(task, range(4)), list(map(len, PROMPTS)), room))
+    assert threading.active_count() == running
+    results = decoder.run(of_lanes, map(task, (0, 1, 2, 0)), list(map(len, PROMPTS)), room)
+    next(results)
+    results.close()
+    assert threading.active_count() == running
+
+
 def test_every_task_comes_back_once(engine):
     """Tasks of several wishes, lengths in three classes, some without any branch: each result once, by its number."""
     rng = np.random.default_rng(1)
@@ -206,7 +229,10 @@ def test_every_task_comes_back_once(engine):
         return i, [len(branch.tokens) for branch in (*first, *then)]
 
     room = decoder.Room(2, 2, ((1, 10), (11, 4)))
-    found = dict(decoder.run(engine, map(task, range(8)), lengths, room))
-    assert found == {i: (i, [3 + i] * (i % 3) + [4] * (i % 3)) for i in range(8)}
+    for lanes in (1, 2):
+        of_lanes = copy.copy(engine)
+        of_lanes.lanes = lanes
+        found = dict(decoder.run(of_lanes, map(task, range(8)), lengths, room))
+        assert found == {i: (i, [3 + i] * (i % 3) + [4] * (i % 3)) for i in range(8)}
     assert decoder.length_classes(lengths, 2) == [[0, 2, 5, 7], [1, 4], [3, 6]]
     assert decoder.length_classes(lengths, 3) == [[0, 2, 5, 7], [1, 3, 4, 6]]

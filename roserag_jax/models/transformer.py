@@ -203,7 +203,8 @@ class Transformer(nnx.Module):
         C = 0 if shared is None else shared.v.shape[3]
         positions = jnp.broadcast_to(C + jnp.arange(P), (B, P)).reshape(-1)
 
-        def body(x, layer, angles, window, key, before):
+        def body(x, layer, angles, window, key, xs):
+            number, before = xs
             q, k, v = layer.qkv(x, angles, key)
             q = q.reshape(B, P, c.num_heads, c.head_dim)
             k, v = (a.reshape(B, P, c.num_kv_heads, c.head_dim) for a in (k, v))
@@ -212,13 +213,20 @@ class Transformer(nnx.Module):
                 join = lambda first, rest, axis: jnp.concatenate([jnp.repeat(first, B, axis=0), rest], axis)
                 k, v = join(before[0], k, 3), join(before[1], v, 2)
             k, v = (constrain(a, "batch", "heads", None, None) for a in (k, v))
-            with jax.named_scope("prompt_attention"):
-                out = prompt_attention(q, k, v, window=window, softcap=c.attention_softcap)
-            return layer.finish(x, out.reshape(B * P, -1), key), (k, v)
+
+            def finish(x):
+                with jax.named_scope("prompt_attention"):
+                    out = prompt_attention(q, k, v, window=window, softcap=c.attention_softcap)
+                return layer.finish(x, out.reshape(B * P, -1), key)
+
+            if not hidden:  # then of the last layer only keys and values are wanted
+                finish = functools.partial(jax.lax.cond, number < c.num_layers - 1, finish, lambda x: x)
+            return finish(x), (k, v)
 
         x = self._embed(prompt)
         before = None if shared is None else (shared.k, shared.v)
-        x, (k, v) = self._scan(body, x, positions, before, remat, dropout_key)
+        xs = jnp.arange(c.num_layers), before
+        x, (k, v) = self._scan(body, x, positions, xs, remat, dropout_key)
         cache = PrefixCache(k, v, C + lengths)
         return (cache, self.final_norm(x).reshape(B, P, -1)) if hidden else cache
 

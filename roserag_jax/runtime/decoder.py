@@ -2,7 +2,8 @@
 
 A task is a generator that yields what it wants next, `Read` (a prompt) or `Decode` (branches behind it), is sent what
 came of it, and returns its result. A task has a slot to itself from its first wish to its result. All slots step
-together, on the device; between chunks of steps the host sees who has finished and serves the next wishes.
+together, on the device; between chunks of steps the host sees who has finished and serves the next wishes. On a CPU two
+decoders, each with half of the slots, run in threads side by side.
 
 Axes: B slots, D devices that slots are split over, N branches, P prompt, S opening length, M own-cache slots,
 T new tokens, L layers, K key/value heads, h head size.
@@ -11,6 +12,8 @@ T new tokens, L layers, K key/value heads, h head size.
 import dataclasses
 import functools
 import math
+import queue
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +29,8 @@ from roserag_jax.models.transformer import OwnCache, PrefixCache, unstack
 from roserag_jax.runtime.engine import Engine, bucket, pad
 from roserag_jax.runtime.sampler import Sampling, draw, question_key
 
+_COMPILING = threading.Lock()  # so that two decoders do not both compile a program; running it holds no lock
+_TASKS = threading.Lock()  # tasks share a tokenizer, which is not made for several threads at once
 _CHUNK = 16  # steps between two looks of the host, if nobody finishes before
 _PREFIX_AXES = ("batch", "heads", None, None)
 _OWN_AXES = ("batch", "heads", None, None, None)
@@ -125,10 +130,47 @@ def run(
     """
     tasks = list(tasks)
     for members in length_classes(prompts, room.tasks):
-        longest = max(prompts[i] for i in members)
-        decoder = Decoder(engine, room._replace(tasks=min(room.tasks, len(members))), longest, also_stop)
-        for number, result in decoder.run(tasks[i] for i in members):
-            yield members[number], result
+        longest, slots = max(prompts[i] for i in members), min(room.tasks, len(members))
+        lanes = engine.lanes if slots % engine.lanes == 0 else 1
+        room_of_lane = room._replace(tasks=slots // lanes)
+        decoders = [Decoder(engine, room_of_lane, longest, also_stop) for _ in range(lanes)]
+        # Each lane has its own share, so that what stands beside what depends on no race between them.
+        yield from _side_by_side(decoders, [[(i, tasks[i]) for i in members[lane::lanes]] for lane in range(lanes)])
+
+
+def _side_by_side(decoders: list["Decoder"], shares: list[list[tuple[int, Task]]]) -> Iterator[tuple[int, Any]]:
+    """Run several decoders, all but a single one in threads, and yield what they do; an error in one ends all."""
+    if len(decoders) == 1:
+        yield from decoders[0].run(shares[0])
+        return
+    made: queue.SimpleQueue = queue.SimpleQueue()
+
+    def work(decoder, share):
+        try:
+            for result in decoder.run(share):
+                made.put(result)
+            made.put(None)
+        except BaseException as error:  # raised again by whoever waits for the results
+            made.put(error)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(decoders, shares, strict=True)]
+    try:
+        for thread in threads:
+            thread.start()
+        busy = len(threads)
+        while busy:
+            result = made.get()
+            if isinstance(result, BaseException):
+                raise result
+            if result is None:
+                busy -= 1
+            else:
+                yield result
+    finally:  # also if the caller is interrupted or asks for no more
+        for decoder in decoders:
+            decoder.told_to_stop = True
+        for thread in threads:
+            thread.join()
 
 
 def length_classes(lengths: list[int], least: int) -> list[list[int]]:
@@ -162,7 +204,7 @@ class Decoder:
         stops[1, list(also_stop)] = True
         self.stops = jnp.asarray(stops)
         self.slots: list[_Slot | None] = [None] * B
-        self.layers = _unstack(engine.state["layers"]) if engine.layers_apart else None
+        self.told_to_stop = False
         heads, h = (B, c.num_kv_heads), c.head_dim
         self.prefix = tuple(self._empty(heads + size, _PREFIX_AXES) for size in ((h, self.P), (self.P, h)))
         self.own = tuple(self._empty((*heads, N, *size), _OWN_AXES) for size in ((h, self.M), (self.M, h)))
@@ -191,17 +233,17 @@ class Decoder:
         """An empty cache: of a layer's `shape`, stacked for all of them, or apart as the layers are."""
         e, L = self.engine, self.engine.config.num_layers
         zeros = lambda shape, axes: jnp.zeros(shape, e.dtype, device=sharding(shape, axes, e.mesh))
-        if self.layers is None:
+        if e.layers is None:
             return zeros((L, *shape), (None, *axes))
         return tuple(zeros(shape, axes) for _ in range(L))
 
     def _place(self, values: dict) -> dict:
         return dict(zip(values, self.engine.place(*values.values()), strict=True))
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Any]]:
-        """Run tasks of one length class, as `run` does; they begin in their order."""
-        waiting = enumerate(tasks)
-        while True:
+    def run(self, tasks: Iterable[tuple[int, Task]]) -> Iterator[tuple[int, Any]]:
+        """Run numbered tasks of one length class, as `run` does; they begin in their order."""
+        waiting = iter(tasks)
+        while not self.told_to_stop:
             for b in range(len(self.slots)):
                 while self.slots[b] is None and (following := next(waiting, None)):
                     self.slots[b] = _Slot(*following)
@@ -216,9 +258,10 @@ class Decoder:
         """Send a task what it waits for and note its next wish; if it has none, free the slot and yield its result."""
         slot = self.slots[b]
         try:
-            slot.wish = slot.task.send(slot.branches if isinstance(slot.wish, Decode) else None)
-            while isinstance(slot.wish, Decode) and not slot.wish.openings:
-                slot.wish = slot.task.send([])
+            with _TASKS:
+                slot.wish = slot.task.send(slot.branches if isinstance(slot.wish, Decode) else None)
+                while isinstance(slot.wish, Decode) and not slot.wish.openings:
+                    slot.wish = slot.task.send([])
             slot.branches = []
         except StopIteration as end:
             self.slots[b] = None
@@ -258,7 +301,7 @@ class Decoder:
         for d, b in asking.items():
             self.lengths[b] = C + lengths[d]
         e = self.engine
-        with jax.set_mesh(e.mesh):
+        with jax.set_mesh(e.mesh), _COMPILING:
             self.prefix = _read(e.graph, e.state, self.prefix, *e.place(tokens, lengths, at, real), shared)
         return list(asking.values())
 
@@ -298,7 +341,7 @@ class Decoder:
         tokens, targets, lengths = (a.reshape(self.D, self.N, *a.shape[1:]) for a in (tokens, targets, lengths))
         seen = np.array([self._seen(asking[d]) if d in asking else 0 for d in range(self.D)], np.int32)
         placed = e.place(tokens, targets, lengths, seen, at, real)
-        with jax.set_mesh(e.mesh):
+        with jax.set_mesh(e.mesh), _COMPILING:
             self.own, logprobs = _extend(e.graph, e.state, self.prefix, self.own, *placed, (self.turn - S) % self.M)
         behind = (self.turn - S + np.arange(S)) % self.M
         used, positions = np.zeros((self.D, self.N, self.M), bool), np.zeros((self.D, self.N, self.M), np.int32)
@@ -309,11 +352,11 @@ class Decoder:
     def _steps(self) -> list[int]:
         """Decode a chunk; returns the slots that have got their branches."""
         e = self.engine
-        with jax.set_mesh(e.mesh):
+        with jax.set_mesh(e.mesh), _COMPILING:
             self.own, self.turn, state = _steps(
                 e.graph,
                 e.state,
-                self.layers,
+                e.layers,
                 self.prefix,
                 self.own,
                 self.turn,
@@ -327,7 +370,9 @@ class Decoder:
         for b, slot in enumerate(self.slots):
             if slot and slot.running and slot.wish.ends:
                 for n in np.flatnonzero(self.state["active"][b]):
-                    if slot.wish.ends(self._said(b, n)):
+                    with _TASKS:
+                        ended = slot.wish.ends(self._said(b, n))
+                    if ended:
                         self.state["active"][b, n], self.state["stopped"][b, n] = False, True
         return self._collect()
 
@@ -350,9 +395,6 @@ class Decoder:
             if len(slot.branches) == len(slot.wish.openings):
                 done.append(b)
         return done
-
-
-_unstack = jax.jit(unstack)
 
 
 def _on_each(function, axes, cache, *rest):

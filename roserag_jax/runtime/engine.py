@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from roserag_jax.models.logprobs import token_logprobs
 from roserag_jax.models.sharding import sharding
-from roserag_jax.models.transformer import PrefixCache, Transformer
+from roserag_jax.models.transformer import PrefixCache, Transformer, unstack
 
 _SCORED_TOKENS = 1 << 15  # the most tokens of responses in one program
 
@@ -28,8 +28,14 @@ class Engine:
         self.graph, self.state = nnx.split(model)
         self.config, self.dtype = model.config, model.embed[...].dtype
         self.mesh, self.stop_ids, self.pad_id, self.seed = mesh, tuple(stop_ids), pad_id, seed
-        # Decoding from layers apart takes their weights once more; elsewhere than on a CPU it gains nothing.
-        self.layers_apart = mesh.devices.flat[0].platform == "cpu"
+        self.on_cpu = mesh.devices.flat[0].platform == "cpu"
+        # Two decoders side by side use what one leaves idle: a CPU gives attention's batched products a single core.
+        self.lanes = 2 if self.on_cpu and mesh.size == 1 and (os.cpu_count() or 1) > 1 else 1
+
+    @functools.cached_property
+    def layers(self) -> tuple | None:
+        """The layers' parameters apart, which decoding on a CPU wants; they take their memory once more."""
+        return jax.jit(unstack)(self.state["layers"]) if self.on_cpu else None
 
     def place(self, *arrays) -> list[jax.Array]:
         """Host arrays on the devices, their first axis over the mesh's batch axes."""
@@ -71,7 +77,7 @@ class Engine:
 
 
 def bucket(length: int) -> int:
-    """The padded length for `length` tokens: few sizes, so few compilations, and past 128 at most a third of it padding."""
+    """The padded length for `length` tokens: few sizes, so few compilations; past 128 a third is padding at most."""
     for step, limit in ((16, 128), (64, 1024), (128, 2048)):
         if length <= limit:
             return max(-(-length // step), 1) * step
