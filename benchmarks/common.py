@@ -44,9 +44,10 @@ def random_tokens(rng, rows: int, length: int, vocabulary: int) -> list[list[int
     return rng.integers(100, vocabulary - 100, (rows, length)).tolist()
 
 
-def fastest(run, repeats: int) -> float:
-    """Seconds of the fastest of `repeats` runs, after one that compiles."""
-    run()
+def fastest(run, repeats: int, warm: bool = True) -> float:
+    """Seconds of the fastest of `repeats` runs, after one that compiles if `warm`."""
+    if warm:
+        run()
     seconds = []
     for _ in range(repeats):
         start = time.monotonic()
