@@ -21,7 +21,7 @@ from roserag_jax.runtime import decoder
 from roserag_jax.runtime.decoder import Decode, Read, Room
 from roserag_jax.runtime.sampler import Sampling
 
-_PASSAGE = 130  # tokens of a passage of HotPotQA, number and title included, and of what stands around all of them
+_PASSAGE = 130  # tokens taken for a passage, and for what stands around all of them
 
 
 def ours(args, engine, prompts, samples: int):
