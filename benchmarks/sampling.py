@@ -33,7 +33,7 @@ def ours(args, engine, prompts, samples: int):
 
     room, lengths = Room(len(prompts), samples, ((1, args.new),)), list(map(len, prompts))
     read = lambda: jax.block_until_ready([engine.prefill([p]) for p in prompts])
-    everything = lambda: list(decoder.run(engine, map(task, range(len(prompts))), lengths, room))
+    everything = lambda: list(decoder.run(engine, {i: task(i) for i in range(len(prompts))}, lengths, room))
     return common.fastest(read, args.repeats), common.fastest(everything, args.repeats)
 
 

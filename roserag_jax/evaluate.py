@@ -115,7 +115,7 @@ def respond(
         return answers.until(tokenizer.decode(branch.tokens), stop)[0], branch.finished, len(branch.tokens)
 
     room = Room(tasks, 1, ((1, max_tokens),))
-    for number, said in decoder.run(engine, map(task, prompts), list(map(len, prompts)), room):
+    for number, said in decoder.run(engine, dict(enumerate(map(task, prompts))), list(map(len, prompts)), room):
         yield number, *said
 
 

@@ -102,10 +102,10 @@ def make(session: Session, workdir: Workdir) -> None:
         shared = tuple(engine.read_shared(prompts) for prompts in ([p.tokens for p in plain], [*filter(None, apart)]))
         progress.phase(f"{room.tasks} questions at a time, {room.branches} rationales of each")
         of_row = lambda i: (rows[i], plain[i], guided[i], hints[i], outside[i])
-        tasks = (candidates.question(session.tokenizer, sampling, *of_row(i), shared, builder.stop) for i in missing)
+        task = lambda i: candidates.question(session.tokenizer, sampling, *of_row(i), shared, builder.stop)
         found = [candidates.correct(row) for row in parts.done.values()]
         correct, of = sum(c for c, _ in found), sum(n for _, n in found)
-        for _, made in decoder.run(engine, tasks, [lengths[i] for i in missing], room, newlines):
+        for _, made in decoder.run(engine, {i: task(i) for i in missing}, lengths, room, newlines):
             parts.add(made)
             here, made_here = candidates.correct(made)
             correct, of = correct + here, of + made_here

@@ -141,7 +141,7 @@ def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_token
         candidates.question(smollm_tokenizer, generate, *of, *rest) for of in zip(rows, plain, guided, strict=True)
     ]
     room, lengths = candidates.room(generate, 0, guided, [None, None]), [len(p.tokens) for p in guided]
-    made = [row for _, row in sorted(decoder.run(engine, tasks, lengths, room, newlines))]
+    made = [row for _, row in sorted(decoder.run(engine, dict(enumerate(tasks)), lengths, room, newlines))]
     compared = 0
     for row, prompt in zip(made, plain, strict=True):
         assert {c["source"] for c in row["candidates"]} == {"guided", "plain"}

@@ -39,7 +39,7 @@ def decode(engine, prompts, wishes, tasks=4, branches=3, also_stop=()):
         return (yield wish)
 
     turns = tuple((max(map(len, wish.openings)), wish.limit) for wish in wishes)
-    room, made = decoder.Room(tasks, branches, turns), map(task, prompts, wishes)
+    room, made = decoder.Room(tasks, branches, turns), dict(enumerate(map(task, prompts, wishes)))
     return [said for _, said in sorted(decoder.run(engine, made, list(map(len, prompts)), room, also_stop))]
 
 
@@ -207,9 +207,9 @@ def test_an_error_in_one_lane_ends_both(engine):
 
     running, room = threading.active_count(), decoder.Room(2, 3, ((1, 12),))
     with pytest.raises(ValueError, match="no answer"):
-        list(decoder.run(of_lanes, map(task, range(4)), list(map(len, PROMPTS)), room))
+        list(decoder.run(of_lanes, dict(enumerate(map(task, range(4)))), list(map(len, PROMPTS)), room))
     assert threading.active_count() == running
-    results = decoder.run(of_lanes, map(task, (0, 1, 2, 0)), list(map(len, PROMPTS)), room)
+    results = decoder.run(of_lanes, dict(enumerate(map(task, (0, 1, 2, 0)))), list(map(len, PROMPTS)), room)
     next(results)
     results.close()
     assert threading.active_count() == running
@@ -232,7 +232,7 @@ def test_every_task_comes_back_once(engine):
     for lanes in (1, 2):
         of_lanes = copy.copy(engine)
         of_lanes.lanes = lanes
-        found = dict(decoder.run(of_lanes, map(task, range(8)), lengths, room))
+        found = dict(decoder.run(of_lanes, dict(enumerate(map(task, range(8)))), lengths, room))
         assert found == {i: (i, [3 + i] * (i % 3) + [4] * (i % 3)) for i in range(8)}
     assert decoder.length_classes(lengths, 2) == [[0, 2, 5, 7], [1, 4], [3, 6]]
     assert decoder.length_classes(lengths, 3) == [[0, 2, 5, 7], [1, 3, 4, 6]]

@@ -120,17 +120,20 @@ class _Slot:
 
 
 def run(
-    engine: Engine, tasks: Iterable[Task], prompts: list[int], room: Room, also_stop: tuple[int, ...] = ()
+    engine: Engine, tasks: dict[int, Task], prompts: list[int], room: Room, also_stop: tuple[int, ...] = ()
 ) -> Iterator[tuple[int, Any]]:
-    """Run tasks and yield `(number, result)` of each as soon as it is finished.
+    """Run tasks by number and yield `(number, result)` of each as soon as it is finished.
 
     Args:
-      prompts: the length of each task's longest prompt. Tasks are worked through in few classes of like lengths.
+      prompts: the length of the longest prompt of each number, also of those that have no task any more: what is left
+        of a stopped run is then decoded in the shapes of the whole. Tasks are worked through in few classes of like
+        lengths.
       also_stop: tokens that end the branches of a `Decode` with `also_stop`, besides the model's own.
     """
-    tasks = list(tasks)
     for members in length_classes(prompts, room.tasks):
         longest, slots = max(prompts[i] for i in members), min(room.tasks, len(members))
+        if not (members := [i for i in members if i in tasks]):
+            continue
         lanes = engine.lanes if slots % engine.lanes == 0 else 1
         room_of_lane = room._replace(tasks=slots // lanes)
         decoders = [Decoder(engine, room_of_lane, longest, also_stop) for _ in range(lanes)]
@@ -307,6 +310,8 @@ class Decoder:
 
     def _open(self, asking: dict[int, int]) -> list[int]:
         """Begin the next branches of each of the slots; returns those whose branches have no tokens to decode."""
+        if not any(slot and slot.running for slot in self.slots):
+            self.turn = np.int32(0)  # so that one question at a time gives the same bits whatever came before it
         N, no_branch = self.N, [[]] * self.N
         batch = lambda b: self.slots[b].wish.openings[len(self.slots[b].branches) :][:N]
         openings, at, real = self._rows(asking, lambda b: (batch(b) + no_branch)[:N], no_branch)
