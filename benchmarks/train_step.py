@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=80, help="tokens of each response")
     parser.add_argument("--pairs", type=int, default=4, help="pairs of a step")
     parser.add_argument("--steps", type=int, default=3, help="steps timed, after one that is not")
-    parser.add_argument("--remat", default="none", choices=("none", "layer", "dots"))
+    parser.add_argument("--remat", default="dots", choices=("none", "layer", "dots"))
     parser.add_argument("--peer", default="trl", choices=("trl", "repeated"))
     parser.add_argument("--grow", action="store_true", help="show how time and memory grow instead")
     args = parser.parse_args()

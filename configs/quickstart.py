@@ -22,6 +22,6 @@ def get_config():
     config.generate.guided_temperature = config.generate.plain_temperature = 0.7
     config.train.learning_rate = 1e-3
     config.train.epochs, config.train.batch = 2, 4
-    config.train.max_response, config.train.remat = 80, "none"
+    config.train.max_response, config.train.remat = 80, "dots"
     config.evaluate.max_tokens, config.evaluate.batch = 48, 48
     return config

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from roserag_jax.models import rope
@@ -142,7 +143,12 @@ _REMAT = {
     "none": lambda body: body,
     "layer": functools.partial(jax.checkpoint, prevent_cse=False),  # inside a scan nothing can be merged
     "dots": functools.partial(
-        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        jax.checkpoint,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names("attended"),
+        ),
     ),
 }
 
@@ -217,7 +223,7 @@ class Transformer(nnx.Module):
             def finish(x):
                 with jax.named_scope("prompt_attention"):
                     out = prompt_attention(q, k, v, window=window, softcap=c.attention_softcap)
-                return layer.finish(x, out.reshape(B * P, -1), key)
+                return layer.finish(x, checkpoint_name(out.reshape(B * P, -1), "attended"), key)
 
             if not hidden:  # then of the last layer only keys and values are wanted
                 finish = functools.partial(jax.lax.cond, number < c.num_layers - 1, finish, lambda x: x)
@@ -316,7 +322,7 @@ class Transformer(nnx.Module):
                     own_seen=seen_own,
                     softcap=c.attention_softcap,
                 )
-            return (layer.finish(x, out.reshape(B * N * S, -1), key), own_kv), None
+            return (layer.finish(x, checkpoint_name(out.reshape(B * N * S, -1), "attended"), key), own_kv), None
 
         x = self._embed(branches)
         carry = (x, None if own is None else (own.k, own.v))

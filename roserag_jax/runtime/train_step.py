@@ -67,12 +67,12 @@ def summed_logprobs(
     """
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     before, C = None, 0 if shared is None else shared.size
+    read = functools.partial(model.prefill, remat=remat, hidden=of_prompts)
     if C:
-        lengths = jnp.full(1, C)
-        before, of_shared = model.prefill(shared[None], lengths, remat=remat, dropout_key=keys[2], hidden=True)
-    cache, of_rest = model.prefill(
-        batch.prompt, batch.prompt_lengths, before, remat=remat, dropout_key=keys[0], hidden=True
-    )
+        before = read(shared[None], jnp.full(1, C), dropout_key=keys[2])
+        before, of_shared = before if of_prompts else (before, None)
+    cache = read(batch.prompt, batch.prompt_lengths, before, dropout_key=keys[0])
+    cache, of_rest = cache if of_prompts else (cache, None)
     hidden = model.extend(batch.branches, cache, remat=remat, dropout_key=keys[1])
     logprobs = lambda *at: token_logprobs(*at, model.table, model.config.final_softcap)
     within = lambda values, lengths: jnp.where(jnp.arange(values.shape[-1]) < lengths[..., None], values, 0.0).sum(-1)
