@@ -200,7 +200,8 @@ class Transformer(nnx.Module):
           lengths: real tokens of each row of `prompt`; 0 is allowed (a prompt of one token).
           shared: the C tokens that all prompts begin with, as `prefill` of one row without padding returned them;
             `prompt` is then what follows, and the result holds both.
-          remat: what the backward pass recomputes: 'none', 'layer' (all of a layer) or 'dots' (all but projections).
+          remat: what the backward pass recomputes: 'none', 'layer' (all of a layer) or 'dots' (all but projections and
+            attention's output).
           dropout_key: LoRA dropout, in training only.
           hidden: return the normed hidden states as well.
         """
