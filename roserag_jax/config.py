@@ -298,6 +298,8 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
     for name, off in (("answer_questions", 0), ("keep", "latest")):
         if config.train[name] != off and not config.train.held_out:
             fail(f"train.{name}", "needs held-out pairs; set config.train.held_out, for example to 0.1")
+    if config.train.answer_questions and config.data.pairs:
+        fail("train.answer_questions", "pairs made elsewhere (config.data.pairs) have no golden answers; set it to 0")
     generate = config.generate
     if not config.select.rejection and not (generate.guided_samples and generate.plain_samples):
         fail("select.rejection", "without it both config.generate.guided_samples and plain_samples are needed")

@@ -158,6 +158,10 @@ def test_bad_input_is_one_message(config_of, tmp_path, questions):
         (["--config.generate.sampels=3"], "no option config.generate.sampels; did you mean config.generate"),
         (["--config.train.epochs=many"], "many"),
         (["--config.select.strategy=hardest"], "choose one of hard, easy, random, all"),
+        (
+            ["--config.data.pairs=p", "--config.train.held_out=0.3", "--config.train.answer_questions=2"],
+            "config.train.answer_questions=2: pairs made elsewhere",
+        ),
         (["--config.model=/nowhere/model"], "no folder /nowhere/model"),
         (["--config.mesh.tensor=7", "--config.mesh.fsdp=3"], "does not make 1 devices"),
         (["train"], "Unexpected argument 'train'"),
