@@ -38,9 +38,10 @@ def recipe(config, split: str) -> Recipe:
 
 
 def file_digest(config, option: str) -> dict[str, str]:
-    """The digest of the file or folder that an option names; a Hub data set goes by its name."""
+    """The digest of the file or folder that an option names, if any; a Hub data set goes by its name."""
     value = options.get(config, option)
-    path = None if value.startswith(datasets.HUB) else epath.Path(value).expanduser()
+    # An empty path would be the current folder.
+    path = epath.Path(value).expanduser() if value and not value.startswith(datasets.HUB) else None
     return {f"config.{option}={value}": digest(path) if path and path.exists() else ""}
 
 

@@ -351,7 +351,7 @@ def test_workdir_never_reads_what_is_not_whole(tmp_path, capsys):
     assert not work.fresh("rows.jsonl", recipe)
 
 
-def test_systems_side_by_side(finished, config_of, tmp_path, capsys):
+def test_systems_side_by_side(finished, config_of, tmp_path, capsys, monkeypatch):
     """One call: closed book, base and two adapters at two K and two noises; kept the second time; official files."""
     work = Workdir(finished.workdir)
     renamed = tmp_path / "other.1"
@@ -367,6 +367,7 @@ def test_systems_side_by_side(finished, config_of, tmp_path, capsys):
     }
     config = config_of(workdir=finished.workdir, **changes)
     before = digest(work / "eval/base")
+    monkeypatch.chdir(tmp_path)
     evaluate.run(config)
     out = capsys.readouterr().out
     results = comparison.load(work / "eval")
@@ -387,6 +388,7 @@ def test_systems_side_by_side(finished, config_of, tmp_path, capsys):
     assert example["response_tokens"] <= 12 and example["prompt_tokens"] > 50
     assert "Passage" not in (work / "eval/closed_book/examples.jsonl").read_text().split('"prompt":')[1]
     assert results["base-k1"]["seconds_per_question"] > 0 and results["base-k1"]["unparsed"] >= 0
+    (tmp_path / "unrelated").touch()  # what else lies in the current folder plays no part
     evaluate.run(config)
     assert capsys.readouterr().out.count("up to date: kept") == 2 * 13  # questions and evaluation, each time
     assert "| base-k1 | " in comparison.summary(work / "eval", results, as_markdown=True)
