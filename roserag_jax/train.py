@@ -278,7 +278,7 @@ class _HeldOut:
 
     def finish(self, state: TrainState, keep: str) -> TrainState:
         """Show what the evaluations say, and return the state that becomes the adapter."""
-        print(verdict(self.log.rows, self.log.evaluations))
+        print(verdict(self.log.rows, self.log.evaluations, keep))
         if keep == "latest":
             return state
         best = Checkpoints(self.best.folder, 1)

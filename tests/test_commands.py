@@ -280,9 +280,13 @@ def test_overfitting_is_said():
     """The margin in training grows while F1 falls."""
     steps = [{"step": s, "loss": 1.0, "margin": s / 10} for s in range(1, 5)]
     held = lambda step, f1: {"step": step, "held_out_loss": 1.0, "held_out_margin": 0.1, "held_out_f1": f1}
-    said = verdict(steps, [held(0, 10.0), held(2, 30.0), held(4, 20.0)])
+    said = verdict(steps, [held(0, 10.0), held(2, 30.0), held(4, 20.0)], "latest")
     assert "from step 2 to 4 training's margin goes from 0.150 to 0.350, the held-out f1 from 30.000 to 20.000" in said
-    assert "Overfitting" not in verdict(steps, [held(0, 10.0), held(2, 20.0), held(4, 30.0)])
+    assert "keep='best'" in said
+    said = verdict(steps, [held(0, 30.0), held(4, 20.0)], "best")
+    assert "from step 0 to 4 training's margin goes to 0.250, the held-out f1 from 30.000" in said
+    assert "keep" not in said
+    assert "Overfitting" not in verdict(steps, [held(0, 10.0), held(2, 20.0), held(4, 30.0)], "latest")
 
 
 def test_wandb_must_be_installed(config_of, monkeypatch):

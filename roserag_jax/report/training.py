@@ -73,7 +73,7 @@ def score(row: dict) -> float:
     return row.get("held_out_f1", -np.inf if loss is None else -loss)
 
 
-def verdict(steps: list[dict], evaluations: list[dict]) -> str:
+def verdict(steps: list[dict], evaluations: list[dict], keep: str) -> str:
     """The evaluations as a table, beside what training reached meanwhile, and whether it went on for too long."""
     fit = "margin" if "margin" in steps[0] else "loss"
     names = [n for n in ("loss", "accuracy", "margin", "em", "f1") if f"held_out_{n}" in evaluations[0]]
@@ -93,9 +93,10 @@ def verdict(steps: list[dict], evaluations: list[dict]) -> str:
     better = None in (was, now) or (now > was) == (fit == "margin")
     if score(last) < score(best) and better:
         name = "f1" if "f1" in names else "loss"
+        since = "" if was is None else f"from {shown(was)} "  # nothing was trained before an evaluation at step 0
         text += (
-            f"\nOverfitting: from step {best['step']} to {last['step']} training's {fit} goes from {shown(was) or '?'} "
-            f"to {shown(now)}, the held-out {name} from {shown(best[f'held_out_{name}'])} to "
-            f"{shown(last[f'held_out_{name}'])}. Set config.train.keep='best' or fewer epochs."
+            f"\nOverfitting: from step {best['step']} to {last['step']} training's {fit} goes {since}to {shown(now)}, "
+            f"the held-out {name} from {shown(best[f'held_out_{name}'])} to {shown(last[f'held_out_{name}'])}. "
         )
+        text += "Set config.train.keep='best' or fewer epochs." if keep == "latest" else "Fewer epochs would do."
     return text
