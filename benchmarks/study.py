@@ -143,7 +143,9 @@ def main() -> None:
             command("evaluate", arguments, shared, **{"evaluate.systems": ("closed_book", "base"), **changes})
 
     results = comparison.load(shared / "eval")
-    write_atomic(arguments.workdir / "table.md", comparison.summary(shared / "eval", results, as_markdown=True) + "\n")
+    tables = [comparison.summary(shared / "eval", results, as_markdown=True)]
+    tables.append(comparison.paired(shared / "eval", results, "roserag", as_markdown=True))
+    write_atomic(arguments.workdir / "table.md", "\n\n".join(tables) + "\n")
     in_curves = {name: r for name, r in results.items() if r["system"] in ("closed_book", "base", *CURVES)}
     made = [arguments.workdir / "table.md"]
     for over, asked, known in (("passages", arguments.passages, arguments.at), ("noise", arguments.noise, "none")):

@@ -80,7 +80,7 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
             "rows of {id, contents}, StrategyQA's paragraphs, or a folder of .txt and .md files; for bm25, answer, "
             "noise and StrategyQA's evidence",
         ),
-        "cache": Option("", "FlashRAG's retrieval_cache.json"),
+        "cache": Option("", "FlashRAG's retrieval_cache.json, or a folder of such files"),
         "k": Option(10, "passages fetched per question by bm25 or from the cache"),
     },
     "prompt": {

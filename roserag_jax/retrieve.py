@@ -65,13 +65,25 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
         index = index or _retriever(config)
         if index:
             found = index.search([row["question"] for row in rows], config.retrieve.k)
-            for row, contexts in zip(rows, found, strict=True):
-                gold = {(c["title"], c["text"]) for c in row.get("contexts", []) if c.get("is_supporting")}
-                if gold:
-                    contexts = [{**c, "is_supporting": (c["title"], c["text"]) in gold} for c in contexts]
-                row["contexts"] = contexts
+            rows = _flagged(rows, found)
         workdir.publish(name, wanted, to_lines(rows), len(rows))
         print(f"{name}: {len(rows)} questions, {sum(len(r['contexts']) for r in rows) / len(rows):.1f} passages each.")
+
+
+def _flagged(rows: list[dict], found: list[list[dict]]) -> list[dict]:
+    """Rows with what was found for each, the passages that are their own gold ones flagged as such.
+
+    Where nothing that was found is a gold passage of any row, what was searched has other texts than the rows (passages
+    of another dump, chunks), and there is no telling.
+    """
+    known = lambda c: (c["title"], c["text"])
+    gold = [{known(c) for c in row.get("contexts", []) if c.get("is_supporting")} for row in rows]
+    hits = any(known(c) in own for own, contexts in zip(gold, found, strict=True) for c in contexts)
+    if any(gold) and not hits:
+        print("None of the passages found is a gold passage of its question, word for word: none is flagged as gold.")
+    flag = lambda c, own: {**c, "is_supporting": known(c) in own} if own and hits else c
+    both = zip(rows, gold, found, strict=True)
+    return [{**row, "contexts": [flag(c, own) for c in contexts]} for row, own, contexts in both]
 
 
 def run(config) -> None:

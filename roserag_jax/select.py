@@ -43,6 +43,7 @@ def _make(session: Session, workdir: Workdir) -> None:
     if config.data.pairs:
         pairs = datasets.read_pairs(config.data.pairs, session.tokenizer)
         workdir.publish(ARTIFACT, wanted, to_lines(pairs), len(pairs))
+        print(f"{ARTIFACT}: {len(pairs)} ready-made pairs\n{selection.lengths(pairs)}")
         return
     rows = workdir.rows(generate.ARTIFACT)
     shown = {

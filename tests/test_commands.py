@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -396,6 +397,14 @@ def test_systems_side_by_side(finished, config_of, tmp_path, capsys, monkeypatch
     evaluate.run(config)
     assert capsys.readouterr().out.count("up to date: kept") == 2 * 13  # questions and evaluation, each time
     assert "| base-k1 | " in comparison.summary(work / "eval", results, as_markdown=True)
+    monkeypatch.setattr(sys, "argv", ["comparison", str(work / "eval"), "--against", "other_1"])
+    comparison.main()
+    out = capsys.readouterr().out
+    assert "adapter-k2 - other_1-k2 " in out and "closed_book - other_1-k1 " in out and " - base" not in out
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "nobody"])
+    with pytest.raises(SystemExit):
+        comparison.main()
+    assert "--against nobody: no such system; there are adapter, base, closed_book, other_1" in capsys.readouterr().err
     config.evaluate.passages = (3,)
     with pytest.raises(UserError, match="no question has 3 passages, at most 2"):
         evaluate.run(config)

@@ -99,6 +99,22 @@ def test_counterfactuals_state_a_wrong_answer():
             assert wrong and golden not in wrong
 
 
+def test_counterfactuals_hold_no_alias_and_no_part_of_the_answer():
+    passage = {"title": "Ada", "text": "Ada was born in NYC (New York City).", "is_supporting": True}
+    row = {"id": "1", "question": "Where?", "golden_answers": ["NYC", "New York City"], "contexts": [passage]}
+    others = [{"golden_answers": [a]} for a in ("New York City, USA", "York", "Oslo")]
+    (claim,) = [c for c in noise.Noise("counterfactual1", 0, [row, *others], []).passages(row, 1) if c is not passage]
+    assert claim["text"] == "Ada was born in Oslo (Oslo)."
+    # Spelt as no pattern of the answer finds it, it would stay: a bare statement then.
+    spelt = {**passage, "text": "NYC, or New York-City, or The New  York City."}
+    (claim,) = [
+        c
+        for c in noise.Noise("counterfactual1", 0, [row, *others], []).passages({**row, "contexts": [spelt]}, 1)
+        if c is not spelt
+    ]
+    assert claim["text"] == 'The answer to the question "Where?" is Oslo.'
+
+
 def test_gold_removed_and_order_shuffled():
     row = ROWS[0]
     without = noise.Noise("no_gold", 0, ROWS, []).passages(row, 3)

@@ -1,5 +1,6 @@
 """Public layouts of questions, corpora and pairs, read into our rows."""
 
+import copy
 import gzip
 import json
 from pathlib import Path
@@ -57,7 +58,16 @@ IRCOT = {
 }
 
 
-@pytest.mark.parametrize("row", [HOTPOT, HUB, TWO_WIKI, FLASHRAG, IRCOT])
+FLASHRAG_2WIKI = {  # its sentences go by another name and have no spaces at their ends
+    **FLASHRAG,
+    "metadata": {
+        **FLASHRAG["metadata"],
+        "context": {"title": ["It", "Other"], "content": [["It is old.", "Ada made it."], ["Not this."]]},
+    },
+}
+
+
+@pytest.mark.parametrize("row", [HOTPOT, HUB, TWO_WIKI, FLASHRAG, FLASHRAG_2WIKI, IRCOT])
 @pytest.mark.parametrize("lines", [True, False])
 def test_layouts_are_told_by_their_keys(row, lines, tmp_path):
     file = write(tmp_path / "q.json", *([row] if lines else [[row]]))
@@ -69,7 +79,8 @@ def test_layouts_are_told_by_their_keys(row, lines, tmp_path):
 
 
 def test_dpr_keeps_scores_and_every_answer(tmp_path):
-    (found,) = datasets.read_questions(write(tmp_path / "q.jsonl", DPR))
+    row = {**DPR, "qid": "7", "answers": ["", *DPR["answers"]]}
+    (found,) = datasets.read_questions(write(tmp_path / "q.jsonl", row))
     assert found["id"] == "1" and found["golden_answers"] == ["Ada", "Ada L."]
     assert found["contexts"] == [{"title": "It", "text": "Ada made it.", "score": 1.5}]
 
@@ -79,6 +90,15 @@ def test_ircot_dates_and_numbers():
     date = {"number": "", "date": {"day": "3", "month": "May", "year": "1801"}, "spans": []}
     assert golden(date, {"number": "7", "spans": []}) == ["3 May 1801", "7"]
     assert golden({"number": "", "date": {}, "spans": []}) == []
+    assert golden({"number": 0, "date": {}, "spans": []}) == ["0"]
+
+
+def test_truth_values_are_yes_and_no_and_null_is_nothing(tmp_path):
+    row = {"question": "Is it?", "golden_answers": [True, None]} | dict.fromkeys(("id", "contexts", "metadata"))
+    rows = [row, {**row, "golden_answers": [1801], "contexts": [{"title": None, "text": "It is."}]}]
+    yes, year = datasets.read_questions(write(tmp_path / "q.jsonl", *rows), contexts=False)
+    assert yes == {"id": "1", "question": "Is it?", "golden_answers": ["yes"], "contexts": [], "metadata": {}}
+    assert year["id"] == "2" and year["golden_answers"] == ["1801"] and year["contexts"][0]["title"] == ""
 
 
 def test_every_layout_is_an_option():
@@ -136,6 +156,13 @@ def test_the_hub_is_read_through_datasets(monkeypatch):
     assert found["contexts"] == CONTEXTS
     assert asked == [(("hotpotqa/hotpot_qa", "distractor"), {"split": "validation", "revision": "v1"})]
 
+    def refused(*_, **__):
+        raise RuntimeError("Dataset scripts are no longer supported, but found hotpot_qa.py")
+
+    monkeypatch.setattr(library, "load_dataset", refused)
+    with pytest.raises(UserError, match="Dataset scripts are no longer supported.* name the local file"):
+        datasets.read_questions("hf://hotpotqa/hotpot_qa/distractor")
+
 
 def test_flashrag_retrieval_cache(tmp_path):
     cache = {"Who made it?": [{"id": "1", "contents": '"It"\nAda made it.', "score": 2.0}, {"title": "B", "text": "b"}]}
@@ -151,19 +178,48 @@ def test_flashrag_retrieval_cache(tmp_path):
         Cache(config.retrieve.cache).search(["Who made it?", "Why?"], 1)
     with pytest.raises(UserError, match="is no retrieval_cache.json"):
         Cache(config.data.eval)
+    folder = tmp_path / "caches"
+    folder.mkdir()
+    with pytest.raises(UserError, match="a folder without .json files"):
+        Cache(str(folder))
+    (folder / "train.json.gz").write_bytes(gzip.compress(json.dumps(cache).encode()))
+    write(folder / "eval.json", {"Why?": [{"title": None, "text": "c"}]})
+    assert [[c["text"] for c in found] for found in Cache(str(folder)).search(["Why?", "Who made it?"], 2)] == [
+        ["c"],
+        ["Ada made it.", "b"],
+    ]
+
+
+def test_gold_is_flagged_where_the_corpus_has_it(tmp_path, capsys):
+    """Where nothing found is a gold passage word for word, the corpus is another one, and there is no telling."""
+    config = options.defaults()
+    config.data.eval = write(tmp_path / "q.jsonl", HOTPOT)
+    config.retrieve.retriever, config.retrieve.k = "bm25", 2
+    flags = {}
+    for name, text in (("same", "It is old. Ada made it."), ("other", "It is old, and Ada made it.")):
+        config.workdir = str(tmp_path / name)
+        rows = [{"id": "1", "contents": f'"It"\n{text}'}, {"id": "2", "contents": '"Other"\nNot this.'}]
+        config.retrieve.corpus = write(tmp_path / f"{name}.json", *rows)
+        retrieve.make(config, Workdir(config.workdir), ("eval",))
+        (row,) = Workdir(config.workdir).rows("retrieved_eval.jsonl")
+        flags[name] = {c["title"]: c.get("is_supporting") for c in row["contexts"]}
+    assert flags == {"same": {"It": True, "Other": False}, "other": {"It": None, "Other": None}}
+    assert capsys.readouterr().out.count("none is flagged as gold") == 1
 
 
 PROMPT = [{"role": "user", "content": "Colour of moss?"}]
 SAYS = lambda text: [{"role": "assistant", "content": text}]
 
 
-@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("implicit", [False, True, "beside"])
 def test_pairs_are_trls(implicit, tmp_path, smollm_tokenizer):
     """Text and conversations, with and without a prompt of their own: the text that TRL would train on."""
     trl = pytest.importorskip("trl.data_utils")
     text = {"prompt": "Moss is", "chosen": " green.", "rejected": " red."}
     talk = {"prompt": PROMPT, "chosen": SAYS("Green."), "rejected": SAYS("Red.")}
-    if implicit:
+    if implicit == "beside":  # a column of text that repeats what the conversations begin with
+        talk = {"prompt": "Colour of moss?"} | {k: PROMPT + talk[k] for k in ("chosen", "rejected")}
+    elif implicit:
         text, talk = ({k: row["prompt"] + row[k] for k in ("chosen", "rejected")} for row in (text, talk))
     file = write(tmp_path / "p.jsonl", text, talk, {**talk, "rejected": talk["chosen"]} if not implicit else "")
     pairs = datasets.read_pairs(file, smollm_tokenizer)
@@ -184,9 +240,15 @@ def test_bad_pairs_are_named(tmp_path, smollm_tokenizer, capsys):
         {**good, "prompt": ""},
         {"prompt": PROMPT, "chosen": SAYS("a") * 2, "rejected": SAYS("b")},
         {"prompt": PROMPT, "chosen": PROMPT, "rejected": SAYS("b")},
+        {"prompt": PROMPT, "chosen": SAYS(None), "rejected": SAYS("b")},
     ):
         with pytest.raises(UserError, match=r"p\.jsonl, line 2: a pair is"):
             datasets.read_pairs(write(tmp_path / "p.jsonl", good, bad), smollm_tokenizer)
+    refusing = copy.copy(smollm_tokenizer)
+    refusing.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(UserError, match=r"line 1: .*System role not supported"):
+        file = write(tmp_path / "p.jsonl", {"prompt": PROMPT, "chosen": SAYS("a"), "rejected": SAYS("b")})
+        datasets.read_pairs(file, refusing)
     datasets.read_pairs(write(tmp_path / "p.jsonl", good, {**good, "chosen": "b"}, good), smollm_tokenizer)
     assert "2 pairs; left out 1 for two equal responses" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds no pairs"):

@@ -96,14 +96,14 @@ def test_without_rejection_nothing_is_checked():
 
 def test_what_is_said():
     select = options.defaults().select
-    rows = [{"id": str(i), "prompt": "p", "golden_answers": ["Bath"], "candidates": ALL} for i in range(4)]
-    rows.append({**rows[0], "id": "x", "candidates": [SURE]})
+    row = {"prompt": "p", "golden_answers": ["Bath"], "candidates": ALL, "dropped": {"repeated": 2}}
+    rows = [{**row, "id": str(i)} for i in range(4)] + [{**row, "id": "x", "candidates": [SURE]}]
     pairs, counts = selection.select(rows, {row["id"]: PASSAGES for row in rows}, select, 0)
     said = selection.summary(pairs, rows, counts, "mean")
     assert "4 pairs from 5 questions (1 had all correct)" in said
     assert "guided: 13 of 17 candidates correct (76%)" in said and "plain: 0 of 8 candidates correct (0%)" in said
     assert "dropped: 4 correct ones" in said and "chosen -3.00/-3.00/-3.00, rejected -1.50/-1.50/-1.50" in said
-    assert "words, median: chosen 6, rejected 4" in said
+    assert "dropped while generating: 10 repeated" in said and "words, median: chosen 6, rejected 4" in said
 
 
 def test_a_difference_of_mere_length_is_told():

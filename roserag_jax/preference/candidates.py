@@ -6,6 +6,7 @@ the plain prompt, where no golden answer is in sight, and the model decodes its 
 gives the log-probability of the whole response under the plain prompt, which is the confidence that selection needs.
 """
 
+import collections
 import os
 import re
 
@@ -198,8 +199,12 @@ def summary(rows: list[dict]) -> str:
         if found:
             right = sum(c["correct"] for c in found)
             lines.append(f"  {source}: {len(found)} candidates, {right} correct ({right / len(found):.0%})")
-    reasons = sorted({reason for row in rows for reason in row["dropped"]})
-    counts = {reason: sum(row["dropped"].get(reason, 0) for row in rows) for reason in reasons}
-    if counts:
-        lines.append("  dropped: " + ", ".join(f"{n} {reason}" for reason, n in counts.items()))
+    if reasons := lost(rows):
+        lines.append(f"  dropped: {reasons}")
     return "\n".join(lines)
+
+
+def lost(rows: list[dict]) -> str:
+    """How many samples became no candidates, by reason, as a phrase; empty where all did."""
+    counts = sum((collections.Counter(row["dropped"]) for row in rows), collections.Counter())
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))

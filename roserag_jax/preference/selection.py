@@ -9,6 +9,7 @@ import random
 import statistics
 
 from roserag_jax.errors import UserError
+from roserag_jax.preference.candidates import lost
 from roserag_jax.rag import answers
 
 # Words of four letters and more that a rationale can have in common with any passage without having read it.
@@ -150,16 +151,21 @@ def summary(pairs: list[dict], rows: list[dict], counts: dict, kind: str) -> str
         lines.append(f"  {source}: {right} of {of} candidates correct ({right / of:.0%})")
     if counts["no_evidence"]:
         lines.append(f"  dropped: {counts['no_evidence']} correct ones that name nothing the passages say")
+    if reasons := lost(rows):
+        lines.append(f"  dropped while generating: {reasons}")
     quarters = lambda name: "/".join(f"{v:.2f}" for v in _quartiles([pair[name] for pair in pairs]))
     lines.append(
         f"  {kind} log-probability, quartiles: chosen {quarters('chosen_logprob')}, "
         f"rejected {quarters('rejected_logprob')}"
     )
-    chosen, rejected = (_words(pairs, side) for side in ("chosen", "rejected"))
-    lines.append(f"  words, median: chosen {statistics.median(chosen):.0f}, rejected {statistics.median(rejected):.0f}")
-    if warning := length_warning(pairs):
-        lines.append(f"  Warning: {warning}")
-    return "\n".join(lines)
+    return "\n".join([*lines, lengths(pairs)])
+
+
+def lengths(pairs: list[dict]) -> str:
+    """How long both sides are, and a warning if it is what tells them apart."""
+    chosen, rejected = (statistics.median(_words(pairs, side)) for side in ("chosen", "rejected"))
+    warning = length_warning(pairs)
+    return f"  words, median: chosen {chosen:.0f}, rejected {rejected:.0f}" + f"\n  Warning: {warning}" * bool(warning)
 
 
 def length_warning(pairs: list[dict]) -> str | None:

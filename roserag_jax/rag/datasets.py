@@ -27,8 +27,12 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 
-def _whole(path: epath.Path) -> list | dict:
-    """A file that is one JSON value."""
+def read_json(path: epath.Path) -> list | dict:
+    """A file, plain or gzipped, that is one JSON value.
+
+    Raises:
+      UserError: it is none.
+    """
     try:
         return json.loads("".join(line for _, line in _lines(path)))
     except json.JSONDecodeError as error:
@@ -49,7 +53,7 @@ def read_rows(path: epath.Path) -> Iterator[tuple[str, dict]]:
 
     for number, line in _lines(path):
         if number == 1 and line.lstrip().startswith("["):
-            yield from (row(f"{path}, row {i}", value) for i, value in enumerate(_whole(path), 1))
+            yield from (row(f"{path}, row {i}", value) for i, value in enumerate(read_json(path), 1))
             return
         where = f"{path}, line {number}"
         try:
@@ -62,6 +66,7 @@ def read_rows(path: epath.Path) -> Iterator[tuple[str, dict]]:
 def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
     """Rows of a Hub data set `hf://owner/name[@revision][/configuration][:split]`, through `datasets`."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     path, _, wanted = name.removeprefix(HUB).partition(":")
     owner, _, rest = path.partition("/")
@@ -71,7 +76,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{name}: a Hub data set is written hf://owner/name[@revision][/configuration][:split].")
     try:
         found = load_dataset(f"{owner}/{dataset}", *configuration, split=wanted or split, revision=revision or None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it has a loading script
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name} cannot be had from the Hub: {first} Download it and name the local file.") from error
     yield from ((f"{name}, row {i}", row) for i, row in enumerate(found, 1))
@@ -134,7 +139,9 @@ def read_questions(
 
 def _checked(row: dict, number: int, where: str, layout: str, answers: bool, contexts: bool) -> dict:
     """A row of ours with its defaults filled in; what our own files must have is an error there."""
-    row = {**row, "id": str(row.get("id", number))}
+    empty = {"id": number, "contexts": [], "metadata": {}}
+    row = {**row, **{name: value for name, value in empty.items() if row.get(name) is None}}
+    row["id"] = str(row["id"])
     where = f"{where} (id {row['id']!r})"
     if not isinstance(row.get("question"), str) or not row["question"].strip():
         raise UserError(f"{where}: no question.")
@@ -143,12 +150,14 @@ def _checked(row: dict, number: int, where: str, layout: str, answers: bool, con
         if layout != "unified":
             raise readers.Skip("no answer")
         raise UserError(f"{where}: no answer; golden_answers must be a list of strings.")
-    if contexts and not row.get("contexts"):
+    if contexts and not row["contexts"]:
         raise readers.Skip("no contexts; add them, or set config.retrieve.retriever=bm25")
-    for context in row.get("contexts") or []:
+    if not isinstance(row["metadata"], dict):
+        raise UserError(f"{where}: metadata must be an object.")
+    for context in row["contexts"]:
         if not isinstance(context, dict) or not isinstance(context.get("text"), str):
             raise UserError(f"{where}: a context must be {{title, text}}.")
-        context.setdefault("title", "")
+        context["title"] = str(context.get("title") or "")
     return row
 
 
@@ -195,7 +204,7 @@ def read_corpus(path: str) -> list[dict]:
             name = str(file.relative_to(source))
             chunks = enumerate(_chunks(text))
             passages += [{"id": f"{name}#{i}", "title": Path(name).stem, "text": chunk} for i, chunk in chunks]
-    elif ".json" in source.suffixes and isinstance(paragraphs := _whole(source), dict):
+    elif paragraphs := _paragraphs(source):
         for i, row in paragraphs.items():
             if not isinstance(row, dict) or not isinstance(row.get("content"), str):
                 raise UserError(f"{path}, paragraph {i!r}: it must be {{title, content}}.")
@@ -209,6 +218,17 @@ def read_corpus(path: str) -> list[dict]:
     if not passages:
         raise UserError(f"config.retrieve.corpus={path!r} holds no passages (.txt and .md files, or rows of contents).")
     return passages
+
+
+def _paragraphs(file: epath.Path) -> dict:
+    """StrategyQA's paragraphs by id; empty where the file is one of rows, which may be named .json too."""
+    if ".json" not in file.suffixes:
+        return {}
+    try:
+        found = read_json(file)
+    except UserError:  # more than one value; what is wrong with a row is told where rows are read
+        return {}
+    return found if isinstance(found, dict) and "contents" not in found else {}
 
 
 def split_contents(contents: str) -> tuple[str, str]:
@@ -236,18 +256,21 @@ def _chunks(text: str, words: int = 120) -> Iterator[str]:
 def read_pairs(path: str, tokenizer) -> list[dict]:
     """Ready-made pairs `{id, prompt, chosen, rejected}` of a TRL preference file, as text.
 
-    Rows are text or conversational, with a prompt or with it at the beginning of both responses. A conversation is laid
-    in the tokenizer's chat template; a text prompt is taken as it stands.
+    Rows are text or conversational, with a prompt or with it at the beginning of both responses (also where a text
+    prompt stands beside conversations, as TRL takes it). A conversation is laid in the tokenizer's chat template; a
+    text prompt is taken as it stands.
 
     Raises:
       UserError: a row is no pair, or no row can be used; it is named.
     """
+    from jinja2 import TemplateError
+
     pairs, skipped = [], collections.Counter()
     source = _hub_rows(path, "train") if path.startswith(HUB) else read_rows(epath.Path(path).expanduser())
     for number, (where, row) in enumerate(source, 1):
         try:
             prompt, chosen, rejected = _pair(row, tokenizer)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, TemplateError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{where}: a pair is {{prompt, chosen, rejected}}, text or messages ({why}).") from error
         if not chosen.strip() or not rejected.strip() or chosen == rejected:
@@ -265,7 +288,7 @@ def _pair(row: dict, tokenizer) -> tuple[str, str, str]:
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("one response is text, the other is not")
-    if prompt is None:
+    if prompt is None or isinstance(prompt, str) != isinstance(chosen, str):
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
@@ -281,7 +304,7 @@ def _pair(row: dict, tokenizer) -> tuple[str, str, str]:
     if tokenizer.chat_template is None:
         raise ValueError("messages need a model with a chat template")
     for response in (chosen, rejected):
-        if len(response) != 1 or response[0]["role"] != "assistant":
-            raise ValueError("a response must be one turn of the assistant")
+        if len(response) != 1 or response[0]["role"] != "assistant" or not isinstance(response[0]["content"], str):
+            raise ValueError("a response must be one turn of the assistant, its content text")
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return text, chosen[0]["content"], rejected[0]["content"]

@@ -8,7 +8,8 @@
     shuffled         the first K passages in another order
 
 Added passages come from a pool (a corpus, or the contexts of all questions), stand at drawn places among the K, which
-keep their order, and never hold a golden answer. Every draw is a function of (seed, noise, question id) alone.
+keep their order, and never hold a golden answer, but for a counterfactual statement that quotes a question that names
+it. Every draw is a function of (seed, noise, question id) alone.
 """
 
 import itertools
@@ -90,30 +91,34 @@ class Noise:
         return [{"title": p["title"], "text": p["text"], "is_supporting": False} for p in fitting]
 
     def _claims(self, row: dict, rng: random.Random) -> list[dict]:
-        """Copies of passages that hold the golden answer with a wrong one in its place, else a bare statement.
+        """Copies of passages that hold a golden answer with a wrong one in its place, else a bare statement.
 
         The wrong answer is another question's, a number for a number; to yes it is no.
         """
-        golden = row["golden_answers"][0]
-        closed = answers.closed(golden)
+        golden = row["golden_answers"]
+        closed = answers.closed(golden[0])
         if closed:
-            wrong = ["no" if answers.normalize(golden) == "yes" else "yes"]
+            wrong = ["no" if answers.normalize(golden[0]) == "yes" else "yes"]
         else:
-            alike = lambda a: any(ch.isdigit() for ch in a) == any(ch.isdigit() for ch in golden)
-            right = {answers.normalize(a) for a in row["golden_answers"]} | {"yes", "no"}
-            others = [a for a in self.answers if answers.normalize(a) not in right]
+            alike = lambda a: any(ch.isdigit() for ch in a) == any(ch.isdigit() for ch in golden[0])
+            # Neither may be a part of the other: Paris, Texas is no wrong answer to Paris.
+            right = lambda a: answers.contains(a, golden) or any(answers.contains(g, [a]) for g in golden)
+            others = [a for a in self.answers if not answers.closed(a) and not right(a)]
             wrong = [a for a in others if alike(a)] or others
             if not wrong:
                 raise UserError(f"{self.name} takes wrong answers from other questions; there are none.")
             rng.shuffle(wrong)
-        word = re.compile(rf"(?<!\w){re.escape(golden)}(?!\w)", re.IGNORECASE)
-        holding = [c for c in row.get("contexts", []) if not closed and word.search(c["text"])]
+        any_golden = "|".join(map(re.escape, sorted(golden, key=len, reverse=True)))
+        word = re.compile(rf"(?<!\w)(?:{any_golden})(?!\w)", re.IGNORECASE)
+        put = lambda said, passage: {part: word.sub(lambda _: said, passage[part]) for part in ("title", "text")}
+        holding = [] if closed else [c for c in row.get("contexts", []) if word.search(c["text"])]
+        # Not those that still hold one, in another spelling.
+        holding = [c for c in holding if not answers.holds(put("", c), golden)]
         claims = []
         for i in range(self.count):
             said = wrong[i % len(wrong)]
             if holding:
-                source = holding[i % len(holding)]
-                title, text = (word.sub(lambda _, said=said: said, source[part]) for part in ("title", "text"))
+                title, text = put(said, holding[i % len(holding)]).values()
             else:
                 title, text = "", f'The answer to the question "{row["question"]}" is {said}.'
             claims.append({"title": title, "text": text, "is_supporting": False})

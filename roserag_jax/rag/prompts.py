@@ -1,8 +1,8 @@
 """Prompts: numbered passages, the question, and how to answer, in the model's own chat template.
 
-Passages are data. They are laid on one line each and every special token inside them is broken up, so none can close
-its block, pose as an 'Answer:' line or end the turn. When the prompt is over its limit, passages are cut; the question
-never is.
+Passages are data. They are laid on one line each, and every special token and every mark of the chat template inside
+them is broken up, so none can close its block, pose as an 'Answer:' line or end the turn. When the prompt is over its
+limit, passages are cut; the question never is.
 """
 
 import dataclasses
@@ -54,10 +54,21 @@ class Prompt:
     cut: int
 
 
-def _special_tokens(tokenizer) -> re.Pattern | None:
-    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if getattr(t, "special", False)]
-    special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-    return re.compile("|".join(re.escape(t) for t in special)) if special else None
+def _marks(tokenizer) -> re.Pattern | None:
+    """What ends or begins a turn: special tokens, other added tokens that are no plain words, and what the chat
+    template writes around turns, which in some models is text like any other (Mistral's [/INST], Vicuna's ASSISTANT:).
+    """
+    no_word = re.compile(r"(?=\S*[^\w\s])\S{2,}")
+    either = lambda marks: re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
+    added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special or no_word.fullmatch(str(t))}
+    marks = {token for token in {*tokenizer.all_special_tokens, *added} if token.strip()}
+    if tokenizer.chat_template is not None:
+        turns = [{"role": role, "content": "\0"} for role in ("user", "assistant", "user")]
+        written = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).split("\0")
+        # Without the tokens, which stand right before it (Mistral's </s>[INST]).
+        text = " ".join(either(marks).sub(" ", between) if marks else between for between in written[1:])
+        marks |= set(no_word.findall(text))
+    return either(marks) if marks else None
 
 
 class PromptBuilder:
@@ -84,7 +95,7 @@ class PromptBuilder:
         self.tokenizer, self.max_tokens, self.passages, self.stop = tokenizer, max_tokens, passages, tuple(stop)
         self.step = {"best_first": 1, "best_last": -1}[order]
         self.examples = EXAMPLES[len(EXAMPLES) - examples :]
-        self._special = _special_tokens(tokenizer)
+        self._marks = _marks(tokenizer)
 
     def plain(self, row: dict) -> Prompt:
         """The prompt of training and inference: passages, question, instruction."""
@@ -101,12 +112,15 @@ class PromptBuilder:
         return Prompt(*self._render(passages, row, guided=True), cut)
 
     def neutral(self, text: str) -> str:
-        """Data on one line, with special tokens broken up so that the tokenizer cannot see them."""
+        """Data on one line, with the marks of turns broken up so that neither tokenizer nor model can see them."""
         text = " ".join(text.split())
-        if self._special:
-            # A space after the first character; repeated, because breaking one token can join another's pieces.
-            while found := self._special.search(text):
-                text = f"{text[: found.start() + 1]} {text[found.start() + 1 :]}"
+        if self._marks:
+            # A space after the first character (a mark of one is dropped); repeated, because breaking one mark can join
+            # another's pieces.
+            while found := self._marks.search(text):
+                mark = found.group()
+                broken = f"{mark[0]} {mark[1:]}" if len(mark) > 1 else ""
+                text = text[: found.start()] + broken + text[found.end() :]
         return text
 
     def _fitted(self, row: dict) -> tuple[list[str], int]:

@@ -4,6 +4,7 @@ Ours is `{id, question, golden_answers, contexts: [{title, text, is_supporting?}
 keys of its first row. To add one: a function of a row, and a line in `READERS`.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,24 +22,25 @@ class Reader(NamedTuple):
     read: Callable[[dict, dict], dict]
 
 
-def _passages(context: Any, facts: Any, between: str) -> list[dict]:
-    """Contexts from titles and sentences, in the releases' layout (pairs) or the Hub's (two lists)."""
+def _passages(context: Any, facts: Any) -> list[dict]:
+    """Contexts from titles and sentences, in the releases' layout (pairs) or the Hub's and FlashRAG's (two lists)."""
     if isinstance(context, dict):
-        context = list(zip(context["title"], context["sentences"], strict=True))
+        sentences = context["sentences"] if "sentences" in context else context["content"]
+        context = list(zip(context["title"], sentences, strict=True))
+    # HotPotQA's sentences bring their own spaces, 2WikiMultiHopQA's do not.
+    edges = [a[-1:] + b[:1] for _, sentences in context for a, b in itertools.pairwise(sentences)]
+    between = "" if any(" " in edge for edge in edges) else " "
+    passages = [{"title": title, "text": between.join(sentences)} for title, sentences in context]
     if facts is None:  # the test sets' secret
-        return [{"title": title, "text": between.join(sentences)} for title, sentences in context]
+        return passages
     gold = set(facts["title"]) if isinstance(facts, dict) else {title for title, _ in facts}
-    return [
-        {"title": title, "text": between.join(sentences), "is_supporting": title in gold}
-        for title, sentences in context
-    ]
+    return [{**passage, "is_supporting": passage["title"] in gold} for passage in passages]
 
 
-def _golden(answer: Any) -> list[str]:
-    """A release's one answer as a list; yes or no for a truth value; empty where it is withheld."""
-    if isinstance(answer, bool):
-        return ["yes" if answer else "no"]
-    return [] if answer in (None, "") else [str(answer)]
+def _golden(*answers: Any) -> list[str]:
+    """A release's answers as text, yes or no for a truth value; those that are withheld are left out."""
+    text = lambda answer: {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer)
+    return [text(answer) for answer in answers if answer is not None and text(answer).strip()]
 
 
 def _kept(row: dict, *names: str) -> dict:
@@ -47,29 +49,25 @@ def _kept(row: dict, *names: str) -> dict:
 
 def _unified(row: dict, _) -> dict:
     """Our rows and FlashRAG's, whose HotPotQA and 2WikiMultiHopQA carry their paragraphs in `metadata`."""
-    metadata = row.get("metadata")
+    metadata, golden = row.get("metadata"), row.get("golden_answers")
+    if isinstance(golden, list):
+        row = {**row, "golden_answers": _golden(*golden)}
     if not row.get("contexts") and isinstance(metadata, dict) and metadata.get("context"):
-        between = " " if "evidences" in metadata else ""
         rest = {k: v for k, v in metadata.items() if k != "context"}
-        contexts = _passages(metadata["context"], metadata.get("supporting_facts"), between)
+        contexts = _passages(metadata["context"], metadata.get("supporting_facts"))
         return {**row, "contexts": contexts, "metadata": rest}
     return row
 
 
-def _hotpotqa(row: dict, _, between: str = "") -> dict:
-    """Distractor and full-wiki JSON, and `hotpotqa/hotpot_qa`; its sentences bring their own spaces."""
+def _hotpotqa(row: dict, _) -> dict:
+    """HotPotQA's distractor and full-wiki JSON, `hotpotqa/hotpot_qa`, and 2WikiMultiHopQA's JSON."""
     return {
         "id": row["_id"] if "_id" in row else row["id"],
         "question": row["question"],
         "golden_answers": _golden(row.get("answer")),
-        "contexts": _passages(row["context"], row.get("supporting_facts"), between),
+        "contexts": _passages(row["context"], row.get("supporting_facts")),
         "metadata": _kept(row, "type", "level"),
     }
-
-
-def _2wikimultihopqa(row: dict, _) -> dict:
-    """HotPotQA's layout with evidence triples; its sentences have no spaces at their ends."""
-    return _hotpotqa(row, _, between=" ")
 
 
 def _strategyqa(row: dict, paragraphs: dict) -> dict:
@@ -100,7 +98,7 @@ def _dpr(row: dict, _) -> dict:
     return {
         **({"id": next(iter(known.values()))} if known else {}),
         "question": row["question"],
-        "golden_answers": [answers] if isinstance(answers, str) else list(answers),
+        "golden_answers": _golden(*([answers] if isinstance(answers, str) else answers)),
         "contexts": [context(c) | score(c) for c in row["ctxs"]],
     }
 
@@ -110,15 +108,14 @@ def _ircot(row: dict, _) -> dict:
     golden = {}
     for answer in row.get("answers_objects", []):
         date = answer.get("date") or {}
-        number = str(answer.get("number") or "")
         spans = answer.get("spans") or [" ".join(date[part] for part in ("day", "month", "year") if date.get(part))]
-        golden |= dict.fromkeys([number] if number else spans)
+        golden |= dict.fromkeys(_golden(answer.get("number")) or _golden(*spans))
     return {
         "id": row["question_id"],
         "question": row["question_text"],
-        "golden_answers": [answer for answer in golden if answer],
+        "golden_answers": list(golden),
         "contexts": [
-            {"title": c.get("title", ""), "text": c["paragraph_text"], "is_supporting": bool(c.get("is_supporting"))}
+            {"title": c.get("title", ""), "text": c["paragraph_text"]} | _kept(c, "is_supporting")
             for c in row["contexts"]
         ],
         "metadata": _kept(row, "dataset", "type", "level"),
@@ -127,10 +124,10 @@ def _ircot(row: dict, _) -> dict:
 
 # In the order in which they are tried.
 READERS = {
-    "2wikimultihopqa": Reader(("question", "context", "evidences"), _2wikimultihopqa),
+    "2wikimultihopqa": Reader(("question", "context", "evidences"), _hotpotqa),
     "hotpotqa": Reader(("question", "context"), _hotpotqa),
-    "strategyqa": Reader(("qid", "question"), _strategyqa),
     "dpr": Reader(("question", "ctxs"), _dpr),
+    "strategyqa": Reader(("qid", "question"), _strategyqa),
     "ircot": Reader(("question_text", "contexts"), _ircot),
     "unified": Reader((), _unified),
 }

@@ -1,6 +1,6 @@
 """Evaluations side by side: a table of systems, what it is made of, and paired tests against the base model.
 
-    python -m roserag_jax.report.comparison runs/quickstart/eval [--markdown]
+    python -m roserag_jax.report.comparison runs/quickstart/eval [--against SYSTEM] [--markdown]
 
 Reads the `metrics.json` and `examples.jsonl` that `evaluate` writes into each folder of a workdir's `eval/`.
 """
@@ -40,11 +40,11 @@ def comparison(results: dict[str, dict], as_markdown: bool = False) -> str:
     """A table of systems: scores in percent with their intervals, and tokens and time per question."""
     closed = results.get("closed_book")
     yes_no = any("yes_no" in result for result in results.values())
-    header = ["system", "EM  [95%]", "F1  [95%]"] + ["yes/no  [95%]"] * yes_no
+    header = ["system", "EM  [95%]", "F1  [95%]", "contains"] + ["yes/no  [95%]"] * yes_no
     header += ["distraction"] * bool(closed) + ["answer line", "tokens in+out", "s/question", "questions"]
     rows = []
     for name, result in results.items():
-        cells = [_interval(result, metric) for metric in _DRAWN]
+        cells = [*(_interval(result, metric) for metric in _DRAWN), f"{result['contains']:.1f}"]
         if yes_no:
             cells.append(_interval(result["yes_no"], "accuracy") if "yes_no" in result else "")
         if closed:
@@ -65,17 +65,18 @@ def breakdown(results: dict[str, dict], key: str, as_markdown: bool = False) -> 
     return (markdown if as_markdown else table)([title, *groups], rows)
 
 
-def against_base(folder: epath.Path, results: dict[str, dict], as_markdown: bool = False) -> str:
-    """Each system against the base model with the same passages, question by question; empty without a base.
+def paired(folder: epath.Path, results: dict[str, dict], against: str = "base", as_markdown: bool = False) -> str:
+    """Each system against another one with the same passages, question by question; empty without the other.
 
-    The closed book is set against the base model with the first K and no noise.
+    The closed book has no passages: it is set against the other system with the first K and no noise, or every system
+    against it.
     """
-    base = {(r["passages"], r["noise"]): name for name, r in results.items() if r["system"] == "base"}
-    plain = [name for (_, noise), name in base.items() if noise == "none"]
+    others = {(r["passages"], r["noise"]): name for name, r in results.items() if r["system"] == against}
+    plain = [name for (_, noise), name in others.items() if noise == "none"]
     rows = []
     for name, result in results.items():
-        other = base.get((result["passages"], result["noise"]))
-        if result["system"] == "closed_book":
+        other = others.get((result["passages"], result["noise"]))
+        if "closed_book" in (result["system"], against):
             other = plain[0] if plain else None
         if other in (None, name):
             continue
@@ -92,9 +93,9 @@ def against_base(folder: epath.Path, results: dict[str, dict], as_markdown: bool
     return (markdown if as_markdown else table)(header, rows) if rows else ""
 
 
-def summary(folder: epath.Path, results: dict[str, dict], as_markdown: bool = False) -> str:
+def summary(folder: epath.Path, results: dict[str, dict], against: str = "base", as_markdown: bool = False) -> str:
     """All of the above, a blank line between."""
-    parts = [comparison(results, as_markdown), against_base(folder, results, as_markdown)]
+    parts = [comparison(results, as_markdown), paired(folder, results, against, as_markdown)]
     parts += [breakdown(results, key, as_markdown) for key in ("gold_passages", "type")]
     return "\n\n".join(part for part in parts if part)
 
@@ -113,10 +114,15 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="the eval folder of a workdir")
+    parser.add_argument("--against", default="base", help="the system that the others are tested against")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     arguments = parser.parse_args()
     try:
-        print(summary(epath.Path(arguments.folder), load(arguments.folder), arguments.markdown))
+        results = load(arguments.folder)
+        known = sorted({result["system"] for result in results.values()})
+        if arguments.against not in ("base", *known):
+            raise UserError(f"--against {arguments.against}: no such system; there are {', '.join(known)}.")
+        print(summary(epath.Path(arguments.folder), results, arguments.against, arguments.markdown))
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
 
