@@ -57,7 +57,7 @@ def run(config) -> None:
     said = {i: text for i, text, *_ in respond(engine, session.tokenizer, [p.tokens for p in prompts], *limits)}
     for i, row in enumerate(rows):
         rationale, answer, _ = answers.parse(said[i])
-        shown = row.get("contexts", [])[: config.prompt.passages]
+        shown = builder.shown(row)  # numbered as the rationale numbers them
         if file is not None:
             result = {"id": row["id"], "question": row["question"], "answer": answer, "rationale": rationale}
             print(json.dumps(result | {"passages": shown}, ensure_ascii=False))

@@ -6,9 +6,14 @@ command at once.
 """
 
 import difflib
+import errno
+import itertools
+import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -39,7 +44,10 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
     "dtype": Option(
         "bfloat16", "of frozen weights and activations; adapters and sums are float32", ("float32", "bfloat16")
     ),
-    "seed": Option(0, "of the samples, the adapter's start, the order of training and random selection"),
+    "seed": Option(
+        0,
+        "of samples, the adapter's start and dropout, the order of training, held-out pairs, random selection, noise",
+    ),
     "workdir": Option("", "folder for everything that is made; local or gs://"),
     "adapter": Option("", "PEFT folder used by evaluate, export, answer and score; empty is WORKDIR/adapter"),
     "distributed": Option(
@@ -266,12 +274,13 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         0: "data.train_rows data.eval_rows prompt.passages generate.guided_samples generate.plain_samples "
         "generate.guided_temperature generate.plain_temperature generate.top_k generate.min_p generate.memory_gb "
         "select.evidence train.beta train.learning_rate train.weight_decay train.warmup lora.dropout train.max_length "
-        "train.held_out train.answer_questions train.profile_steps",
+        "train.held_out train.answer_questions train.profile_steps train.gamma train.sft_weight seed "
+        "data.synthetic_seed data.synthetic_missing_gold data.synthetic_counterfactual",
         2: "data.synthetic_passages",
     }
     for least, names in at_least.items():
         for name in names.split():
-            if get(config, name) < least:
+            if not get(config, name) >= least:  # nor NaN
                 fail(name, f"must be at least {least}")
     for name in [
         "data.synthetic_missing_gold",
@@ -282,8 +291,10 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
     ]:
         if get(config, name) > 1:
             fail(name, "must be at most 1")
-    for name in ("generate.top_p", "train.clip", "lora.alpha"):
-        if get(config, name) <= 0:
+    positive = ["generate.top_p", "train.clip", "lora.alpha"]
+    positive += [] if config.train.loss in ("sft", "orpo") else ["train.beta"]  # the others' scale
+    for name in positive:
+        if not get(config, name) > 0:
             fail(name, "must be positive")
     if not 0 <= config.prompt.examples <= 2:
         fail("prompt.examples", "must be 0, 1 or 2")
@@ -291,8 +302,9 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         fail("train.label_smoothing", "must be at least 0 and under 0.5")
     if config.train.label_smoothing and config.train.loss not in ("dpo", "simpo", "cpo"):
         fail("train.label_smoothing", f"config.train.loss={config.train.loss!r} has none")
-    if config.train.sft_span != "response" and config.train.loss not in ("orpo", "sft"):
-        fail("train.sft_span", f"config.train.loss={config.train.loss!r} has no such term")
+    for name, losses in (("sft_span", ("orpo", "sft")), ("gamma", ("simpo",)), ("sft_weight", ("cpo",))):
+        if config.train[name] != OPTIONS["train"][name].default and config.train.loss not in losses:
+            fail(f"train.{name}", f"config.train.loss={config.train.loss!r} has no such term")
     if config.train.held_out >= 1:
         fail("train.held_out", "must be under 1")
     for name, off in (("answer_questions", 0), ("keep", "latest")):
@@ -301,13 +313,17 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
     if config.train.answer_questions and config.data.pairs:
         fail("train.answer_questions", "pairs made elsewhere (config.data.pairs) have no golden answers; set it to 0")
     generate = config.generate
-    if not config.select.rejection and not (generate.guided_samples and generate.plain_samples):
-        fail("select.rejection", "without it both config.generate.guided_samples and plain_samples are needed")
+    if not config.select.rejection:
+        if not (generate.guided_samples and generate.plain_samples):
+            fail("select.rejection", "without it both config.generate.guided_samples and plain_samples are needed")
+        if config.select.supported:
+            fail("select.supported", "without config.select.rejection nothing is checked")
     if config.lora.dropout >= 1:
         fail("lora.dropout", "must be under 1")
     if config.train.batch % config.train.accumulate:
         fail("train.accumulate", f"must divide config.train.batch={config.train.batch}")
-    if config.generate.guided_samples + config.generate.plain_samples < 2 and not config.generate.samples:
+    elsewhere = config.generate.samples or config.data.pairs
+    if config.generate.guided_samples + config.generate.plain_samples < 2 and not elsewhere:
         fail(
             "generate.plain_samples", "a pair needs at least two candidates; raise it or config.generate.guided_samples"
         )
@@ -324,23 +340,44 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
     for name in config.evaluate.noise or [""]:
         try:
             noise.parse(name)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             fail("evaluate.noise", str(error))
+    if any(not isinstance(text, str) or not text for text in config.prompt.stop):
+        fail("prompt.stop", "a tuple of texts that are not empty")
     if config.retrieve.retriever == "bm25" and not config.retrieve.corpus:
         fail("retrieve.corpus", "bm25 needs a corpus: a .jsonl file or a folder")
     if config.retrieve.retriever == "cache" and not config.retrieve.cache:
         fail("retrieve.cache", "name FlashRAG's retrieval_cache.json")
+    if config.retrieve.cache and config.retrieve.retriever != "cache":
+        fail("retrieve.cache", "is read with config.retrieve.retriever=cache only")
+    if config.retrieve.retriever != "given" and config.retrieve.k < config.prompt.passages:
+        fail("retrieve.k", f"is less than config.prompt.passages={config.prompt.passages}")
     if not config.model:
         fail("model", "name a Hub id, a Hugging Face folder or a .gguf file, or --config configs/NAME.py that does")
     if workdir and not config.workdir:
         fail("workdir", "name the folder that everything goes to")
 
 
+def require_files(config: ConfigDict, *names: str) -> None:
+    """Check that the local files exist that the options name, and those that passages come from.
+
+    Raises:
+      UserError: one does not; said before anything expensive.
+    """
+    for name in (*names, "retrieve.corpus", "retrieve.cache"):
+        value = get(config, name)
+        if value and value != "synthetic" and "://" not in value and not Path(value).expanduser().exists():
+            raise UserError(f"config.{name}={value!r}: there is no such file or folder.")
+
+
 def _flag_error(error: Exception) -> str:
     """What was meant, for an option that does not exist or a value that does not fit."""
     text = str(error).strip('"').splitlines()[0]
     names = [name for name, _ in walk()]
-    for argument in sys.argv[1:]:
+    for argument, behind in itertools.pairwise([*sys.argv[1:], ""]):
+        file = behind if argument == "--config" else argument.partition("--config=")[2]
+        if file and not Path(file.partition(":")[0]).is_file():
+            return f"There is no configuration file {file}"
         if not argument.startswith("--config."):
             continue
         given = argument.removeprefix("--config.").split("=")[0]
@@ -350,6 +387,19 @@ def _flag_error(error: Exception) -> str:
             hint = f"; did you mean config.{near[0]}?" if near else ""
             return f"There is no option config.{given}{hint} (--options lists them all)"
     return text
+
+
+def keep_compiled() -> None:
+    """Keep what is compiled between commands, in the user's cache unless JAX's own variable names a folder.
+
+    By host, for what is compiled for one CPU need not run on another that sees the same home.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = Path("~/.cache/roserag_jax").expanduser() / platform.node()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", 4 << 30)
 
 
 def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True, alone: bool = False) -> None:
@@ -362,19 +412,18 @@ def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True, alon
     Exit status: 0 done; 2 something for the user to put right; 130 Ctrl-C and 143 SIGTERM, after which the same command
     goes on where it stopped.
     """
-    config_flags.DEFINE_config_file("config", __file__, "the configuration file; --config.a.b=value sets an option")
     flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")
 
     from roserag_jax.runtime import processes
 
-    def start(argv):
+    def start(argv, config):
         if len(argv) > 1:
             raise UserError(f"Unexpected argument {argv[1]!r}; options are written --config.section.option=value.")
-        validate(flags.FLAGS.config, workdir)
-        if alone and flags.FLAGS.config.distributed:
+        validate(config, workdir)
+        if alone and config.distributed:
             raise UserError("config.distributed: this command is for one process; leave it empty.")
-        processes.start(flags.FLAGS.config.distributed)
-        run(flags.FLAGS.config)
+        processes.start(config.distributed)
+        run(config)
 
     if {"--help", "-h", "--options"} & set(sys.argv[1:]):
         print(f"{doc.strip()}\n")
@@ -388,24 +437,31 @@ def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True, alon
                 if flag.name not in ("config", "options"):
                     print(f"  --{flag.name:<31}{flag.help}")
         return
+    keep_compiled()
     terminate = lambda *_: sys.exit(143)
     signal.signal(signal.SIGTERM, terminate)
     try:
-        arguments = flags.FLAGS(sys.argv)
+        # Its default is a file, and so is read here; another one is read when it is asked for.
+        config_flags.DEFINE_config_file("config", __file__, "the configuration file; --config.a.b=value sets an option")
+        arguments, config = flags.FLAGS(sys.argv), flags.FLAGS.config
+        if {name for name, _ in defaults().items()} - set(config):
+            raise ValueError("a configuration file's get_config() must start from roserag_jax.config.defaults()")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         print(f"error: {_flag_error(error)}", file=sys.stderr)
         sys.exit(2)
     try:
-        start(arguments)
+        start(arguments, config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno != 28:
+        if error.errno == errno.ENOSPC:
+            why = f"no space left on the disk ({error.filename}); free some and run the same command."
+        elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            why = f"{error.filename}: {error.strerror}."
+        else:
             raise
-        print(
-            f"error: no space left on the disk ({error.filename}); free some and run the same command.", file=sys.stderr
-        )
+        print(f"error: {why}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nStopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)

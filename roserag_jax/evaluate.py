@@ -50,15 +50,17 @@ def systems(config, workdir: Workdir) -> dict[str, epath.Path | None]:
     """The systems to compare by name, each with its adapter; those of `evaluate.adapters` go by their folder's name.
 
     Raises:
-      UserError: two adapters have one name.
+      UserError: two adapters have one name, or one is not there.
     """
     found = {name: adapter_folder(config, workdir) if name == "adapter" else None for name in config.evaluate.systems}
-    for folder in map(epath.Path, config.evaluate.adapters):
+    for folder in (epath.Path(path).expanduser().resolve() for path in config.evaluate.adapters):
         name = folder.parent.name if folder.name == "adapter" else folder.name
         name = re.sub(r"[^\w-]+", "_", name)
         if name in (*found, "closed_book", "base", "adapter"):
             raise UserError(f"config.evaluate.adapters: {folder} would be called {name!r}, which is taken; rename it.")
-        found[name] = folder.expanduser()
+        if not folder.exists():
+            raise UserError(f"config.evaluate.adapters: there is no folder {folder}.")
+        found[name] = folder
     return found
 
 
@@ -99,23 +101,32 @@ def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict
 
 
 def respond(
-    engine: Engine, tokenizer, prompts: list[list[int]], tasks: int, max_tokens: int, stop: tuple[str, ...]
+    engine: Engine,
+    tokenizer,
+    prompts: list[list[int]],
+    tasks: int,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    only: list[int] | None = None,
 ) -> Iterator[tuple[int, str, bool, int]]:
     """Greedy responses to prompts, as `(number of the prompt, text, finished, tokens)` in the order they are finished.
 
     Args:
       tasks: prompts worked on at a time.
       stop: texts that end a response.
+      only: the prompts to answer; None is all. The shapes are those of all either way.
     """
     shared = engine.read_shared(prompts)
 
     def task(prompt):
         yield Read(prompt, shared)
         (branch,) = yield Decode([prompt[-1:]], max_tokens, ends=answers.ending(tokenizer, stop))
-        return answers.until(tokenizer.decode(branch.tokens), stop)[0], branch.finished, len(branch.tokens)
+        text, ended = answers.until(tokenizer.decode(branch.tokens), stop)
+        return text, branch.finished or ended, len(branch.tokens)
 
     room = Room(tasks, 1, ((1, max_tokens),))
-    for number, said in decoder.run(engine, dict(enumerate(map(task, prompts))), list(map(len, prompts)), room):
+    asked = {i: task(prompts[i]) for i in (range(len(prompts)) if only is None else only)}
+    for number, said in decoder.run(engine, asked, list(map(len, prompts)), room):
         yield number, *said
 
 
@@ -155,12 +166,12 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     if missing:
         engine = session.own.engine(Path(folder) if folder else None)
         progress.phase(f"answering {len(missing)} questions")
-        tokens, limit = [prompts[i].tokens for i in missing], config.evaluate.max_tokens
+        tokens, limits = [prompt.tokens for prompt in prompts], (config.evaluate.batch, config.evaluate.max_tokens)
         clock = time.monotonic()
         for number, response, finished, said in respond(
-            engine, session.tokenizer, tokens, config.evaluate.batch, limit, builder.stop
+            engine, session.tokenizer, tokens, *limits, builder.stop, missing
         ):
-            row, prompt = rows[missing[number]], prompts[missing[number]]
+            row, prompt = rows[number], prompts[number]
             rationale, prediction, parsed = answers.parse(response)
             example = {
                 "id": row["id"],

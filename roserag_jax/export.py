@@ -3,6 +3,7 @@
 python -m roserag_jax.export --config configs/quickstart.py [--config.export.folder=FOLDER]
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from roserag_jax.models import weights
 from roserag_jax.runtime.session import Session
 from roserag_jax.workdir import Workdir
 
+ORIGIN = "merged_from.json"  # says what a folder was made from, and that it may be made again
+
 
 def run(config) -> None:
     """The command."""
@@ -22,6 +25,8 @@ def run(config) -> None:
     folder = Path(config.export.folder).expanduser() if config.export.folder else Path(workdir / "merged")
     if "://" in str(folder):
         raise UserError("config.export.folder must be local; write there and copy the folder.")
+    if folder.exists() and not (folder / ORIGIN).exists():
+        raise UserError(f"{folder} exists and was not made by this command; name another config.export.folder.")
     with workdir.lock():
         adapter = adapter_folder(config, workdir)
         if not config.adapter:
@@ -35,10 +40,8 @@ def run(config) -> None:
         if not (building / "generation_config.json").exists():  # a GGUF file has none, and a turn must end
             ends = transformers.GenerationConfig(eos_token_id=list(session.stop_ids), pad_token_id=session.pad_id)
             ends.save_pretrained(building)
-        if folder.exists():
-            if not (folder / "config.json").exists():
-                raise UserError(f"{folder} exists and is no exported model; name another config.export.folder.")
-            shutil.rmtree(folder)
+        (building / ORIGIN).write_text(json.dumps({"base": config.model, "adapter": str(adapter)}, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         print(f"Made {folder} ({size / 1e6:.0f} MB in {session.dtype}): base {config.model} with {adapter} merged in.")

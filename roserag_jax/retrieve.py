@@ -11,6 +11,7 @@ from etils import epath
 from roserag_jax import config as options
 from roserag_jax.rag import datasets
 from roserag_jax.rag.retrievers import BM25, Cache
+from roserag_jax.runtime import processes
 from roserag_jax.workdir import Recipe, Workdir, digest, to_lines
 
 ARTIFACTS = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
@@ -89,8 +90,10 @@ def _flagged(rows: list[dict], found: list[list[dict]]) -> list[dict]:
 def run(config) -> None:
     """The command."""
     workdir = Workdir(config.workdir)
+    options.require_files(config, "data.train", "data.eval")
     with workdir.lock():
-        make(config, workdir)
+        with processes.main_first("retrieved"):
+            make(config, workdir)
         print(f"Made {workdir / ARTIFACTS['train']} and {workdir / ARTIFACTS['eval']}. Next: roserag_jax.generate.")
 
 

@@ -31,7 +31,10 @@ def run(config) -> None:
     if _INPUT.value is None:
         raise UserError("--input FILE is missing: a .jsonl of {prompt, responses}.")
     rows = []
-    for where, row in read_rows(epath.Path(_INPUT.value)):
+    output = epath.Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None
+    if output and not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}.")
+    for where, row in read_rows(epath.Path(_INPUT.value).expanduser()):
         responses = row.get("responses")
         if not isinstance(row.get("prompt"), str) or not isinstance(responses, list) or not responses:
             raise UserError(f"{where}: a row must be {{prompt, responses: [...]}}.")
@@ -64,9 +67,9 @@ def run(config) -> None:
             results[i] = {"logprobs": [round(float(s), 5) for s in sums], "tokens": [len(t) for t in tokens[i]]}
         progress.update(len(results))
     lines = to_lines(results[i] for i in range(len(rows)))
-    if _OUTPUT.value:
-        write_atomic(epath.Path(_OUTPUT.value), lines)
-        print(f"Made {_OUTPUT.value}: {len(rows)} rows.")
+    if output:
+        write_atomic(output, lines)
+        print(f"Made {output}: {len(rows)} rows.")
     else:
         print(lines, end="")
 

@@ -38,7 +38,8 @@ ARTIFACT = "adapter"
 _NO_INFLUENCE = tuple(
     f"train.{name}" for name in "checkpoint_every keep_checkpoints evaluate remat nonfinite profile_steps wandb".split()
 )
-_EVALUATION = ("train.keep", "train.evaluate_every", "train.answer_questions")
+# What evaluations while training change: which checkpoint is the best, and so the adapter where that is kept.
+_EVALUATION = ("train.evaluate_every", "train.answer_questions")
 
 
 def recipe(config, workdir: Workdir) -> Recipe:
@@ -61,6 +62,7 @@ def make(session: Session, workdir: Workdir) -> None:
     training, held = _pairs(session, workdir)
     stream = Stream(training, train.batch, train.epochs, config.seed, session.pad_id)
 
+    session.let_go()
     adapter = _starting_adapter(session)
     model = weights.assemble(session.source.config, session.base, session.lora, adapter)
     optimizer, schedule = make_optimizer(train.learning_rate, len(stream), train.warmup, train.weight_decay, train.clip)
@@ -80,7 +82,7 @@ def make(session: Session, workdir: Workdir) -> None:
 
     folder = workdir / "checkpoints"
     # The same run whichever of its checkpoints is wanted in the end.
-    same = Recipe({k: v for k, v in wanted.options.items() if k not in _EVALUATION}, wanted.inputs)
+    same = Recipe({k: v for k, v in wanted.options.items() if k not in ("train.keep", *_EVALUATION)}, wanted.inputs)
     here = folder / same.fingerprint(mesh=config.mesh.to_dict())
     checkpoints = Checkpoints(here, train.keep_checkpoints, wanted.options)
     best = Checkpoints(here / "best", 1, wanted.options) if held else None
@@ -90,7 +92,7 @@ def make(session: Session, workdir: Workdir) -> None:
         f"train: {len(training)} pairs, {len(stream)} steps of {train.batch}, {padding:.0%} padding, {shapes} shapes, "
         f"adapter rank {session.lora.rank}" + (f"; {len(held)} pairs held out." if held else ".")
     )
-    with TrainingLog(workdir, done, config) as log:
+    with TrainingLog(workdir, here, done, config) as log:
         held_out = _HeldOut(session, workdir, step_function, held, best, log) if held else None
         state = _steps(step_function, stream, state, done, checkpoints, log, held_out, train, workdir / "profile")
         log.summarize()
@@ -151,7 +153,7 @@ def _steps(step_function, stream, state, done, checkpoints, log, held_out, train
                 if traced and step == traced[0]:
                     jax.profiler.start_trace(str(profile))
                 state, metrics = step_function(state, batch, step)
-                metrics = {name: float(value) for name, value in metrics.items()}
+                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 if traced and step == traced[-1]:
                     jax.profiler.stop_trace()
                     print(f"Trace of {len(traced)} steps: {profile} (TensorBoard's profile plugin shows it).")
@@ -292,6 +294,23 @@ def run(config) -> None:
     """The command."""
     workdir, session = Workdir(config.workdir), Session(config)
     _ = session.lora  # refused now rather than after an hour of sampling
+    if config.adapter:
+        raise UserError(
+            f"config.adapter={config.adapter!r}: train makes an adapter and evaluates that; leave it empty "
+            "(config.lora.start names one that training goes on from)."
+        )
+    options.require_files(config, *(["data.pairs"] if config.data.pairs else ["data.train", "generate.samples"]))
+    if config.train.evaluate:
+        options.require_files(config, "data.eval")
+        if config.data.eval == "synthetic" and (config.data.train != "synthetic" or config.data.pairs):
+            raise UserError(
+                "config.data.eval='synthetic': the adapter would be evaluated on made-up questions; name held-out ones "
+                "of yours, or set config.train.evaluate=False."
+            )
+        if config.data.eval == config.data.train != "synthetic":
+            print(
+                "Warning: config.data.eval is config.data.train; scores on questions that were trained on say little."
+            )
     if config.train.wandb and find_spec("wandb") is None:
         raise UserError(f"config.train.wandb={config.train.wandb!r}: wandb is not installed (pip install wandb).")
     if jax.process_count() > 1 and config.train.answer_questions:

@@ -61,6 +61,12 @@ def write_atomic(path: epath.Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
+def append(path: epath.Path, text: str) -> None:
+    """Put text at the end of a file."""
+    with path.open("a") as file:
+        file.write(text)
+
+
 def from_lines(text: str) -> list[dict]:
     """Rows from JSON lines. Only a line feed ends a line: text may hold other line separators (U+2028) as they are."""
     return [json.loads(line) for line in text.split("\n") if line]
@@ -127,8 +133,9 @@ class Workdir:
           UserError: the artifact is not what its stage wrote.
         """
         manifest = self.manifest(name)
-        if manifest is None:
+        if manifest is None or not (self.path / name).exists():
             return False
+        self.check(name)  # what was changed by hand is not overwritten, whatever else has changed
         changes = [
             f"config.{key} was {manifest['options'].get(key)!r}, now {value!r}"
             for key, value in _plain(recipe.options).items()
@@ -141,7 +148,6 @@ class Workdir:
             more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
             print(f"{name} is out of date ({'; '.join(changes[:3])}{more}): making it again.")
             return False
-        self.check(name)
         print(f"{name} is up to date: kept.")
         return True
 
@@ -233,11 +239,12 @@ class Parts:
     def add(self, row: dict) -> None:
         """Keep a finished row."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.own.open("a") as file:
-            file.write(to_lines([row]))
+        append(self.own, to_lines([row]))
         self.done[row["id"]] = row
 
     def clear(self) -> None:
-        """Drop the parts, once the artifact that they make up is published."""
-        if self.folder.exists():
-            self.folder.rmtree()
+        """Drop the stage's parts, once its artifact is published; those of other options too."""
+        if self.folder.parent.exists():
+            for folder in self.folder.parent.iterdir():
+                if folder.name.rpartition("-")[0] == self.folder.name.rpartition("-")[0]:
+                    folder.rmtree()

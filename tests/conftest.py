@@ -1,6 +1,5 @@
 """Shared fixtures: eight simulated devices, small random models made by transformers, and the real SmolLM2."""
 
-import json
 import os
 import tempfile
 
@@ -21,7 +20,7 @@ from roserag_jax.models import source, weights
 from roserag_jax.rag import synthetic
 from roserag_jax.runtime import session
 from roserag_jax.runtime.mesh import make_mesh
-from roserag_jax.workdir import Workdir
+from roserag_jax.workdir import Workdir, to_lines
 
 # Many tests compile the same programs anew, some in processes of their own: they share what one has compiled.
 _compiled = tempfile.TemporaryDirectory()
@@ -214,6 +213,8 @@ def config_of(alone, model_folder, tmp_path_factory):
         config.model, config.dtype = str(model_folder), "float32"
         config.workdir = str(workdir or tmp_path_factory.mktemp("work"))
         config.data.train, config.data.train_rows, config.data.eval_rows = str(train_file), 6, 5
+        if train_file != "synthetic":
+            config.data.eval = str(Path(train_file).with_name("eval.jsonl"))
         config.data.synthetic_passages = config.prompt.passages = 2
         config.prompt.max_tokens = 320
         config.generate.guided_samples, config.generate.plain_samples, config.generate.batch = 0, 6, 4
@@ -237,7 +238,8 @@ def questions(config_of, tmp_path_factory):
     for row, made in zip(rows, work.rows("candidates.jsonl"), strict=True):
         said = sorted({c["answer"] for c in made["candidates"] if any(ch.isalnum() for ch in c["answer"])})
         row["golden_answers"] = said[:1] or row["golden_answers"]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text(to_lines(rows))
+    file.with_name("eval.jsonl").write_text(to_lines(synthetic.generate(5, "eval", passages=2)))
     return file
 
 

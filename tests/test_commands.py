@@ -1,5 +1,6 @@
 """The commands on a small random model: the whole path, what makes artifacts stale, and what each command says."""
 
+import copy
 import json
 import re
 import sys
@@ -17,7 +18,7 @@ from roserag_jax import config as options
 from roserag_jax import evaluate, export, generate, inspect, select, train
 from roserag_jax.errors import UserError
 from roserag_jax.report import comparison
-from roserag_jax.report.training import verdict
+from roserag_jax.report.training import TrainingLog, verdict
 from roserag_jax.runtime import session
 from roserag_jax.runtime.decoder import Decode
 from roserag_jax.runtime.mesh import make_mesh
@@ -149,11 +150,11 @@ def test_a_text_ends_a_response(finished):
     answers = lambda *stop: {i: said for i, *said in respond(stop)}
     free = answers()
     longest = max((text for text, *_ in free.values()), key=len)
-    stop = longest[len(longest) // 2 :][:2]
-    assert stop
-    for i, (text, finished_too, _) in answers(stop, "never said").items():
-        whole, found, _ = free[i][0].partition(stop)
-        assert text == whole and (finished_too if found else finished_too == free[i][1])
+    for stop in (longest[len(longest) // 2 :][:2], longest[-2:]):  # in the middle, and where the limit is reached
+        assert stop
+        for i, (text, finished_too, _) in answers(stop, "never said").items():
+            whole, found, _ = free[i][0].partition(stop)
+            assert text == whole and (finished_too if found else finished_too == free[i][1])
 
 
 def test_a_row_cut_off_while_writing_is_made_again(tmp_path):
@@ -216,7 +217,15 @@ def test_adapter_and_merged_model_load_elsewhere(finished, model_folder):
     import transformers
 
     export.run(finished)
+    export.run(finished)  # its own folder it makes again
     work = Workdir(finished.workdir)
+    assert json.loads((work / "merged/merged_from.json").read_text())["adapter"] == str(work / "adapter")
+    elsewhere = copy.deepcopy(finished)
+    elsewhere.export.folder = str(model_folder)
+    before = digest(model_folder)
+    with pytest.raises(UserError, match="was not made by this command"):
+        export.run(elsewhere)
+    assert digest(model_folder) == before
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     # In float64 the files are compared, not torch's order of summation.
     adapted = peft.PeftModel.from_pretrained(base, work / "adapter").eval().double()
@@ -248,6 +257,7 @@ def test_a_damaged_checkpoint_is_passed_over(config_of, questions, capsys):
     train.run(config)
     assert f"{last} is damaged" in capsys.readouterr().out
     assert digest(work / "adapter") == expected
+    assert [p.name.split("-")[0] for p in (run_folder / "damaged").iterdir()] == [last.name]
 
 
 def test_evaluation_while_training(config_of, questions, capsys):
@@ -273,6 +283,11 @@ def test_evaluation_while_training(config_of, questions, capsys):
     out = capsys.readouterr().out
     assert f"The adapter is that of step {best}, the best." in out and "going on after" not in out
     assert (digest(work / "adapter") == latest) == (best == last)
+    config.train.keep = "latest"
+    train.run(config)
+    assert digest(work / "adapter") == latest
+    config.train.keep = "best"
+    train.run(config)
     again = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in r.items() if "held_out" in k or k in ("step", "loss")} for r in again] == expected
 
@@ -288,6 +303,19 @@ def test_overfitting_is_said():
     assert "from step 0 to 4 training's margin goes to 0.250, the held-out f1 from 30.000" in said
     assert "keep" not in said
     assert "Overfitting" not in verdict(steps, [held(0, 10.0), held(2, 20.0), held(4, 30.0)], "latest")
+
+
+def test_runs_that_take_turns_in_a_workdir_keep_their_own_curves(config_of):
+    """One run stops, another with other options begins and stops, the first goes on."""
+    config = config_of()
+    work = Workdir(config.workdir)
+    for run, done, losses in (("a", 0, (3.0, 2.0)), ("b", 0, (9.0,)), ("a", 1, (1.0,))):
+        with TrainingLog(work, work / "checkpoints" / run, done, config) as log:
+            for step, loss in enumerate(losses, done + 1):
+                log.write(step, {"loss": loss})
+    assert [row["loss"] for row in log.rows] == [3.0, 1.0]
+    rows = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+    assert rows == log.rows and [row["step"] for row in rows] == [1, 2]
 
 
 def test_wandb_must_be_installed(config_of, monkeypatch):
@@ -345,11 +373,13 @@ def test_workdir_never_reads_what_is_not_whole(tmp_path, capsys):
     work.publish("rows.jsonl", recipe, '{"n": 1}\n', 1)
     assert work.fresh("rows.jsonl", recipe) and work.rows("rows.jsonl") == [{"n": 1}]
     assert not work.fresh("rows.jsonl", Recipe({"a": 2}, {"in": "y"}))
+    assert work.fresh("rows.jsonl", recipe)
     out = capsys.readouterr().out
     assert "config.a was 1, now 2" in out and "in has changed" in out
     (tmp_path / "rows.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="changed or damaged"):
-        work.rows("rows.jsonl")
+    for touch in (lambda: work.rows("rows.jsonl"), lambda: work.fresh("rows.jsonl", Recipe({"a": 3}, {"in": "x"}))):
+        with pytest.raises(UserError, match="changed or damaged"):
+            touch()
     (tmp_path / "rows.jsonl.manifest.json").unlink()
     with pytest.raises(UserError, match="is missing"):
         work.check("rows.jsonl")
@@ -369,6 +399,7 @@ def test_systems_side_by_side(finished, config_of, tmp_path, capsys, monkeypatch
         "evaluate.passages": (1, 2),
         "evaluate.noise": ("none", "counterfactual1"),
         "data.train": finished.data.train,
+        "data.eval": finished.data.eval,
     }
     config = config_of(workdir=finished.workdir, **changes)
     before = digest(work / "eval/base")

@@ -31,8 +31,11 @@ CHANGES = {
 }
 
 
-def written(arch, folder, **header):
-    """A small random model as a GGUF file, and its transformers configuration; `header` adds or replaces fields."""
+def written(arch, folder, early=False, **header):
+    """A small random model as a GGUF file, and its transformers configuration; `header` adds or replaces fields.
+
+    Early files of Gemma 2 say nothing of its window and soft-caps.
+    """
     import transformers
 
     torch.manual_seed(0)
@@ -55,9 +58,9 @@ def written(arch, folder, **header):
     writer.add_vocab_size(hf.vocab_size)
     rotary = hf.rope_parameters.get("full_attention", hf.rope_parameters)
     writer.add_rope_freq_base(rotary["rope_theta"])
-    if arch.startswith("gemma"):
+    if arch.startswith("gemma") and not early:
         writer.add_sliding_window(hf.sliding_window)
-    if arch == "gemma2":
+    if arch == "gemma2" and not early:
         writer.add_attn_logit_softcapping(hf.attn_logit_softcapping)
         writer.add_final_logit_softcapping(hf.final_logit_softcapping)
     for key, value in header.items():
@@ -90,6 +93,11 @@ def _finish(writer):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_an_early_gemma_2_file_has_the_familys_window_and_soft_caps(tmp_path):
+    config = source.open_source(str(written("gemma2", tmp_path, early=True)[0])).config
+    assert (config.sliding_window, config.attention_softcap, config.final_softcap) == (4096, 50.0, 30.0)
 
 
 @pytest.mark.parametrize("arch", FAMILIES)

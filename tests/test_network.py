@@ -186,7 +186,8 @@ def test_an_adapter_made_by_peft_loads_here(tiny_folder, tiny_llama, one_device,
 
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
-    for change in ({"use_dora": True}, {"rank_pattern": {"k_proj": 2}}, {"target_modules": "k.*"}, {"bias": "all"}):
+    changes = ({"use_dora": True}, {"rank_pattern": {"k_proj": 2}}, {"target_modules": "k.*"}, {"bias": "all"})
+    for change in (*changes, {"init_lora_weights": "pissa_niter_4"}):
         file.write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=next(iter(change))):
             adapters.load(tmp_path, opened.config, one_device)

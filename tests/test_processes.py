@@ -165,6 +165,11 @@ def test_bad_input_is_one_message(config_of, tmp_path, questions):
         (["--config.model=/nowhere/model"], "no folder /nowhere/model"),
         (["--config.mesh.tensor=7", "--config.mesh.fsdp=3"], "does not make 1 devices"),
         (["train"], "Unexpected argument 'train'"),
+        (["--config=none.py"], "There is no configuration file none.py"),
+        (["--config.train.gamma=1.0"], "config.train.gamma=1.0: config.train.loss='orpo' has no such term"),
+        (["--config.train.learning_rate=nan"], "config.train.learning_rate=nan: must be at least 0"),
+        (["--config.prompt.stop=('',)"], "config.prompt.stop=('',): a tuple of texts"),
+        (["--config.retrieve.cache=c.json"], "is read with config.retrieve.retriever=cache only"),
     ]:
         done = command("generate", config, *arguments)
         assert done.returncode == 2 and expected in done.stderr, (arguments, done.stderr[-2000:])
@@ -182,6 +187,11 @@ def test_answer(finished, tmp_path):
     done = command("answer", finished, "--question", "Which colour is moss?", corpus)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Answer: ") and "1. moss (score" in done.stdout and "Moss is green." in done.stdout
+    (tmp_path / "tin.txt").write_text("Tin has no colour.")
+    asked = ("--question", "Which colour is moss?", corpus, "--config.prompt.order=best_last")
+    done = command("answer", finished, *asked)
+    assert "2. moss (score" in done.stdout  # the numbers are the prompt's
+    (tmp_path / "tin.txt").unlink()
     rows = [{"id": "a", "question": "Why?", "contexts": [{"text": "Because."}]}, {"id": "b", "question": "How?"}]
     file = tmp_path / "q.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

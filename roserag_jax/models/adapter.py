@@ -55,8 +55,11 @@ def to_files(adapter: nnx.State, lora: LoRAConfig, base: str) -> dict[str, str |
 # What the network implements of PEFT's fields that change what an adapter computes or holds.
 _PLAIN = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(
     "use_dora fan_in_fan_out lora_bias modules_to_save rank_pattern alpha_pattern exclude_modules layers_to_transform "
-    "layer_replication use_qalora alora_invocation_tokens trainable_token_indices target_parameters".split()
+    "layer_replication use_qalora alora_invocation_tokens trainable_token_indices target_parameters use_bdlora "
+    "arrow_config kasa_config velora_config monteclora_config".split()
 )
+# Ways to begin an adapter that change the base weights with it; PEFT can convert such an adapter when it saves one.
+_WITH_ITS_BASE = ("pissa", "corda", "olora", "loftq")
 
 
 def read_config(folder: Path) -> LoRAConfig:
@@ -72,6 +75,11 @@ def read_config(folder: Path) -> LoRAConfig:
     for key, wanted in _PLAIN.items():
         if (config.get(key) or None) != wanted:
             raise UserError(f"{file}: {key}={config[key]!r} is not implemented.")
+    if (start := str(config.get("init_lora_weights"))).startswith(_WITH_ITS_BASE):
+        raise UserError(
+            f"{file}: init_lora_weights={start!r} belongs to base weights that it changed; save it converted "
+            "(path_initial_model_for_weight_conversion)."
+        )
     targets = config["target_modules"]
     if isinstance(targets, str) and targets != "all-linear":
         raise UserError(f"{file}: target_modules={targets!r} is a pattern, which is not implemented; list the modules.")

@@ -156,12 +156,13 @@ def _transformers_config(arch: str, field, shapes, factors, source: str):
         "pad_token_id": field("tokenizer.ggml.padding_token_id"),
     }
     if model_type.startswith("gemma"):
-        fields["sliding_window"] = get("attention.sliding_window")
         # llama.cpp writes no query scale; its 27B models, known by their layers, scale by the width of a head's share.
         largest = (arch, get("block_count")) in (("gemma2", 46), ("gemma3", 62))
         fields["query_pre_attn_scalar"] = dim // heads if largest else head_dim
-        fields["attn_logit_softcapping"] = get("attn_logit_softcapping")
-        fields["final_logit_softcapping"] = get("final_logit_softcapping")
+        names = ("attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+        said = {name.removeprefix("attention."): get(name) for name in names}
+        # Early files say none of them; they are then the family's.
+        fields |= {name: value for name, value in said.items() if value is not None}
     if model_type == "gemma3_text":
         local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
         fields["rope_parameters"] = {"full_attention": rope_parameters, "sliding_attention": local}

@@ -111,7 +111,12 @@ def resolve(model: str, revision: str | None = None, weights: bool = True) -> Pa
 
     patterns = ["*.json", "*.jinja", "tokenizer.model"] + (["*.safetensors"] if weights else [])
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=patterns))
+        # Mistral's repositories hold the weights a second time.
+        return Path(
+            huggingface_hub.snapshot_download(
+                model, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"]
+            )
+        )
     except Exception as error:  # the Hub client raises many kinds; all mean that the model cannot be had
         raise UserError(
             f"config.model: {model} is no local path and could not be fetched from the Hub "

@@ -11,14 +11,18 @@ def load(model: str, tokenizer: str = "", revision: str | None = None):
     """A `transformers` tokenizer for `config.model`, or for `config.tokenizer` where that is given.
 
     Raises:
-      UserError: the GGUF file's tokenizer is of a kind that is not rebuilt here.
+      UserError: there is none, or the GGUF file's tokenizer is of a kind that is not rebuilt here.
     """
     import transformers
 
-    path = resolve(tokenizer or model, revision, weights=False)
+    path = resolve(tokenizer or model, None if tokenizer else revision, weights=False)
     if path.suffix == ".gguf":
         return _from_gguf(path)
-    return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} has no tokenizer that can be read ({first}); name one in config.tokenizer.") from error
 
 
 def _from_gguf(path: Path):

@@ -126,7 +126,9 @@ class Layer(nnx.Module):
         v = self.v_proj(x, key).reshape(-1, c.num_kv_heads, c.head_dim)
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rope.rotate(q, cos, sin) * jnp.asarray(c.attention_scale, q.dtype), rope.rotate(k, cos, sin), v
+        # In bfloat16 the scale itself would be rounded, where it is no power of two.
+        scaled = (rope.rotate(q, cos, sin).astype(jnp.float32) * c.attention_scale).astype(q.dtype)
+        return scaled, rope.rotate(k, cos, sin), v
 
     def finish(self, x: Float[Array, "T D"], attended: Float[Array, "T Hh"], key) -> Float[Array, "T D"]:
         """Output projection and MLP, each added to the residual stream."""

@@ -126,7 +126,8 @@ def question(
             length=length,
         )
         for branch in branches:
-            keep(source, answers.until(tokenizer.decode(branch.tokens), stop)[0], branch.finished)
+            text, ended = answers.until(tokenizer.decode(branch.tokens), stop)
+            keep(source, text, branch.finished or ended)
 
     if options.guided_samples and hint is None:
         yield Read(guided.tokens, shared[1])

@@ -3,6 +3,7 @@
 import collections
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from roserag_jax.errors import UserError
 from roserag_jax.rag import readers, synthetic
 
 HUB = "hf://"
+_KIND = {"is_supporting": "truth value", "score": "number"}
 
 
 def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
@@ -23,7 +25,7 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     yield number, line.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 
@@ -154,10 +156,17 @@ def _checked(row: dict, number: int, where: str, layout: str, answers: bool, con
         raise readers.Skip("no contexts; add them, or set config.retrieve.retriever=bm25")
     if not isinstance(row["metadata"], dict):
         raise UserError(f"{where}: metadata must be an object.")
+    if not isinstance(row["contexts"], list):
+        raise UserError(f"{where}: contexts must be a list of {{title, text}}.")
     for context in row["contexts"]:
         if not isinstance(context, dict) or not isinstance(context.get("text"), str):
             raise UserError(f"{where}: a context must be {{title, text}}.")
         context["title"] = str(context.get("title") or "")
+        for name, kinds in (("is_supporting", (bool, int)), ("score", (int, float))):
+            if context.setdefault(name) is None:
+                del context[name]
+            elif not isinstance(context[name], kinds):
+                raise UserError(f"{where}: a context's {name} is {context[name]!r}; it must be a {_KIND[name]}.")
     return row
 
 

@@ -125,7 +125,7 @@ class PromptBuilder:
 
     def _fitted(self, row: dict) -> tuple[list[str], int]:
         """The passages, cut so that the plain prompt fits, and how many of their tokens were cut."""
-        passages = self._passages(row, self.passages)[:: self.step]
+        passages = self._passages(self.shown(row))
         if len(self._render(passages, row, guided=False)[1]) <= self.max_tokens:
             return passages, 0
 
@@ -147,9 +147,13 @@ class PromptBuilder:
             f"config.prompt.max_tokens={self.max_tokens}. Raise it or shorten the question."
         )
 
-    def _passages(self, row: dict, passages: int) -> list[str]:
-        shown = [(self.neutral(c["title"]), self.neutral(c["text"])) for c in row.get("contexts", [])[:passages]]
-        return [f"{title}: {text}" if title else text for title, text in shown]
+    def shown(self, row: dict) -> list[dict]:
+        """The contexts that a row's prompt shows, in the order of their numbers."""
+        return row.get("contexts", [])[: self.passages][:: self.step]
+
+    def _passages(self, contexts: list[dict]) -> list[str]:
+        texts = [(self.neutral(c["title"]), self.neutral(c["text"])) for c in contexts]
+        return [f"{title}: {text}" if title else text for title, text in texts]
 
     def _content(self, passages: list[str], row: dict, guided: bool) -> str:
         hint = HINT.format(answer=self.neutral(row["golden_answers"][0])) if guided else ""
@@ -163,7 +167,7 @@ class PromptBuilder:
         turns = []
         for example, response in self.examples:
             # An example shows all of its passages, or none where the question has none, and then says nothing of them.
-            seen = self._passages(example, len(example["contexts"]) if self.passages else 0)
+            seen = self._passages(example["contexts"] if self.passages else [])
             turns.append({"role": "user", "content": self._content(seen, example, guided)})
             said = response if self.passages else _NAMED.sub("", response)
             turns.append({"role": "assistant", "content": said})

@@ -1,10 +1,11 @@
 """What training leaves to look at: its numbers step by step, and what its evaluations say."""
 
 import numpy as np
+from etils import epath
 
 from roserag_jax.report.tables import table
 from roserag_jax.runtime import processes
-from roserag_jax.workdir import Workdir, from_lines, to_lines, write_atomic
+from roserag_jax.workdir import Workdir, append, from_lines, to_lines, write_atomic
 
 
 class TrainingLog:
@@ -12,15 +13,22 @@ class TrainingLog:
     Biases every start is a run of its own.
 
     A step is a row, and so is an evaluation, whose names begin with 'held_out_'. Numbers that are none are null.
+
+    Args:
+      folder: of this run's checkpoints. Its rows are kept there too, so that those of a run with other options in the
+        same workdir are not taken for its own.
+      done: the step that the run starts from.
     """
 
-    def __init__(self, workdir: Workdir, done: int, config):
-        self.path = workdir / "metrics.jsonl"
-        before = from_lines(self.path.read_text()) if done and self.path.exists() else []
+    def __init__(self, workdir: Workdir, folder: epath.Path, done: int, config):
+        self.paths = folder / "metrics.jsonl", workdir / "metrics.jsonl"
+        before = from_lines(self.paths[0].read_text()) if done and self.paths[0].exists() else []
         self.all = [row for row in before if row["step"] <= done]
         self.events = self.wandb = None
         if not processes.is_main():
             return
+        for path in self.paths:
+            write_atomic(path, to_lines(self.all))
         from tensorboardX import SummaryWriter
 
         self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=done + 1)
@@ -47,7 +55,8 @@ class TrainingLog:
         row = {name: round(float(value), 6) if np.isfinite(value) else None for name, value in metrics.items()}
         self.all.append({"step": step, **row})
         if self.events:
-            write_atomic(self.path, to_lines(self.all))
+            for path in self.paths:
+                append(path, to_lines(self.all[-1:]))
             seen = {f"train/{name}": value for name, value in row.items() if value is not None}
             for name, value in seen.items():
                 self.events.add_scalar(name, value, step)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import signal
+import time
 
 import jax
 import numpy as np
@@ -65,10 +66,11 @@ class Checkpoints:
             self._manager.save(step, args=args)
 
     def restore(self, like: TrainState) -> tuple[int, TrainState]:
-        """The latest sound checkpoint as `(steps, state)`, or `(0, like)`; damaged ones are named and passed over."""
+        """The latest sound checkpoint as `(steps, state)`, or `(0, like)`; damaged ones are named and put aside."""
         self._manager.wait_until_finished()
         leaves, structure = jax.tree.flatten(like)
         abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
+        aside, found = [], (0, like)
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 restored = self._manager.restore(
@@ -77,13 +79,22 @@ class Checkpoints:
                 )
                 state = jax.tree.unflatten(structure, restored.arrays)
                 if state_digest(state) == restored.digest["sha256"]:
-                    return step, state
+                    found = step, state
+                    break
                 why = "its digest does not match"
             except Exception as error:  # whatever is wrong with the files, the checkpoint before may be sound
                 why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             print(f"Checkpoint {self.folder / str(step)} is damaged ({why}); trying the one before.")
-            self._manager.delete(step)
-        return 0, like
+            aside.append(step)
+        if aside:  # not deleted: the fault may be another one, and pass
+            processes.barrier("checkpoints tried")
+            if processes.is_main():
+                (self.folder / "damaged").mkdir(exist_ok=True)
+                for step in aside:
+                    (self.folder / str(step)).rename(self.folder / "damaged" / f"{step}-{time.time_ns()}")
+            processes.barrier("checkpoints put aside")
+            self._manager.reload()
+        return found
 
     def close(self) -> None:
         """Wait until everything is written."""

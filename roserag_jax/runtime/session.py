@@ -33,7 +33,15 @@ class Session:
     @functools.cached_property
     def source(self) -> source.Source:
         """The weights as named tensors."""
-        return source.open_source(self.config.model, self.config.revision or None)
+        found = source.open_source(self.config.model, self.config.revision or None)
+        config, most = self.config, found.config.max_positions
+        said = max(config.generate.max_tokens + config.generate.answer_tokens, config.evaluate.max_tokens)
+        if config.prompt.max_tokens + said > most:
+            print(
+                f"Warning: config.prompt.max_tokens={config.prompt.max_tokens} and responses of up to {said} tokens "
+                f"are more than the {most} positions that the model knows; the longest prompts are read badly."
+            )
+        return found
 
     @functools.cached_property
     def mesh(self):
@@ -51,6 +59,10 @@ class Session:
         own = Session(self.config)
         own.mesh = make_mesh(1, -1, self.config.mesh.tensor, jax.local_devices())
         return own
+
+    def let_go(self) -> None:
+        """Drop the weights that `own` holds beside this session's, before training needs the room."""
+        self.__dict__.pop("own", None)
 
     @functools.cached_property
     def dtype(self):

@@ -47,9 +47,12 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(learning_rate: float, steps: int, warmup: float, weight_decay: float, clip: float):
-    """AdamW behind a global-norm clip, warmed up linearly and annealed by a cosine to zero; and its schedule."""
+    """AdamW behind a global-norm clip, warmed up linearly and annealed by a cosine, and its schedule by step from 1.
+
+    The rate would be zero one step after the last.
+    """
     warm = max(1, round(warmup * steps))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm, max(steps, warm + 1))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm, max(steps, warm) + 1)
     adamw = optax.adamw(lambda count: schedule(count + 1), weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(clip), adamw), schedule
 
