@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct on HotPotQA, with passages that BM25 finds in a corpus: real questions, real noise.
 
-    python -m roserag_jax.train --config configs/hotpotqa_smollm2.py --config.data.train=... --config.data.eval=... \\
-        --config.retrieve.corpus=...
+    python -m roserag_jax.train --config configs/hotpotqa_smollm2.py
 
-The files are local; their paths default to a folder `../shared/data/hotpotqa` beside the checkout.
+Reads `data/hotpotqa/` in the current folder: `train.jsonl.gz` and `eval.jsonl.gz`, questions in a layout of
+docs/architecture.md, and `corpus.jsonl.gz`, rows of `{id, contents}`. Options name other files.
 """
 
 from importlib.util import module_from_spec, spec_from_file_location
@@ -19,7 +19,7 @@ def _quickstart():
 
 def get_config():
     config = _quickstart()  # the same model and machine
-    folder = Path("../shared/data/hotpotqa")
+    folder = Path("data/hotpotqa")
     config.workdir = "runs/hotpotqa_smollm2"
     config.data.train, config.data.eval = str(folder / "train.jsonl.gz"), str(folder / "eval.jsonl.gz")
     config.data.train_rows = config.data.eval_rows = 100
