@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         0,
         "of samples, the adapter's start and dropout, the order of training, held-out pairs, random selection, noise",
     ),
-    "workdir": Option("", "folder for everything that is made; local or gs://"),
+    "workdir": Option("", "folder for everything that is made; local, or gs:// with the extra 'gcs'"),
     "adapter": Option("", "PEFT folder used by evaluate, export, answer and score; empty is WORKDIR/adapter"),
     "distributed": Option(
         "", "processes of one run: 'auto' on a TPU pod or under Slurm, else 'HOST:PORT,PROCESSES,INDEX'; empty is one"

@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from etils import epath
 
@@ -38,12 +37,12 @@ def adapter_folder(config, workdir: Workdir) -> epath.Path:
     return epath.Path(config.adapter).expanduser() if config.adapter else workdir / "adapter"
 
 
-def adapter_in_use(config, workdir: Workdir) -> Path | None:
+def adapter_in_use(config, workdir: Workdir) -> epath.Path | None:
     """The adapter to answer with: the one that is named, else the workdir's if it has one; the choice is shown."""
     folder = adapter_folder(config, workdir)
     found = config.adapter or workdir.manifest("adapter") is not None
     print(f"Model: {config.model}, {f'adapter: {folder}' if found else 'no adapter'}", file=sys.stderr)
-    return Path(folder) if found else None
+    return folder if found else None
 
 
 def systems(config, workdir: Workdir) -> dict[str, epath.Path | None]:
@@ -53,7 +52,8 @@ def systems(config, workdir: Workdir) -> dict[str, epath.Path | None]:
       UserError: two adapters have one name, or one is not there.
     """
     found = {name: adapter_folder(config, workdir) if name == "adapter" else None for name in config.evaluate.systems}
-    for folder in (epath.Path(path).expanduser().resolve() for path in config.evaluate.adapters):
+    for path in config.evaluate.adapters:
+        folder = Workdir(path).path
         name = folder.parent.name if folder.name == "adapter" else folder.name
         name = re.sub(r"[^\w-]+", "_", name)
         if name in (*found, "closed_book", "base", "adapter"):
@@ -164,7 +164,7 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     missing, em = parts.missing(), sum(example["scores"]["em"] for example in parts.done.values())
     progress = Progress(f"evaluate {label}", len(parts.done) + len(missing), "questions", len(parts.done))
     if missing:
-        engine = session.own.engine(Path(folder) if folder else None)
+        engine = session.own.engine(folder)
         progress.phase(f"answering {len(missing)} questions")
         tokens, limits = [prompt.tokens for prompt in prompts], (config.evaluate.batch, config.evaluate.max_tokens)
         clock = time.monotonic()

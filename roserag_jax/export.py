@@ -7,12 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+from etils import epath
+
 from roserag_jax import config as options
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_folder
 from roserag_jax.models import weights
 from roserag_jax.runtime.session import Session
-from roserag_jax.workdir import Workdir
+from roserag_jax.workdir import Workdir, is_remote
 
 ORIGIN = "merged_from.json"  # says what a folder was made from, and that it may be made again
 
@@ -22,9 +24,10 @@ def run(config) -> None:
     import transformers
 
     workdir, session = Workdir(config.workdir), Session(config)
-    folder = Path(config.export.folder).expanduser() if config.export.folder else Path(workdir / "merged")
-    if "://" in str(folder):
-        raise UserError("config.export.folder must be local; write there and copy the folder.")
+    asked = epath.Path(config.export.folder).expanduser() if config.export.folder else workdir / "merged"
+    if is_remote(asked):
+        raise UserError(f"config.export.folder: {asked} is not local; name a local folder, and copy that.")
+    folder = Path(asked)
     if folder.exists() and not (folder / ORIGIN).exists():
         raise UserError(f"{folder} exists and was not made by this command; name another config.export.folder.")
     with workdir.lock():
@@ -35,7 +38,7 @@ def run(config) -> None:
         building = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        weights.save_merged(session.model(Path(adapter)), session.source, building)
+        weights.save_merged(session.model(adapter), session.source, building)
         session.tokenizer.save_pretrained(building)
         if not (building / "generation_config.json").exists():  # a GGUF file has none, and a turn must end
             ends = transformers.GenerationConfig(eos_token_id=list(session.stop_ids), pad_token_id=session.pad_id)

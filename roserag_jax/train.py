@@ -11,7 +11,6 @@ import collections
 import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -32,7 +31,7 @@ from roserag_jax.runtime.mesh import matmul_rate
 from roserag_jax.runtime.progress import Progress
 from roserag_jax.runtime.session import Session
 from roserag_jax.runtime.train_step import Objective, TrainState, TrainStep, make_optimizer
-from roserag_jax.workdir import Recipe, Workdir, digest
+from roserag_jax.workdir import Recipe, Workdir, digest, is_remote
 
 ARTIFACT = "adapter"
 _NO_INFLUENCE = tuple(
@@ -135,7 +134,7 @@ def _starting_adapter(session: Session):
     if not start:
         key = jax.random.key(config.seed)
         return weights.init_adapter(session.source.config, session.lora, session.mesh, key)
-    return adapters.load(Path(start).expanduser(), session.source.config, session.mesh)[1]
+    return adapters.load(epath.Path(start).expanduser(), session.source.config, session.mesh)[1]
 
 
 def _steps(step_function, stream, state, done, checkpoints, log, held_out, train, profile):
@@ -144,6 +143,13 @@ def _steps(step_function, stream, state, done, checkpoints, log, held_out, train
     rate = matmul_rate(step_function.mesh, jax.tree.leaves(step_function.base)[0].dtype)
     traced = range(done + 2, min(done + 2 + train.profile_steps, len(stream)))
     saved = done
+
+    def save():
+        nonlocal saved
+        log.save()
+        saved = done  # before the call, which ends even if it is told to stop
+        checkpoints.save(done, state)
+
     try:
         if held_out and held_out.due(done, len(stream)):
             held_out.evaluate(done, state)
@@ -172,19 +178,16 @@ def _steps(step_function, stream, state, done, checkpoints, log, held_out, train
                 held_out.evaluate(done, state)
                 clock = time.monotonic()
             if processes.told_to_stop(done):
-                saved = done
-                checkpoints.save(done, state)
+                save()
                 print(f"\nSaved step {done}.")
                 sys.exit(143)
             if done % train.checkpoint_every == 0 and done < len(stream):
-                saved = done  # before the call, which ends even if it is told to stop
-                checkpoints.save(done, state)
+                save()
         if done > saved:
-            saved = done
-            checkpoints.save(done, state)
+            save()
     except (KeyboardInterrupt, SystemExit):
         if done > saved and jax.process_count() == 1:  # several processes would have to save together
-            checkpoints.save(done, state)
+            save()
             print(f"\nSaved step {done}.")
         raise
     finally:
@@ -311,6 +314,8 @@ def run(config) -> None:
             print(
                 "Warning: config.data.eval is config.data.train; scores on questions that were trained on say little."
             )
+    if is_remote(workdir.path) and config.train.profile_steps:
+        raise UserError("config.train.profile_steps: the trace is written to a local workdir only; set it to 0.")
     if config.train.wandb and find_spec("wandb") is None:
         raise UserError(f"config.train.wandb={config.train.wandb!r}: wandb is not installed (pip install wandb).")
     if jax.process_count() > 1 and config.train.answer_questions:

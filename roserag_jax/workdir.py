@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
@@ -53,18 +54,21 @@ def digest(path: epath.Path) -> str:
     return result.hexdigest()
 
 
+def is_remote(path: epath.Path) -> bool:
+    """Whether a path is in a bucket, where files are written whole: nothing is appended or locked."""
+    return "://" in str(path)
+
+
 def write_atomic(path: epath.Path, content: str | bytes) -> None:
     """Write a file so that it is seen whole or not at all."""
+    content = content.encode() if isinstance(content, str) else content
+    if is_remote(path):  # as a bucket does anyway
+        path.write_bytes(content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.write_bytes(content)
     temporary.replace(path)
-
-
-def append(path: epath.Path, text: str) -> None:
-    """Put text at the end of a file."""
-    with path.open("a") as file:
-        file.write(text)
 
 
 def from_lines(text: str) -> list[dict]:
@@ -81,8 +85,8 @@ class Workdir:
     """Artifacts under one folder, local or remote (`gs://`)."""
 
     def __init__(self, path: str):
-        remote = "://" in path
-        self.path = epath.Path(path) if remote else epath.Path(path).expanduser().resolve()  # Orbax wants it absolute
+        found = epath.Path(path)
+        self.path = found if is_remote(found) else found.expanduser().resolve()  # Orbax wants it absolute
 
     def __truediv__(self, name: str) -> epath.Path:
         return self.path / name
@@ -101,10 +105,12 @@ class Workdir:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            local = "://" not in str(self.path)
+            local = not is_remote(self.path)
             handle = (self.path / ".lock").open("a") if local else contextlib.nullcontext()
+        except ImportError as error:
+            raise UserError(f"config.workdir={self.path}: {error} (pip install gcsfs).") from error
         except OSError as error:
-            raise UserError(f"config.workdir={self.path} cannot be written: {error.strerror}.") from error
+            raise UserError(f"config.workdir={self.path} cannot be written: {error.strerror or error}.") from error
         with handle:
             if local:
                 import fcntl
@@ -204,7 +210,7 @@ def _whole_lines(file: epath.Path) -> bytes:
 class Parts:
     """Finished rows of a stage under way, so that a stopped stage repeats only what was being worked on.
 
-    Several processes take turns at the rows, and each appends to a file of its own.
+    Several processes take turns at the rows, and each appends to a file of its own; in a bucket a row is a file.
 
     Args:
       ids: of all rows that the stage makes, in their order.
@@ -215,14 +221,15 @@ class Parts:
         self.own = self.folder / f"{jax.process_index():04d}.jsonl"
         self.ids, self.done = ids, {}
         self.read()
-        if self.own.exists() and self.own.read_bytes() != (whole := _whole_lines(self.own)):
+        if not is_remote(self.own) and self.own.exists() and self.own.read_bytes() != (whole := _whole_lines(self.own)):
             write_atomic(self.own, whole)
 
     def read(self) -> None:
         """Find the finished rows, those of other processes too."""
         if self.folder.exists():
-            for file in sorted(self.folder.glob("*.jsonl")):
-                self.done |= {row["id"]: row for row in from_lines(_whole_lines(file).decode())}
+            with ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
+                for lines in pool.map(_whole_lines, sorted(self.folder.glob("*.jsonl"))):
+                    self.done |= {row["id"]: row for row in from_lines(lines.decode())}
 
     def missing(self) -> list[int]:
         """The rows that this process has to make, by their place."""
@@ -238,8 +245,12 @@ class Parts:
 
     def add(self, row: dict) -> None:
         """Keep a finished row."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        append(self.own, to_lines([row]))
+        if is_remote(self.own):
+            (self.folder / f"{self.own.stem}-{len(self.done):08d}.jsonl").write_text(to_lines([row]))
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.own.open("a") as file:
+                file.write(to_lines([row]))
         self.done[row["id"]] = row
 
     def clear(self) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import socket
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from roserag_jax.runtime import session
 from roserag_jax.runtime.decoder import Decode
 from roserag_jax.runtime.mesh import make_mesh
 from roserag_jax.runtime.sampler import Sampling
+from roserag_jax.runtime.train_step import TrainStep
 from roserag_jax.workdir import Parts, Recipe, Workdir, digest, to_lines
 
 torch = pytest.importorskip("torch")
@@ -365,6 +367,53 @@ def test_inspect(config_of, model_folder, capsys):
 def test_a_relative_workdir_can_hold_checkpoints(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Workdir("runs/x").path.is_absolute() and str(Workdir("gs://bucket/x").path) == "gs://bucket/x"
+
+
+def test_a_workdir_in_a_bucket(config_of, questions, tmp_path, capsys, monkeypatch):
+    """The whole path through `gs://`, against an emulator: stopped, it goes on; the adapter is that of a local run."""
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for things that the emulator lacks
+    for variable in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):  # gcsfs's and Orbax's
+        monkeypatch.setenv(variable, f"http://localhost:{port}")
+    server.start()
+    try:
+        local = config_of(questions)
+        train.run(local)
+        config = config_of(questions)
+        config.workdir = "gs://bucket/runs/one"
+        steps = TrainStep.__call__
+
+        def interrupted(self, state, batch, step):
+            if step == 3:
+                raise KeyboardInterrupt
+            return steps(self, state, batch, step)
+
+        monkeypatch.setattr(TrainStep, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config)
+        assert "Saved step 3" in capsys.readouterr().out
+        monkeypatch.setattr(TrainStep, "__call__", steps)
+        train.run(config)
+        ours, theirs = Workdir(config.workdir), Workdir(local.workdir)
+        losses = lambda work: [json.loads(line)["loss"] for line in (work / "metrics.jsonl").read_text().splitlines()]
+        assert losses(ours) == losses(theirs)
+        for name in ("pairs.jsonl", "adapter", "eval/base", "eval/adapter"):
+            if "eval" not in name:
+                assert digest(ours / name) == digest(theirs / name)
+            else:
+                assert ours.manifest(name)["rows"] == 5
+        with pytest.raises(UserError, match="is not local"):
+            export.run(config)
+        config.export.folder = str(tmp_path / "merged")
+        export.run(config)
+        assert (tmp_path / "merged/model.safetensors").exists()
+    finally:
+        server.stop()
 
 
 def test_workdir_never_reads_what_is_not_whole(tmp_path, capsys):

@@ -1,10 +1,10 @@
 """The adapter as PEFT writes it: `adapter_config.json` and `adapter_model.safetensors`, made and read without torch."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -62,7 +62,7 @@ _PLAIN = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(
 _WITH_ITS_BASE = ("pissa", "corda", "olora", "loftq")
 
 
-def read_config(folder: Path) -> LoRAConfig:
+def read_config(folder: epath.Path) -> LoRAConfig:
     """Rank, alpha, dropout and targets of a PEFT adapter.
 
     Raises:
@@ -91,18 +91,18 @@ def read_config(folder: Path) -> LoRAConfig:
     return LoRAConfig(config["r"], config["lora_alpha"], dropout, targets, rslora)
 
 
-def load(folder: Path, model_config, mesh: Mesh) -> tuple[LoRAConfig, nnx.State]:
+def load(folder: epath.Path, model_config, mesh: Mesh) -> tuple[LoRAConfig, nnx.State]:
     """Read a PEFT adapter for the network of `model_config`.
 
     Raises:
       UserError: tensors are missing, left over or of another shape.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load as tensors_of
 
     lora, file = read_config(folder), folder / "adapter_model.safetensors"
     try:
-        tensors = load_file(file)
+        tensors = tensors_of(file.read_bytes())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     state = nnx.state(abstract_model(model_config, lora, np.float32), LoRAParam)

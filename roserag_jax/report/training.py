@@ -5,7 +5,7 @@ from etils import epath
 
 from roserag_jax.report.tables import table
 from roserag_jax.runtime import processes
-from roserag_jax.workdir import Workdir, append, from_lines, to_lines, write_atomic
+from roserag_jax.workdir import Workdir, from_lines, is_remote, to_lines, write_atomic
 
 
 class TrainingLog:
@@ -35,7 +35,8 @@ class TrainingLog:
         if config.train.wandb:
             import wandb
 
-            self.wandb = wandb.init(project=config.train.wandb, dir=str(workdir.path), config=config.to_dict())
+            here = None if is_remote(workdir.path) else str(workdir.path)
+            self.wandb = wandb.init(project=config.train.wandb, dir=here, config=config.to_dict())
 
     def __enter__(self):
         return self
@@ -55,8 +56,10 @@ class TrainingLog:
         row = {name: round(float(value), 6) if np.isfinite(value) else None for name, value in metrics.items()}
         self.all.append({"step": step, **row})
         if self.events:
-            for path in self.paths:
-                append(path, to_lines(self.all[-1:]))
+            if not is_remote(self.paths[0]):
+                for path in self.paths:
+                    with path.open("a") as file:
+                        file.write(to_lines(self.all[-1:]))
             seen = {f"train/{name}": value for name, value in row.items() if value is not None}
             for name, value in seen.items():
                 self.events.add_scalar(name, value, step)
@@ -64,12 +67,19 @@ class TrainingLog:
                 self.wandb.log(seen, step=step)
         return self.all[-1]
 
+    def save(self) -> None:
+        """In a bucket, where no row is appended by itself, write all; to be called before a checkpoint of theirs."""
+        if is_remote(self.paths[0]) and processes.is_main():
+            for path in self.paths:
+                write_atomic(path, to_lines(self.all))
+
     def summarize(self) -> None:
         """Print what a person should know of the whole run."""
         if skipped := sum(row.get("skipped", 0) for row in self.rows):
             print(f"{skipped:.0f} of {len(self.rows)} steps had a loss or gradient that is no number and were skipped.")
 
     def __exit__(self, *_):
+        self.save()
         if self.events:
             self.events.close()
         if self.wandb:

@@ -1,10 +1,10 @@
 """The model of a configuration, loaded once and only when a stage asks for it."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from roserag_jax.errors import UserError
 from roserag_jax.models import adapter as adapters
@@ -87,7 +87,7 @@ class Session:
         targets = tuple(t for t in PROJECTIONS if t in c.targets)
         asked = LoRAConfig(c.rank, c.alpha, c.dropout, targets, c.rslora)
         if c.start:
-            found = adapters.read_config(Path(c.start).expanduser())
+            found = adapters.read_config(epath.Path(c.start).expanduser())
             for name in ("rank", "alpha", "rslora", "targets"):
                 theirs, ours = getattr(found, name), getattr(asked, name)
                 if theirs != ours:
@@ -111,12 +111,12 @@ class Session:
         """A token for padding; it is never seen, so any will do."""
         return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
 
-    def model(self, adapter: Path | None = None):
+    def model(self, adapter: epath.Path | None = None):
         """The network, with a PEFT adapter from a folder if one is given."""
         lora, state = (None, None) if adapter is None else adapters.load(adapter, self.source.config, self.mesh)
         return weights.assemble(self.source.config, self.base, lora, state)
 
-    def engine(self, adapter: Path | None = None) -> Engine:
+    def engine(self, adapter: epath.Path | None = None) -> Engine:
         """An engine over `model(adapter)`, the adapter merged into the weights if the configuration says so."""
         model = self.model(adapter)
         if adapter is not None and self.config.merge:
