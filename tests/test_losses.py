@@ -1,5 +1,6 @@
 """Losses and log-probabilities: TRL's and torch's numbers, in value and gradient, and no NaN anywhere."""
 
+import re
 import types
 
 import jax
@@ -7,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import FAMILIES  # noqa: F401 (sets up the simulated devices before JAX starts)
+from jax.sharding import NamedSharding, PartitionSpec
 
 from roserag_jax.models.logprobs import token_logprobs
+from roserag_jax.models.sharding import sharding
 from roserag_jax.preference import losses
+from roserag_jax.runtime.mesh import make_mesh
 
 torch = pytest.importorskip("torch")
 RNG = np.random.default_rng(0)
@@ -99,3 +103,26 @@ def test_token_logprobs_equal_torch(softcap, block):
     value, gradient = jax.value_and_grad(total)(jnp.asarray(hidden))
     np.testing.assert_allclose(value, (theirs.detach() * torch.tensor(weights)).sum(), atol=1e-4)
     np.testing.assert_allclose(gradient, h.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_token_logprobs_over_a_mesh(shape):
+    """Each device takes its own rows: the same numbers, and no sum of logits over devices in the loop over blocks."""
+    mesh, V = make_mesh(*shape), 512
+    hidden, table = RNG.normal(size=(8, 2, 24, 16)).astype("f"), RNG.normal(size=(V, 16)).astype("f")
+    targets = RNG.integers(0, V, (8, 2, 24)).astype(np.int32)
+    total = jax.value_and_grad(lambda *at: token_logprobs(*at, block=16).sum())
+    value, gradient = total(hidden, targets, table)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    placed = (
+        *jax.device_put((hidden, targets), rows),
+        jax.device_put(table, sharding((V, 16), ("vocab", "embed"), mesh)),
+    )
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(total).lower(*placed).compile()
+    ours, theirs = compiled(*placed)
+    np.testing.assert_allclose(ours, value, rtol=1e-6)
+    np.testing.assert_allclose(theirs, gradient, atol=1e-5)
+    assert theirs.sharding.is_equivalent_to(rows, 4)
+    sums = re.findall(r"f32\[([\d,]*)\]\S* all-reduce\(", compiled.as_text())
+    assert sums and all(dims.split(",")[-1] not in (str(V), str(V // shape[2])) for dims in sums)

@@ -4,11 +4,15 @@ Axes: T tokens, D model, V vocabulary, C tokens of a block.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from roserag_jax.models.sharding import partition_spec
 
 
 def token_logprobs(
@@ -23,11 +27,26 @@ def token_logprobs(
     The vocabulary projection is frozen, so its gradient rule needs only the hidden states' side:
     d logp / d hidden = table[target] - softmax @ table (each times the soft-cap's slope). That row is made in the
     forward pass, while the block's logits exist, and no logits are kept or made twice.
+
+    Over a mesh each device takes the blocks of its own rows. Left to the partitioner, a loop over blocks of all rows is
+    run by every device, with a sum of logits over devices in each turn where the table is split by `embed`.
     """
     if targets.size == 0:
         return jnp.zeros(targets.shape)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return _blocked(flat, targets.reshape(-1), table, softcap, block).reshape(targets.shape)
+
+    def of_rows(hidden, targets, table):
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return _blocked(flat, targets.reshape(-1), table, softcap, block).reshape(targets.shape)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = () if mesh.empty else partition_spec(targets.shape[:1], ("batch",), mesh)[0]
+    if not rows or math.prod(mesh.shape[axis] for axis in rows) == 1:
+        return of_rows(hidden, targets, table)
+    split, whole = PartitionSpec(rows), PartitionSpec()
+    # The tensor axis stays the partitioner's: it sums over the parts of the vocabulary.
+    return jax.shard_map(of_rows, in_specs=(split, split, whole), out_specs=split, axis_names=set(rows))(
+        hidden, targets, table
+    )
 
 
 def _logits(hidden, table, softcap):
