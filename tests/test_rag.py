@@ -233,6 +233,8 @@ def test_corpora(tmp_path):
     assert {p["title"] for p in passages} == {"moss"} and all(len(p["text"].split()) <= 240 for p in passages)
     best = BM25(passages).search(["Which colour is moss?"], 2)[0]
     assert "green" in best[0]["text"] and best[0]["score"] > best[1]["score"]
+    with pytest.raises(UserError, match="None of the 1 passages has a word"):
+        BM25([{"title": "", "text": "The and of."}])
     for bad in ("", str(tmp_path / "none"), write(tmp_path / "x.jsonl", {"id": 1})):
         with pytest.raises(UserError):
             datasets.read_corpus(bad)

@@ -47,7 +47,11 @@ def _context(passage: dict) -> dict:
 
 
 class BM25:
-    """Lucene's BM25 over passages `{id, title, text}`, by the `bm25s` library."""
+    """Lucene's BM25 over passages `{id, title, text}`, by the `bm25s` library.
+
+    Raises:
+      UserError: the passages are empty or hold stop words only.
+    """
 
     def __init__(self, passages: list[dict]):
         # bm25s starts JAX's backend when imported, which must wait until processes are set up.
@@ -55,7 +59,10 @@ class BM25:
 
         self._bm25s, self.passages = bm25s, passages
         self.index = bm25s.BM25(method="lucene")
-        self.index.index(self._tokens([f"{p['title']} {p['text']}" for p in passages]), show_progress=False)
+        try:
+            self.index.index(self._tokens([f"{p['title']} {p['text']}" for p in passages]), show_progress=False)
+        except ValueError as error:
+            raise UserError(f"None of the {len(passages)} passages has a word to search for.") from error
 
     def _tokens(self, texts: list[str]):
         return self._bm25s.tokenize(texts, stopwords="en", show_progress=False)
