@@ -205,6 +205,26 @@ def test_a_fresh_adapter_changes_nothing(tiny_llama, one_device):
     assert nnx.state(weights.assemble(opened.config, base), LoRAParam) == nnx.State({})
 
 
+def test_a_tied_table_may_be_there_twice_if_it_is_the_same(tiny_folder, tmp_path, one_device):
+    import json
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama")[0], folder)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    load = lambda: weights.load_base(source.open_source(str(folder)), jnp.dtype("float32"), one_device)
+    table = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": table.copy()}, folder / "model.safetensors")
+    load()
+    save_file(tensors | {"lm_head.weight": table + 1}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="lm_head.weight is not the table"):
+        load()
+
+
 def test_what_is_not_implemented_is_refused(tiny_folder, tmp_path):
     import json
     import shutil
