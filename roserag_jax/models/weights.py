@@ -72,7 +72,8 @@ def _check(source: Source, expected: dict[str, tuple[int, ...]]) -> None:
         pieces = ([source.read(name, (some,)) for name in names] for some in rows)
         if found[names[0]] != found[names[1]] or not all(np.array_equal(*piece) for piece in pieces):
             raise UserError(
-                f"{source.path}: its embeddings are tied, but lm_head.weight is not the table; set tie_word_embeddings to false."
+                f"{source.path}: its embeddings are tied, but lm_head.weight is not the table; set "
+                "tie_word_embeddings to false."
             )
 
 
