@@ -35,8 +35,8 @@ def run(config) -> None:
     if file is None:
         rows = [{"id": "question", "question": question}]
     else:
-        corpus = config.retrieve.corpus
-        rows = datasets.read_questions(file, 0, False, False, config.data.format, corpus)
+        layout, corpus = config.data.format, config.retrieve.corpus
+        rows = datasets.read_questions(file, answers=False, contexts=False, layout=layout, corpus=corpus)
     without = [row for row in rows if not row.get("contexts")]
     if without and config.prompt.passages:
         if not config.retrieve.corpus:

@@ -29,7 +29,7 @@ from roserag_jax.runtime.decoder import Decode, Read, Room
 from roserag_jax.runtime.engine import Engine
 from roserag_jax.runtime.progress import Progress
 from roserag_jax.runtime.session import Session
-from roserag_jax.workdir import Parts, Recipe, Workdir, digest, to_lines
+from roserag_jax.workdir import Parts, Recipe, Workdir, digest, located, to_lines
 
 
 def adapter_folder(config, workdir: Workdir) -> epath.Path:
@@ -52,15 +52,16 @@ def systems(config, workdir: Workdir) -> dict[str, epath.Path | None]:
       UserError: two adapters have one name, or one is not there.
     """
     found = {name: adapter_folder(config, workdir) if name == "adapter" else None for name in config.evaluate.systems}
-    for path in config.evaluate.adapters:
-        folder = Workdir(path).path
+    for folder in map(located, config.evaluate.adapters):
         name = folder.parent.name if folder.name == "adapter" else folder.name
         name = re.sub(r"[^\w-]+", "_", name)
         if name in (*found, "closed_book", "base", "adapter"):
             raise UserError(f"config.evaluate.adapters: {folder} would be called {name!r}, which is taken; rename it.")
-        if not folder.exists():
-            raise UserError(f"config.evaluate.adapters: there is no folder {folder}.")
         found[name] = folder
+    for name, folder in found.items():
+        own = name == "adapter" and not config.adapter  # the workdir's, which may be yet to come
+        if folder is not None and not own and not folder.exists():
+            raise UserError(f"There is no adapter {folder}.")
     return found
 
 
@@ -146,8 +147,6 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
         folder = adapter_folder(config, workdir)
         if not config.adapter:
             workdir.check("adapter")
-    if folder is not None and not folder.exists():
-        raise UserError(f"There is no adapter {folder}.")
     K = 0 if system == "closed_book" else passages or config.prompt.passages
     wanted = recipe(config, workdir, folder, K, noise)
     if workdir.fresh(name, wanted):

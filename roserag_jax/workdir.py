@@ -81,12 +81,17 @@ def to_lines(rows) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def located(path: str) -> epath.Path:
+    """A path of the user's, absolute where it is local."""
+    found = epath.Path(path)
+    return found if is_remote(found) else found.expanduser().resolve()
+
+
 class Workdir:
     """Artifacts under one folder, local or remote (`gs://`)."""
 
     def __init__(self, path: str):
-        found = epath.Path(path)
-        self.path = found if is_remote(found) else found.expanduser().resolve()  # Orbax wants it absolute
+        self.path = located(path)  # Orbax wants it absolute
 
     def __truediv__(self, name: str) -> epath.Path:
         return self.path / name

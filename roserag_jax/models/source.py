@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from roserag_jax.errors import UserError
+from roserag_jax.errors import UserError, first_line
 from roserag_jax.models import config as model_config
 from roserag_jax.models.gguf import GGUFFile
 
@@ -120,7 +120,7 @@ def resolve(model: str, revision: str | None = None, weights: bool = True) -> Pa
     except Exception as error:  # the Hub client raises many kinds; all mean that the model cannot be had
         raise UserError(
             f"config.model: {model} is no local path and could not be fetched from the Hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the network and, for a gated "
+            f"({type(error).__name__}: {first_line(error)}). Check the name, the network and, for a gated "
             "model, `hf auth login`; or give a local folder."
         ) from error
 

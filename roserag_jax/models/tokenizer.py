@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from roserag_jax.errors import UserError
+from roserag_jax.errors import UserError, first_line
 from roserag_jax.models import gguf
 from roserag_jax.models.source import resolve
 
@@ -21,8 +21,8 @@ def load(model: str, tokenizer: str = "", revision: str | None = None):
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} has no tokenizer that can be read ({first}); name one in config.tokenizer.") from error
+        why = first_line(error)
+        raise UserError(f"{path} has no tokenizer that can be read ({why}); name one in config.tokenizer.") from error
 
 
 def _from_gguf(path: Path):

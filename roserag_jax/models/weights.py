@@ -66,15 +66,19 @@ def _check(source: Source, expected: dict[str, tuple[int, ...]]) -> None:
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise UserError(f"{source.path}: {label}: {', '.join(names[:8])}{more}.")
-    if ignored & set(found):  # some files hold the tied table twice; one that differs is none of the two to guess
-        names, V = ("lm_head.weight", "model.embed_tokens.weight"), source.config.vocab_size
-        rows = (slice(i, min(i + 8192, V)) for i in range(0, V, 8192))
-        pieces = ([source.read(name, (some,)) for name in names] for some in rows)
-        if found[names[0]] != found[names[1]] or not all(np.array_equal(*piece) for piece in pieces):
-            raise UserError(
-                f"{source.path}: its embeddings are tied, but lm_head.weight is not the table; set "
-                "tie_word_embeddings to false."
-            )
+    if ignored & set(found):
+        _check_tied(source, found)
+
+
+def _check_tied(source: Source, found: dict[str, tuple[int, ...]]) -> None:
+    """Some files hold a tied table twice; if the second differs, which of them is meant is not to be guessed."""
+    table, again = "model.embed_tokens.weight", "lm_head.weight"
+    V, step = found[table][0], 8192
+    same = lambda rows: np.array_equal(source.read(table, (rows,)), source.read(again, (rows,)))
+    if found[table] != found[again] or not all(same(slice(i, min(i + step, V))) for i in range(0, V, step)):
+        raise UserError(
+            f"{source.path}: its embeddings are tied, but {again} is not the table; set tie_word_embeddings to false."
+        )
 
 
 @functools.partial(jax.jit, donate_argnums=0)

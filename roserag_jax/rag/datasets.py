@@ -9,11 +9,12 @@ from pathlib import Path
 
 from etils import epath
 
-from roserag_jax.errors import UserError
+from roserag_jax.errors import UserError, first_line
 from roserag_jax.rag import readers, synthetic
 
 HUB = "hf://"
-_KIND = {"is_supporting": "truth value", "score": "number"}
+# What a context may hold beside title and text: its types (a truth value is an int as well) and their name.
+_OPTIONAL = {"is_supporting": (int, "truth value"), "score": ((int, float), "number")}
 
 
 def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
@@ -79,8 +80,8 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
     try:
         found = load_dataset(f"{owner}/{dataset}", *configuration, split=wanted or split, revision=revision or None)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it has a loading script
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name} cannot be had from the Hub: {first} Download it and name the local file.") from error
+        why = first_line(error)
+        raise UserError(f"{name} cannot be had from the Hub: {why} Download it and name the local file.") from error
     yield from ((f"{name}, row {i}", row) for i, row in enumerate(found, 1))
 
 
@@ -162,11 +163,11 @@ def _checked(row: dict, number: int, where: str, layout: str, answers: bool, con
         if not isinstance(context, dict) or not isinstance(context.get("text"), str):
             raise UserError(f"{where}: a context must be {{title, text}}.")
         context["title"] = str(context.get("title") or "")
-        for name, kinds in (("is_supporting", (bool, int)), ("score", (int, float))):
-            if context.setdefault(name) is None:
-                del context[name]
+        for name, (kinds, what) in _OPTIONAL.items():
+            if context.get(name) is None:
+                context.pop(name, None)
             elif not isinstance(context[name], kinds):
-                raise UserError(f"{where}: a context's {name} is {context[name]!r}; it must be a {_KIND[name]}.")
+                raise UserError(f"{where}: a context's {name} is {context[name]!r}; it must be a {what}.")
     return row
 
 

@@ -39,8 +39,8 @@ def _passages(context: Any, facts: Any) -> list[dict]:
 
 def _golden(*answers: Any) -> list[str]:
     """A release's answers as text, yes or no for a truth value; those that are withheld are left out."""
-    text = lambda answer: {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer)
-    return [text(answer) for answer in answers if answer is not None and text(answer).strip()]
+    texts = ["yes" if a is True else "no" if a is False else str(a) for a in answers if a is not None]
+    return [text for text in texts if text.strip()]
 
 
 def _kept(row: dict, *names: str) -> dict:
