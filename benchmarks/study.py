@@ -116,7 +116,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rows", nargs="*", choices=tuple(ROWS), default=tuple(ROWS))
     parser.add_argument("--passages", type=int, nargs="*", default=(1, 2, 5, 8, 10))
-    parser.add_argument("--at", type=int, default=5, help="K of the comparison of all rows and of the noise")
+    parser.add_argument("--at", type=int, default=5, help="K of the comparison of all rows")
+    parser.add_argument("--noise-at", type=int, default=2, help="K before noise is added; evaluated without it too")
     parser.add_argument("--noise", nargs="*", default=NOISE)
     arguments, rest = parser.parse_known_args()
     arguments.rest = rest
@@ -136,7 +137,7 @@ def main() -> None:
     for adapters, passages, noise in (
         (every, (arguments.at,), ("none",)),
         (drawn, tuple(arguments.passages), ("none",)),
-        (drawn, (arguments.at,), tuple(arguments.noise)),
+        (drawn, (arguments.noise_at,), ("none", *arguments.noise) if arguments.noise else ()),
     ):
         if passages and noise:
             changes = {"evaluate.adapters": adapters, "evaluate.passages": passages, "evaluate.noise": noise}
@@ -151,7 +152,7 @@ def main() -> None:
     for over, asked, known in (("passages", arguments.passages, arguments.at), ("noise", arguments.noise, "none")):
         if {*asked} - {known}:
             made.append(arguments.workdir / f"{over}.svg")
-            plot.draw(in_curves, made[-1], over, passages=arguments.at)
+            plot.draw(in_curves, made[-1], over, passages=arguments.noise_at)
     print(f"Made {', '.join(map(str, made))}.")
 
 
