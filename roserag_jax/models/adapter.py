@@ -19,11 +19,11 @@ def _tensor_name(projection: str, kind: str, layer: int) -> str:
     return f"base_model.model.model.layers.{layer}.{module_name(projection)}.lora_{letter}.weight"
 
 
-def to_files(adapter: nnx.State, lora: LoRAConfig, base: str) -> dict[str, str | bytes]:
+def to_files(adapter: nnx.State, lora: LoRAConfig, base: str, revision: str = "") -> dict[str, str | bytes]:
     """The files of a folder that `peft.PeftModel.from_pretrained(model, folder)` and vLLM load, by name.
 
     Args:
-      base: what the adapter belongs to, written as `base_model_name_or_path`.
+      base, revision: what the adapter belongs to, written as `base_model_name_or_path` and `revision`.
     """
     from safetensors.numpy import save
 
@@ -35,6 +35,7 @@ def to_files(adapter: nnx.State, lora: LoRAConfig, base: str) -> dict[str, str |
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision or None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,

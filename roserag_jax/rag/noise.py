@@ -2,19 +2,21 @@
 
     none             the first K passages
     random<n>        n passages on other things added
-    same_topic<n>    n passages added that BM25 finds for the question but that are no gold ones (hard negatives)
+    same_topic<n>    n passages added that BM25 finds for the question (hard negatives)
     counterfactual<n>  n passages added that state a wrong answer
     no_gold          the first K passages that are not gold
     shuffled         the first K passages in another order
 
 Added passages come from a pool (a corpus, or the contexts of all questions), stand at drawn places among the K, which
-keep their order, and never hold a golden answer, but for a counterfactual statement that quotes a question that names
-it. Every draw is a function of (seed, noise, question id) alone.
+keep their order, are none of the question's own that are flagged as gold, and never hold a golden answer, but for a
+counterfactual statement that quotes a question that names it. Every draw is a function of (seed, noise, question id)
+alone.
 """
 
 import itertools
 import random
 import re
+from collections.abc import Callable
 
 from roserag_jax.errors import UserError
 from roserag_jax.rag import answers
@@ -44,13 +46,14 @@ class Noise:
       name: a condition, as above.
       rows: all questions that are asked; their golden answers are where wrong ones come from.
       pool: passages `{title, text}` to add.
+      index: makes the pool's index, where there is one already; it is asked for only if it is needed.
     """
 
-    def __init__(self, name: str, seed: int, rows: list[dict], pool: list[dict]):
+    def __init__(self, name: str, seed: int, rows: list[dict], pool: list[dict], index: Callable | None = None):
         self.kind, self.count = parse(name)
         self.name, self.seed, self.pool = name, seed, pool
         self.answers = sorted({row["golden_answers"][0] for row in rows})
-        self.index = BM25(pool) if self.kind == "same_topic" else None
+        self.index = (index() if index else BM25(pool)) if self.kind == "same_topic" else None
 
     def passages(self, row: dict, K: int) -> list[dict]:
         """What is shown for a row instead of its first K contexts.
@@ -70,11 +73,12 @@ class Noise:
         elif self.kind == "counterfactual":
             shown = _inserted(shown, self._claims(row, rng), rng)
         elif self.count:
-            shown = _inserted(shown, self._others(row, rng), rng)
+            gold = [c for c in contexts if c.get("is_supporting")]
+            shown = _inserted(shown, self._others(row, [*shown, *gold], rng), rng)
         return shown
 
-    def _others(self, row: dict, rng: random.Random) -> list[dict]:
-        own = {(c["title"], c["text"]) for c in row.get("contexts", [])}
+    def _others(self, row: dict, own: list[dict], rng: random.Random) -> list[dict]:
+        own = {(c["title"], c["text"]) for c in own}
         golden = [a for a in row["golden_answers"] if not answers.closed(a)]
         fits = lambda p: (p["title"], p["text"]) not in own and not answers.holds(p, golden)
         if self.index:

@@ -14,13 +14,11 @@ from roserag_jax.models.transformer import Transformer
 from roserag_jax.runtime.engine import Engine
 from roserag_jax.runtime.mesh import make_mesh
 
-_MODEL_OPTIONS = ("model", "revision", "tokenizer", "dtype")
-
 
 class Session:
     """Tokenizer, mesh, frozen weights and engines of one configuration, shared by the stages of a run."""
 
-    model_options = _MODEL_OPTIONS
+    model_options = ("model", "revision", "tokenizer", "dtype")
 
     def __init__(self, config):
         self.config = config
