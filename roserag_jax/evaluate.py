@@ -149,7 +149,7 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
       noise: a condition of `rag.noise`.
     """
     config, name = session.config, artifact(system, passages, noise)
-    with processes.main_first("retrieved"):
+    with processes.main_first():
         retrieve.make(config, workdir, ("eval",))
     folder = systems(config, workdir).get(system)
     if system == "adapter":
@@ -201,7 +201,7 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
             em += example["scores"]["em"]
             progress.update(len(parts.done), f"EM {100 * em / len(parts.done):.1f}")
     examples = parts.gather()
-    with processes.main_first("evaluation published"):
+    with processes.main_first():
         if processes.is_main():
             _publish(workdir, name, wanted, examples, {"system": system, "passages": K, "noise": noise})
             parts.clear()

@@ -78,7 +78,7 @@ def outside_samples(path: str, rows: list[dict]) -> list[list[str]]:
 def make(session: Session, workdir: Workdir) -> None:
     """Bring the candidates up to date."""
     config = session.config
-    with processes.main_first("retrieved"):
+    with processes.main_first():
         retrieve.make(config, workdir, ("train",))
     wanted = recipe(config, workdir)
     if workdir.fresh(ARTIFACT, wanted):
@@ -111,7 +111,7 @@ def make(session: Session, workdir: Workdir) -> None:
             correct, of = correct + here, of + made_here
             progress.update(len(parts.done), f"{correct} of {of} candidates correct")
     results = parts.gather()
-    with processes.main_first("candidates published"):
+    with processes.main_first():
         if processes.is_main():
             workdir.publish(ARTIFACT, wanted, to_lines(results), len(results))
             parts.clear()

@@ -103,7 +103,7 @@ def run(config) -> None:
     workdir = Workdir(config.workdir)
     options.require_files(config, "data.train", "data.eval")
     with workdir.lock():
-        with processes.main_first("retrieved"):
+        with processes.main_first():
             make(config, workdir)
         print(f"Made {workdir / ARTIFACTS['train']} and {workdir / ARTIFACTS['eval']}. Next: roserag_jax.generate.")
 

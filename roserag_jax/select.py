@@ -32,7 +32,7 @@ def make(session: Session, workdir: Workdir) -> None:
     config = session.config
     if not config.data.pairs:
         generate.make(session, workdir)
-    with processes.main_first("pairs"):
+    with processes.main_first():
         _make(session, workdir)
 
 

@@ -99,7 +99,8 @@ def make(session: Session, workdir: Workdir) -> None:
         )
     with TrainingLog(workdir, here, done, config) as log:
         held_out = _HeldOut(session, workdir, step_function, held, best, log) if held else None
-        state = _steps(step_function, stream, state, done, checkpoints, log, held_out, train, workdir / "profile")
+        with processes.stopping_together():
+            state = _steps(step_function, stream, state, done, checkpoints, log, held_out, train, workdir / "profile")
         log.summarize()
         if held_out:
             state = held_out.finish(state, train.keep)
@@ -183,7 +184,7 @@ def _steps(step_function, stream, state, done, checkpoints, log, held_out, train
             if held_out and held_out.due(done, len(stream)):
                 held_out.evaluate(done, state)
                 clock = time.monotonic()
-            if processes.told_to_stop(done):
+            if processes.told_to_stop():
                 save()
                 print(f"\nSaved step {done}.")
                 sys.exit(143)

@@ -84,7 +84,13 @@ def to_lines(rows) -> str:
 def located(path: str) -> epath.Path:
     """A path of the user's, absolute where it is local."""
     found = epath.Path(path)
-    return found if is_remote(found) else found.expanduser().resolve()
+    if is_remote(found):
+        import fsspec
+
+        # gcsfs keeps what a folder held when it looked; of several processes, another may have made something since.
+        fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+        return found
+    return found.expanduser().resolve()
 
 
 class Workdir:
@@ -105,28 +111,31 @@ class Workdir:
         Raises:
           UserError: another run holds it, or it cannot be written.
         """
-        if not processes.is_main():
+        with processes.main_first():
+            handle = self._locked() if processes.is_main() else contextlib.nullcontext()
+        with handle:
             yield
-            return
+
+    def _locked(self):
+        """What holds the lock while it is open."""
+        local = not is_remote(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            local = not is_remote(self.path)
             handle = (self.path / ".lock").open("a") if local else contextlib.nullcontext()
         except ImportError as error:
             raise UserError(f"config.workdir={self.path}: {error} (pip install gcsfs).") from error
         except OSError as error:
             raise UserError(f"config.workdir={self.path} cannot be written: {error.strerror or error}.") from error
-        with handle:
-            if local:
-                import fcntl
+        if local:
+            import fcntl
 
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(
-                        f"config.workdir={self.path} is in use by another run; wait for it, or give this run its own."
-                    ) from None
-            yield
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"config.workdir={self.path} is in use by another run; wait for it, or give this run its own."
+                ) from None
+        return handle
 
     def _manifest(self, name: str) -> epath.Path:
         path = self.path / name

@@ -101,9 +101,8 @@ def test_a_signal_waits_for_the_save(tmp_path):
 
 
 def test_two_processes_train_as_one(config_of, questions, finished):
-    """Two real processes with a device each, told to stop and gone on with: what one makes, from candidates on.
-
-    The first two are told where they meet; of the second two, each finds it out from what Slurm sets.
+    """Two real processes with a device each, stopped while decoding and while training, then gone on with: what one
+    makes. The last two find out where they meet from what Slurm sets; the others are told.
     """
     # Twelve steps, each with its checkpoint: time enough for both to agree on the step at which they stop.
     shared = {"train.held_out": 0.34, "train.epochs": 6, "train.checkpoint_every": 1}
@@ -112,16 +111,32 @@ def test_two_processes_train_as_one(config_of, questions, finished):
     config = config_of(questions, **shared, **{"mesh.data": 2, "mesh.fsdp": 1})
     expected, alone, work = Workdir(one.workdir), Workdir(finished.workdir), Workdir(config.workdir)
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     start = lambda distributed, **slurm: command(
         "train", config, f"--config.distributed={distributed}", wait=False, **slurm
     )
-    first, second = (start(f"localhost:{port},2,{i}") for i in range(2))
+
+    def start_both():
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        return [start(f"localhost:{port},2,{i}") for i in range(2)]
+
+    with work.lock():  # where one fails, the other does not wait for it
+        runs = start_both()
+        said = [run.communicate(timeout=200)[0] for run in runs]
+    assert [run.returncode for run in runs] == [2, 2], said
+    assert "in use by another run" in said[0] and "Process 0 stopped" in said[1]
+
+    first, second = start_both()
+    decoding = lambda: any((work / ".parts").glob("generate*/*.jsonl"))
+    code, said = stop_when(second, lambda: decoding() and first.send_signal(signal.SIGTERM) is None, signal.SIGTERM)
+    said = [first.communicate(timeout=200)[0], said]
+    assert code == first.returncode == 143 and not (work / "candidates.jsonl").exists(), said
+
+    first, second = start_both()
     code, said = stop_when(second, lambda: any((work / "checkpoints").glob("*/1")), signal.SIGTERM)
     said = [first.communicate(timeout=200)[0], said]
-    assert code == first.returncode == 143 and "Saved step" in said[0], said
+    assert code == first.returncode == 143 and "generate: going on after" in said[0] and "Saved step" in said[0], said
     # jax takes its port from the number of the job.
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     runs = [start("auto", **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]

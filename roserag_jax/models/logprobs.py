@@ -28,25 +28,23 @@ def token_logprobs(
     d logp / d hidden = table[target] - softmax @ table (each times the soft-cap's slope). That row is made in the
     forward pass, while the block's logits exist, and no logits are kept or made twice.
 
-    Over a mesh each device takes the blocks of its own rows. Left to the partitioner, a loop over blocks of all rows is
-    run by every device, with a sum of logits over devices in each turn where the table is split by `embed`.
+    Over a mesh each device takes the blocks of its own tokens. Left to the partitioner, every device runs the loop over
+    all blocks, with a sum of logits over devices in each turn where the table is split by `embed`.
     """
     if targets.size == 0:
         return jnp.zeros(targets.shape)
 
-    def of_rows(hidden, targets, table):
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return _blocked(flat, targets.reshape(-1), table, softcap, block).reshape(targets.shape)
-
+    of_rows = lambda *rows: _blocked(*rows, softcap, block)
+    tokens = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     mesh = jax.sharding.get_abstract_mesh()
-    rows = () if mesh.empty else partition_spec(targets.shape[:1], ("batch",), mesh)[0]
-    if not rows or math.prod(mesh.shape[axis] for axis in rows) == 1:
-        return of_rows(hidden, targets, table)
-    split, whole = PartitionSpec(rows), PartitionSpec()
-    # The tensor axis stays the partitioner's: it sums over the parts of the vocabulary.
-    return jax.shard_map(of_rows, in_specs=(split, split, whole), out_specs=split, axis_names=set(rows))(
-        hidden, targets, table
-    )
+    # Of the tokens, which the devices divide where they do not divide the batch.
+    rows = () if mesh.empty else partition_spec((targets.size,), ("batch",), mesh)[0]
+    if rows and math.prod(mesh.shape[axis] for axis in rows) > 1:
+        split, whole = PartitionSpec(rows), PartitionSpec()
+        # The tensor axis stays the partitioner's: it sums over the parts of the vocabulary.
+        specs = {"in_specs": (split, split, whole), "out_specs": split, "axis_names": set(rows)}
+        of_rows = jax.shard_map(of_rows, **specs)
+    return of_rows(*tokens, table).reshape(targets.shape)
 
 
 def _logits(hidden, table, softcap):

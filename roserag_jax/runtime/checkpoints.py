@@ -26,8 +26,7 @@ def state_digest(state: TrainState) -> str:
 @contextlib.contextmanager
 def undisturbed():
     """Hold Ctrl-C and SIGTERM back until the block is done, so that none falls inside it."""
-    # Where several processes run, JAX itself takes SIGTERM, so that all of them stop at one step.
-    held, stops = [], (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+    held, stops = [], (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.signal(stop, lambda number, _: held.append(number)) for stop in stops]
     try:
         yield

@@ -370,7 +370,7 @@ class Decoder:
                 self.stops,
                 jax.random.key(e.seed),
             )
-        self.state = {name: np.array(value) for name, value in state.items()}
+        self.state = {name: np.array(value) for name, value in jax.device_get(state).items()}
         self.turn = np.int32(self.turn)
         for b, slot in enumerate(self.slots):
             if slot and slot.running and slot.wish.ends:

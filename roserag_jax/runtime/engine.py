@@ -15,7 +15,8 @@ from roserag_jax.models.logprobs import token_logprobs
 from roserag_jax.models.sharding import sharding
 from roserag_jax.models.transformer import PrefixCache, Transformer, unstack
 
-_SCORED_TOKENS = 1 << 15  # the most tokens of responses in one program
+# The most of one program that scores: tokens of responses, and bytes of a layer's attention from them to the prompts.
+_SCORED_TOKENS, _SCORED_BYTES = 1 << 15, 1 << 31
 
 
 class Engine:
@@ -40,7 +41,8 @@ class Engine:
     def place(self, *arrays) -> list[jax.Array]:
         """Host arrays on the devices, their first axis over the mesh's batch axes."""
         batch = lambda a: sharding(a.shape, ("batch",) + (None,) * (a.ndim - 1), self.mesh)
-        return [jax.device_put(a, batch(a)) for a in map(np.asarray, arrays)]
+        arrays = [*map(np.asarray, arrays)]
+        return jax.device_put(arrays, [*map(batch, arrays)])
 
     def read_shared(self, prompts: list[list[int]]) -> PrefixCache | None:
         """Read what all prompts of a stage begin with (instructions, worked examples); None where it is short."""
@@ -60,7 +62,8 @@ class Engine:
         Many responses are scored in equal parts of N, so that the memory for their activations has a limit.
         """
         N, B = len(responses[0]), len(prompts)
-        parts = -(-N * B * bucket // _SCORED_TOKENS)
+        tokens, of_token = N * B * bucket, 4 * self.config.num_heads * cache.v.shape[3]
+        parts = max(-(-tokens // _SCORED_TOKENS), -(-tokens * of_token // _SCORED_BYTES))
         part = -(-N // min(parts, N))
         flat = [r for row in responses for r in row + [[]] * (-N % part)]
         targets, lengths = pad(flat, bucket, self.pad_id)

@@ -2,13 +2,17 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from roserag_jax.errors import UserError
+
+_told = threading.Event()  # SIGTERM came while `stopping_together`
 
 
 def start(distributed: str) -> None:
@@ -22,14 +26,17 @@ def start(distributed: str) -> None:
     if not distributed:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        if distributed == "auto":
-            jax.distributed.initialize()
-        else:
+        where = {}
+        if distributed != "auto":
             address, count, index = distributed.split(",")
-            jax.distributed.initialize(address, int(count), int(index))
+            where = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+        jax.distributed.initialize(**where, shutdown_timeout_seconds=60)  # of those that are left when one fails
     except (ValueError, RuntimeError) as error:
         raise UserError(f"config.distributed={distributed!r}: {error}") from error
+    # JAX has put a handler of its own in its place, with which a process ends only where all of them step together.
+    signal.signal(signal.SIGTERM, handler)
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
 
@@ -46,18 +53,41 @@ def barrier(name: str) -> None:
 
 
 @contextlib.contextmanager
-def main_first(name: str):
-    """Run the block in process 0 first; in the others when it is done there, and what it makes can be found."""
+def main_first():
+    """Run the block in process 0 first; in the others when it is done there, and what it makes can be found.
+
+    Raises:
+      UserError: in the others, if process 0 failed; they would wait for it otherwise.
+    """
     if not is_main():
-        barrier(name)
-    yield
-    if is_main():
-        barrier(name)
+        if not multihost_utils.broadcast_one_to_all(np.array(False)):
+            raise UserError("Process 0 stopped; what it printed says why.")
+        yield
+        return
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        multihost_utils.broadcast_one_to_all(np.array(done))
 
 
-def told_to_stop(step: int) -> bool:
-    """Whether any process got SIGTERM; True in all of them at the same step. One process alone handles it itself."""
-    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+@contextlib.contextmanager
+def stopping_together():
+    """In the block, SIGTERM to one of several processes is for all: `told_to_stop` says so. One alone just stops."""
+    if jax.process_count() == 1:
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, lambda *_: _told.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def told_to_stop() -> bool:
+    """Whether any of several processes got SIGTERM; all must ask, and get the same answer."""
+    return jax.process_count() > 1 and bool(multihost_utils.process_allgather(np.array(_told.is_set())).any())
 
 
 def whole(tree):
