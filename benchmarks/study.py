@@ -150,20 +150,19 @@ def main() -> None:
     for name in asked:
         budget = train(arguments, name, budget)
 
-    adapter = lambda name: str(arguments.workdir / name / "adapter")
-    every = tuple(adapter(name) for name in asked)
-    drawn = tuple(adapter(name) for name in CURVES if name in asked)
+    drawn = [name for name in CURVES if name in asked]
     evaluated = {"closed_book"}
-    for adapters, passages, noise in (
-        (every, (arguments.at,), ("none",)),
+    for names, passages, noise in (
+        (asked, (arguments.at,), ("none",)),
         (drawn, tuple(arguments.passages), ("none",)),
         (drawn, (arguments.noise_at,), ("none", *arguments.noise) if arguments.noise else ()),
     ):
         if passages and noise:
+            adapters = tuple(str(arguments.workdir / name / "adapter") for name in names)
             changes = {"evaluate.adapters": adapters, "evaluate.passages": passages, "evaluate.noise": noise}
             command("evaluate", arguments, shared, **{"evaluate.systems": ("closed_book", "base"), **changes})
-            systems = ["base", *(Path(folder).parent.name for folder in adapters)]
-            evaluated |= {artifact(s, K, n).removeprefix("eval/") for s in systems for K in passages for n in noise}
+            every = [artifact(name, K, n) for name in ("base", *names) for K in passages for n in noise]
+            evaluated |= {name.removeprefix("eval/") for name in every}
     try:
         report(arguments, evaluated)
     except UserError as error:

@@ -64,13 +64,14 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
     """
     index = None
     for split in splits:
-        name, wanted = ARTIFACTS[split], recipe(config, split)
+        name = ARTIFACTS[split]
         before = workdir.manifest(name)
         if before and config.data[split] == "synthetic" != before["options"][f"data.{split}"]:
             raise UserError(
                 f"config.data.{split}='synthetic', but {workdir / name} is of {before['options'][f'data.{split}']}: "
                 "give every command the same options (best in a file for --config), or this one another workdir."
             )
+        wanted = recipe(config, split)
         if workdir.fresh(name, wanted):
             continue
         rows = datasets.questions(config, split)

@@ -21,6 +21,7 @@ from roserag_jax import evaluate, generate, select
 from roserag_jax.errors import UserError
 from roserag_jax.models import adapter as adapters
 from roserag_jax.models import weights
+from roserag_jax.models.sharding import devices
 from roserag_jax.rag import answers, metrics
 from roserag_jax.report.comparison import comparison
 from roserag_jax.report.training import TrainingLog, score, verdict
@@ -91,10 +92,10 @@ def make(session: Session, workdir: Workdir) -> None:
         f"train: {len(training)} pairs, {len(stream)} steps of {train.batch}, {padding:.0%} padding, {shapes} shapes, "
         f"adapter rank {session.lora.rank}" + (f"; {len(held)} pairs held out." if held else ".")
     )
-    part, devices = train.batch // train.accumulate, session.mesh.shape["data"] * session.mesh.shape["fsdp"]
-    if part % devices:
+    part, over = train.batch // train.accumulate, devices("batch", session.mesh)
+    if part % over:
         print(
-            f"Warning: the {part} pairs of a step's part are not divided by the {devices} devices of mesh.data and "
+            f"Warning: the {part} pairs of a step's part are not divided by the {over} devices of mesh.data and "
             "mesh.fsdp, so each works on all of them; set config.train.batch to a multiple."
         )
     with TrainingLog(workdir, here, done, config) as log:

@@ -4,7 +4,6 @@ Axes: T tokens, D model, V vocabulary, C tokens of a block.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from roserag_jax.models.sharding import partition_spec
+from roserag_jax.models.sharding import devices, partition_spec
 
 
 def token_logprobs(
@@ -34,17 +33,16 @@ def token_logprobs(
     if targets.size == 0:
         return jnp.zeros(targets.shape)
 
-    of_rows = lambda *rows: _blocked(*rows, softcap, block)
+    of_tokens = lambda *arrays: _blocked(*arrays, softcap, block)
     tokens = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     mesh = jax.sharding.get_abstract_mesh()
     # Of the tokens, which the devices divide where they do not divide the batch.
-    rows = () if mesh.empty else partition_spec((targets.size,), ("batch",), mesh)[0]
-    if rows and math.prod(mesh.shape[axis] for axis in rows) > 1:
-        split, whole = PartitionSpec(rows), PartitionSpec()
+    over = None if mesh.empty else partition_spec((targets.size,), ("batch",), mesh)[0]
+    if over and devices("batch", mesh) > 1:
+        split, whole = PartitionSpec(over), PartitionSpec()
         # The tensor axis stays the partitioner's: it sums over the parts of the vocabulary.
-        specs = {"in_specs": (split, split, whole), "out_specs": split, "axis_names": set(rows)}
-        of_rows = jax.shard_map(of_rows, **specs)
-    return of_rows(*tokens, table).reshape(targets.shape)
+        of_tokens = jax.shard_map(of_tokens, in_specs=(split, split, whole), out_specs=split, axis_names=set(over))
+    return of_tokens(*tokens, table).reshape(targets.shape)
 
 
 def _logits(hidden, table, softcap):

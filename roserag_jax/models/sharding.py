@@ -18,12 +18,17 @@ RULES = {
 }
 
 
+def devices(name: str | None, mesh) -> int:
+    """How many devices of a mesh a logical axis is laid over."""
+    return math.prod(mesh.shape[axis] for axis in RULES.get(name, ()))
+
+
 def partition_spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh) -> PartitionSpec:
     """Mesh axes for an array of `shape` whose dimensions carry the logical names `axes`; None is a whole dimension."""
     entries = []
     for size, name in zip(shape, axes, strict=True):
         over = RULES.get(name, ())
-        fits = over and size % math.prod(mesh.shape[a] for a in over) == 0
+        fits = over and size % devices(name, mesh) == 0
         entries.append(over if fits else None)
     return PartitionSpec(*entries)
 

@@ -73,12 +73,12 @@ class Noise:
         elif self.kind == "counterfactual":
             shown = _inserted(shown, self._claims(row, rng), rng)
         elif self.count:
-            gold = [c for c in contexts if c.get("is_supporting")]
-            shown = _inserted(shown, self._others(row, [*shown, *gold], rng), rng)
+            shown = _inserted(shown, self._others(row, shown, rng), rng)
         return shown
 
-    def _others(self, row: dict, own: list[dict], rng: random.Random) -> list[dict]:
-        own = {(c["title"], c["text"]) for c in own}
+    def _others(self, row: dict, shown: list[dict], rng: random.Random) -> list[dict]:
+        gold = [c for c in row.get("contexts", []) if c.get("is_supporting")]
+        own = {(c["title"], c["text"]) for c in (*shown, *gold)}
         golden = [a for a in row["golden_answers"] if not answers.closed(a)]
         fits = lambda p: (p["title"], p["text"]) not in own and not answers.holds(p, golden)
         if self.index:

@@ -11,7 +11,6 @@ T new tokens, L layers, K key/value heads, h head size.
 
 import dataclasses
 import functools
-import math
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -24,7 +23,7 @@ from flax import nnx
 
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.logprobs import token_logprobs
-from roserag_jax.models.sharding import RULES, partition_spec, sharding
+from roserag_jax.models.sharding import devices, partition_spec, sharding
 from roserag_jax.models.transformer import OwnCache, PrefixCache, unstack
 from roserag_jax.runtime.engine import Engine, bucket, pad
 from roserag_jax.runtime.sampler import Sampling, draw, question_key
@@ -198,7 +197,7 @@ class Decoder:
 
     def __init__(self, engine: Engine, room: Room, prompt: int, also_stop: tuple[int, ...] = ()):
         c, self.engine, self.N = engine.config, engine, room.branches
-        self.D = math.prod(engine.mesh.shape[axis] for axis in RULES["batch"])
+        self.D = devices("batch", engine.mesh)
         B = -(-room.tasks // self.D) * self.D
         N, T = self.N, room.new
         self.P, self.M = bucket(prompt), room.slots

@@ -62,8 +62,8 @@ class Engine:
         Many responses are scored in equal parts of N, so that the memory for their activations has a limit.
         """
         N, B = len(responses[0]), len(prompts)
-        tokens, of_token = N * B * bucket, 4 * self.config.num_heads * cache.v.shape[3]
-        parts = max(-(-tokens // _SCORED_TOKENS), -(-tokens * of_token // _SCORED_BYTES))
+        of_token = 4 * self.config.num_heads * cache.v.shape[3]
+        parts = -(-N * B * bucket // min(_SCORED_TOKENS, _SCORED_BYTES // of_token))
         part = -(-N // min(parts, N))
         flat = [r for row in responses for r in row + [[]] * (-N % part)]
         targets, lengths = pad(flat, bucket, self.pad_id)
