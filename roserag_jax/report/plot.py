@@ -78,7 +78,7 @@ def draw(results: dict[str, dict], output: Path, over: str, metric: str = "em", 
     axes.set_ylabel(f"{_LABELS[metric]}, {'/'.join(map(str, sorted(questions)))} questions")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)  # inside it would lie over the bars
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150, metadata={"Date": None} if output.suffix == ".svg" else None)
 
