@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from roserag_jax.models import source, weights
-from roserag_jax.runtime.engine import Engine
-from roserag_jax.runtime.mesh import make_mesh
+from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.hub import source, weights
+from roserag_jax.inference.engine import Engine
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

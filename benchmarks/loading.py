@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from roserag_jax.models import source, weights
+from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.hub import source, weights
 from roserag_jax.models.lora import LoRAConfig
-from roserag_jax.runtime.mesh import make_mesh
 
 SHAPE = {
     "vocab_size": 128256,

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from benchmarks import common
-from roserag_jax.runtime import decoder
-from roserag_jax.runtime.decoder import Decode, Read, Room
-from roserag_jax.runtime.sampler import Sampling
+from roserag_jax.inference import decoder
+from roserag_jax.inference.decoder import Decode, Read, Room
+from roserag_jax.inference.sampling import Sampling
 
 _PASSAGE = 130  # tokens taken for a passage, and for what stands around all of them
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import artifact
 from roserag_jax.report import comparison, plot
-from roserag_jax.workdir import from_lines, to_lines, write_atomic
+from roserag_jax.workdir import from_jsonl, to_jsonl, write_atomic
 
 ROWS = {
     "roserag": {},  # first: its pairs are the budget
@@ -69,7 +69,7 @@ def command(stage: str, arguments, workdir: Path, **changes) -> None:
 
 def rows_of(file: Path) -> list[dict]:
     """Rows of a file of JSON lines."""
-    return from_lines(file.read_text())
+    return from_jsonl(file.read_text())
 
 
 def take_over(shared: Path, folder: Path) -> None:
@@ -95,14 +95,14 @@ def train(arguments, name: str, budget: int) -> int:
         golden = {row["id"]: row["golden_answers"][0] for row in rows_of(shared / "candidates.jsonl")}
         # The rejected response is RoseRAG's; this loss does not look at it.
         made = [{**pair, "chosen": f"Answer: {golden[i]}"} for i, pair in of_roserag.items()]
-        write_atomic(file, to_lines(made))
+        write_atomic(file, to_jsonl(made))
         changes["data.pairs"] = str(file)
     command("select", arguments, folder, **changes)
     count = len(rows_of(pairs))
     budget = budget or arguments.epochs * count
     if count > budget:  # 'all' has more than one pair a question
         file = folder / "drawn.jsonl"
-        write_atomic(file, to_lines(random.Random(0).sample(rows_of(pairs), budget)))
+        write_atomic(file, to_jsonl(random.Random(0).sample(rows_of(pairs), budget)))
         changes, count = {**changes, "data.pairs": str(file)}, budget
     epochs = max(1, round(budget / count))
     command("train", arguments, folder, **changes, **{"train.epochs": epochs, "train.evaluate": False})

@@ -21,13 +21,13 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import common
-from roserag_jax.models import source, weights
+from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.hub import source, weights
 from roserag_jax.models.lora import LoRAConfig, LoRAParam
 from roserag_jax.models.transformer import Transformer
-from roserag_jax.preference import losses
-from roserag_jax.runtime.loader import Pair, Stream
-from roserag_jax.runtime.mesh import make_mesh
-from roserag_jax.runtime.train_step import Objective, TrainStep, make_optimizer, summed_logprobs
+from roserag_jax.training import losses
+from roserag_jax.training.pair_loader import Pair, Stream
+from roserag_jax.training.train_step import Objective, TrainStep, make_optimizer, summed_logprobs
 
 LORA = LoRAConfig(16, 32.0)
 

@@ -1,6 +1,6 @@
 """Gemma-2-2B on a TPU or GPU: the paper's first model, LoRA rank 16, ORPO. Name your questions in config.data."""
 
-from roserag_jax import config as options
+from roserag_jax import options
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """Llama-3.2-1B on a TPU or GPU: the paper's second model, LoRA rank 16, ORPO. Name your questions in config.data."""
 
-from roserag_jax import config as options
+from roserag_jax import options
 
 
 def get_config():

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from roserag_jax import config as options
+from roserag_jax import options
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """Qwen2.5-1.5B on a TPU or GPU: the paper's third model, LoRA rank 16, ORPO. Name your questions in config.data."""
 
-from roserag_jax import config as options
+from roserag_jax import options
 
 
 def get_config():

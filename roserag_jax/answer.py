@@ -12,13 +12,13 @@ import json
 
 from absl import flags
 
-from roserag_jax import config as options
+from roserag_jax import cli
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_in_use, respond
-from roserag_jax.rag import answers, datasets
+from roserag_jax.rag import answers, corpora, questions
 from roserag_jax.rag.prompts import PromptBuilder
-from roserag_jax.rag.retrievers import BM25
-from roserag_jax.runtime.session import Session
+from roserag_jax.retrieval.bm25 import BM25
+from roserag_jax.session import Session
 from roserag_jax.workdir import Workdir
 
 _QUESTION = flags.DEFINE_string("question", None, "one question, answered from the corpus")
@@ -36,7 +36,7 @@ def run(config) -> None:
         rows = [{"id": "question", "question": question}]
     else:
         layout, corpus = config.data.format, config.retrieve.corpus
-        rows = datasets.read_questions(file, answers=False, contexts=False, layout=layout, corpus=corpus)
+        rows = questions.read_questions(file, answers=False, contexts=False, layout=layout, corpus=corpus)
     without = [row for row in rows if not row.get("contexts")]
     if without and config.prompt.passages:
         if not config.retrieve.corpus:
@@ -44,7 +44,7 @@ def run(config) -> None:
                 f"The question {without[0]['question']!r} has no contexts: name a corpus, "
                 "--config.retrieve.corpus=PATH."
             )
-        index = BM25(datasets.read_corpus(config.retrieve.corpus))
+        index = BM25(corpora.read_corpus(config.retrieve.corpus))
         found = index.search([row["question"] for row in without], config.prompt.passages)
         for row, contexts in zip(without, found, strict=True):
             row["contexts"] = contexts
@@ -69,4 +69,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__, alone=True)
+    cli.main(run, __doc__, alone=True)

@@ -18,20 +18,20 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from roserag_jax import config as options
-from roserag_jax import retrieve
+from roserag_jax import cli, options, retrieve
+from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.rag import answers, datasets, metrics
+from roserag_jax.inference import decoder
+from roserag_jax.inference.decoder import Decode, Read, Room
+from roserag_jax.inference.engine import Engine
+from roserag_jax.progress import Progress
+from roserag_jax.rag import answers, corpora, metrics
 from roserag_jax.rag.noise import Noise
 from roserag_jax.rag.prompts import PromptBuilder
-from roserag_jax.rag.retrievers import BM25
 from roserag_jax.report.comparison import summary
-from roserag_jax.runtime import decoder, processes
-from roserag_jax.runtime.decoder import Decode, Read, Room
-from roserag_jax.runtime.engine import Engine
-from roserag_jax.runtime.progress import Progress
-from roserag_jax.runtime.session import Session
-from roserag_jax.workdir import Parts, Recipe, Workdir, digest, located, to_lines
+from roserag_jax.retrieval.bm25 import BM25
+from roserag_jax.session import Session
+from roserag_jax.workdir import PartialResults, Recipe, Workdir, digest, resolve_path, to_jsonl
 
 
 def adapter_folder(config, workdir: Workdir) -> epath.Path:
@@ -54,7 +54,7 @@ def systems(config, workdir: Workdir) -> dict[str, epath.Path | None]:
       UserError: two adapters have one name, or one is not there.
     """
     found = {name: adapter_folder(config, workdir) if name == "adapter" else None for name in config.evaluate.systems}
-    for folder in map(located, config.evaluate.adapters):
+    for folder in map(resolve_path, config.evaluate.adapters):
         name = folder.parent.name if folder.name == "adapter" else folder.name
         name = re.sub(r"[^\w-]+", "_", name)
         if name in (*found, "closed_book", "base", "adapter"):
@@ -77,7 +77,7 @@ def artifact(system: str, passages: int | None, noise: str) -> str:
 def recipe(config, workdir: Workdir, folder: epath.Path | None, passages: int, noise: str) -> Recipe:
     """What an evaluation is made from."""
     names = [*Session.model_options, "prompt", "evaluate.max_tokens"]
-    inputs = {"retrieved_eval.jsonl": workdir.check(retrieve.ARTIFACTS["eval"])}
+    inputs = {"retrieved_eval.jsonl": workdir.verify(retrieve.ARTIFACTS["eval"])}
     if folder is not None:
         inputs["adapter"] = digest(folder)
     changed = {"prompt.passages": passages, "evaluate.noise": noise}
@@ -90,7 +90,7 @@ def recipe(config, workdir: Workdir, folder: epath.Path | None, passages: int, n
 @functools.lru_cache(maxsize=1)
 def _corpus(path: str) -> tuple[list[dict], Callable[[], BM25]]:
     """A corpus for all evaluations of a call, and what gives its index."""
-    pool = datasets.read_corpus(path)
+    pool = corpora.read_corpus(path)
     return pool, functools.cache(lambda: BM25(pool))
 
 
@@ -155,10 +155,10 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     if system == "adapter":
         folder = adapter_folder(config, workdir)
         if not config.adapter:
-            workdir.check("adapter")
+            workdir.verify("adapter")
     K = 0 if system == "closed_book" else passages or config.prompt.passages
     wanted = recipe(config, workdir, folder, K, noise)
-    if workdir.fresh(name, wanted):
+    if workdir.is_up_to_date(name, wanted):
         return json.loads((workdir / name / "metrics.json").read_text())
     rows = workdir.rows(retrieve.ARTIFACTS["eval"])
     if passages and passages > (most := max(len(row.get("contexts", [])) for row in rows)):
@@ -168,7 +168,7 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     builder = PromptBuilder(session.tokenizer, **shape)
     prompts = [builder.plain(row) for row in rows]
     label = name.removeprefix("eval/")
-    parts = Parts(workdir, f"evaluate-{label}", wanted.fingerprint(), [row["id"] for row in rows])
+    parts = PartialResults(workdir, f"evaluate-{label}", wanted.fingerprint(), [row["id"] for row in rows])
     missing, em = parts.missing(), sum(example["scores"]["em"] for example in parts.done.values())
     progress = Progress(f"evaluate {label}", len(parts.done) + len(missing), "questions", len(parts.done))
     if missing:
@@ -218,7 +218,7 @@ def _publish(workdir: Workdir, name: str, wanted: Recipe, examples: list[dict], 
     result |= {"prompts_cut": sum(e["prompt_cut"] > 0 for e in examples), "seconds_per_question": round(seconds, 4)}
     files = {
         "metrics.json": json.dumps(result, indent=2) + "\n",
-        "examples.jsonl": to_lines(examples),
+        "examples.jsonl": to_jsonl(examples),
         **_official(examples),
     }
     workdir.publish(name, wanted, files, len(examples))
@@ -270,4 +270,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__)
+    cli.main(run, __doc__)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from etils import epath
 
-from roserag_jax import config as options
+from roserag_jax import cli
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_folder
-from roserag_jax.models import weights
-from roserag_jax.runtime.session import Session
+from roserag_jax.hub import weights
+from roserag_jax.session import Session
 from roserag_jax.workdir import Workdir, is_remote
 
 ORIGIN = "merged_from.json"  # says what a folder was made from, and that it may be made again
@@ -33,7 +33,7 @@ def run(config) -> None:
     with workdir.lock():
         adapter = adapter_folder(config, workdir)
         if not config.adapter:
-            workdir.check("adapter")
+            workdir.verify("adapter")
         # Built beside its place and then renamed, so that a half-written model is never found there.
         building = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(building, ignore_errors=True)
@@ -52,4 +52,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__, alone=True)
+    cli.main(run, __doc__, alone=True)

@@ -8,18 +8,18 @@ answer, source, correct, logprob, tokens}], dropped}`. Stopped, it goes on with 
 
 from etils import epath
 
-from roserag_jax import config as options
-from roserag_jax import retrieve
+from roserag_jax import cli, options, retrieve
+from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
+from roserag_jax.inference import decoder
+from roserag_jax.inference.decoder import Room
+from roserag_jax.inference.engine import shared_length
 from roserag_jax.preference import candidates
-from roserag_jax.rag.datasets import read_rows
+from roserag_jax.progress import Progress
+from roserag_jax.rag.files import read_rows
 from roserag_jax.rag.prompts import PromptBuilder
-from roserag_jax.runtime import decoder, processes
-from roserag_jax.runtime.decoder import Room
-from roserag_jax.runtime.engine import shared_length
-from roserag_jax.runtime.progress import Progress
-from roserag_jax.runtime.session import Session
-from roserag_jax.workdir import Parts, Recipe, Workdir, to_lines
+from roserag_jax.session import Session
+from roserag_jax.workdir import PartialResults, Recipe, Workdir, to_jsonl
 
 ARTIFACT = "candidates.jsonl"
 
@@ -27,7 +27,7 @@ ARTIFACT = "candidates.jsonl"
 def recipe(config, workdir: Workdir) -> Recipe:
     """What the candidates are made from."""
     names = [*Session.model_options, "seed", "prompt", "generate"]
-    inputs = {"retrieved.jsonl": workdir.check(retrieve.ARTIFACTS["train"])}
+    inputs = {"retrieved.jsonl": workdir.verify(retrieve.ARTIFACTS["train"])}
     if config.generate.samples:
         inputs |= retrieve.file_digest(config, "generate.samples")
     return Recipe(options.subset(config, *names, without=("generate.batch", "generate.memory_gb")), inputs)
@@ -81,7 +81,7 @@ def make(session: Session, workdir: Workdir) -> None:
     with processes.main_first():
         retrieve.make(config, workdir, ("train",))
     wanted = recipe(config, workdir)
-    if workdir.fresh(ARTIFACT, wanted):
+    if workdir.is_up_to_date(ARTIFACT, wanted):
         return
     rows = workdir.rows(retrieve.ARTIFACTS["train"])
     builder = PromptBuilder(session.tokenizer, **config.prompt)
@@ -94,7 +94,7 @@ def make(session: Session, workdir: Workdir) -> None:
     apart = [g.tokens if hint is None else [] for g, hint in zip(guided, hints, strict=True)]  # read by themselves
     lengths = [max(len(p.tokens), len(tokens)) for p, tokens in zip(plain, apart, strict=True)]
     room = fitting(session, candidates.room(sampling, len(outside[0]), guided, hints), max(lengths))
-    parts = Parts(workdir, "generate", wanted.fingerprint(), [row["id"] for row in rows])
+    parts = PartialResults(workdir, "generate", wanted.fingerprint(), [row["id"] for row in rows])
     missing = parts.missing()
     progress = Progress("generate", len(parts.done) + len(missing), "questions", len(parts.done))
     if missing:
@@ -113,7 +113,7 @@ def make(session: Session, workdir: Workdir) -> None:
     results = parts.gather()
     with processes.main_first():
         if processes.is_main():
-            workdir.publish(ARTIFACT, wanted, to_lines(results), len(results))
+            workdir.publish(ARTIFACT, wanted, to_jsonl(results), len(results))
             parts.clear()
             print(f"{ARTIFACT}: {len(results)} questions\n{candidates.summary(results)}")
 
@@ -127,4 +127,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__)
+    cli.main(run, __doc__)

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from roserag_jax import config as options
+from roserag_jax import cli
 from roserag_jax.errors import UserError
-from roserag_jax.models import source, tokenizer
+from roserag_jax.hub import source, tokenizer
+from roserag_jax.hub.weights import abstract_model
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import LoRAParam
-from roserag_jax.models.weights import abstract_model
-from roserag_jax.runtime.session import Session
+from roserag_jax.session import Session
 
 
 def _count(tree) -> int:
@@ -88,4 +88,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__, workdir=False, alone=True)
+    cli.main(run, __doc__, workdir=False, alone=True)

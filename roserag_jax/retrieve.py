@@ -8,12 +8,13 @@ Writes `retrieved.jsonl` (training questions) and `retrieved_eval.jsonl` (held-o
 
 from etils import epath
 
-from roserag_jax import config as options
+from roserag_jax import cli, options
+from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.rag import datasets
-from roserag_jax.rag.retrievers import BM25, Cache
-from roserag_jax.runtime import processes
-from roserag_jax.workdir import Recipe, Workdir, digest, to_lines
+from roserag_jax.rag import corpora, files, questions
+from roserag_jax.retrieval.bm25 import BM25
+from roserag_jax.retrieval.cache import Cache
+from roserag_jax.workdir import Recipe, Workdir, digest, to_jsonl
 
 ARTIFACTS = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
 
@@ -43,7 +44,7 @@ def file_digest(config, option: str) -> dict[str, str]:
     """The digest of the file or folder that an option names, if any; a Hub data set goes by its name."""
     value = options.get(config, option)
     # An empty path would be the current folder.
-    path = epath.Path(value).expanduser() if value and not value.startswith(datasets.HUB) else None
+    path = epath.Path(value).expanduser() if value and not value.startswith(files.HUB) else None
     return {f"config.{option}={value}": digest(path) if path and path.exists() else ""}
 
 
@@ -52,7 +53,7 @@ def _retriever(config):
     if config.retrieve.retriever == "cache":
         return Cache(config.retrieve.cache)
     if config.retrieve.retriever == "bm25":
-        return BM25(datasets.read_corpus(config.retrieve.corpus))
+        return BM25(corpora.read_corpus(config.retrieve.corpus))
     return None
 
 
@@ -72,14 +73,14 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
                 "give every command the same options (best in a file for --config), or this one another workdir."
             )
         wanted = recipe(config, split)
-        if workdir.fresh(name, wanted):
+        if workdir.is_up_to_date(name, wanted):
             continue
-        rows = datasets.questions(config, split)
+        rows = questions.questions(config, split)
         index = index or _retriever(config)
         if index:
             found = index.search([row["question"] for row in rows], config.retrieve.k)
             rows = _flagged(rows, found)
-        workdir.publish(name, wanted, to_lines(rows), len(rows))
+        workdir.publish(name, wanted, to_jsonl(rows), len(rows))
         print(f"{name}: {len(rows)} questions, {sum(len(r['contexts']) for r in rows) / len(rows):.1f} passages each.")
 
 
@@ -110,4 +111,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__)
+    cli.main(run, __doc__)

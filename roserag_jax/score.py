@@ -11,15 +11,15 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from roserag_jax import config as options
+from roserag_jax import cli
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_in_use
-from roserag_jax.rag.datasets import read_rows
+from roserag_jax.inference.engine import bucket
+from roserag_jax.progress import Progress
+from roserag_jax.rag.files import read_rows
 from roserag_jax.rag.prompts import prompt_tokens, response_tokens
-from roserag_jax.runtime.engine import bucket
-from roserag_jax.runtime.progress import Progress
-from roserag_jax.runtime.session import Session
-from roserag_jax.workdir import Workdir, to_lines, write_atomic
+from roserag_jax.session import Session
+from roserag_jax.workdir import Workdir, to_jsonl, write_atomic
 
 _INPUT = flags.DEFINE_string("input", None, "a .jsonl of {prompt, responses}")
 _OUTPUT = flags.DEFINE_string("output", None, "where the scores go; the screen without it")
@@ -66,7 +66,7 @@ def run(config) -> None:
             sums = np.sum(row, axis=-1, dtype=np.float64)
             results[i] = {"logprobs": [round(float(s), 5) for s in sums], "tokens": [len(t) for t in tokens[i]]}
         progress.update(len(results))
-    lines = to_lines(results[i] for i in range(len(rows)))
+    lines = to_jsonl(results[i] for i in range(len(rows)))
     if output:
         write_atomic(output, lines)
         print(f"Made {output}: {len(rows)} rows.")
@@ -75,4 +75,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__, alone=True)
+    cli.main(run, __doc__, alone=True)

@@ -6,13 +6,11 @@ Reads `candidates.jsonl`, writes `pairs.jsonl`: TRL's `{prompt, chosen, rejected
 rejected_logprob, margin}`. With `config.data.pairs` the pairs are those of a file, and nothing is generated.
 """
 
-from roserag_jax import config as options
-from roserag_jax import generate, retrieve
-from roserag_jax.preference import selection
-from roserag_jax.rag import datasets
-from roserag_jax.runtime import processes
-from roserag_jax.runtime.session import Session
-from roserag_jax.workdir import Recipe, Workdir, to_lines
+from roserag_jax import cli, generate, options, retrieve
+from roserag_jax.distributed import processes
+from roserag_jax.preference import pairs, selection
+from roserag_jax.session import Session
+from roserag_jax.workdir import Recipe, Workdir, to_jsonl
 
 ARTIFACT = "pairs.jsonl"
 
@@ -22,7 +20,7 @@ def recipe(config, workdir: Workdir) -> Recipe:
     if config.data.pairs:
         names = ["data.pairs", *Session.model_options]  # the chat template is the tokenizer's
         return Recipe(options.subset(config, *names), retrieve.file_digest(config, "data.pairs"))
-    inputs = {"candidates.jsonl": workdir.check(generate.ARTIFACT)}
+    inputs = {"candidates.jsonl": workdir.verify(generate.ARTIFACT)}
     names = ["select", "seed"] if config.select.strategy == "random" else ["select"]
     return Recipe(options.subset(config, *names), inputs)
 
@@ -38,21 +36,21 @@ def make(session: Session, workdir: Workdir) -> None:
 
 def _make(session: Session, workdir: Workdir) -> None:
     config, wanted = session.config, recipe(session.config, workdir)
-    if workdir.fresh(ARTIFACT, wanted):
+    if workdir.is_up_to_date(ARTIFACT, wanted):
         return
     if config.data.pairs:
-        pairs = datasets.read_pairs(config.data.pairs, session.tokenizer)
-        workdir.publish(ARTIFACT, wanted, to_lines(pairs), len(pairs))
-        print(f"{ARTIFACT}: {len(pairs)} ready-made pairs\n{selection.lengths(pairs)}")
+        rows = pairs.read_pairs(config.data.pairs, session.tokenizer)
+        workdir.publish(ARTIFACT, wanted, to_jsonl(rows), len(rows))
+        print(f"{ARTIFACT}: {len(rows)} ready-made pairs\n{selection.lengths(rows)}")
         return
     rows = workdir.rows(generate.ARTIFACT)
     shown = {
         row["id"]: row.get("contexts", [])[: config.prompt.passages]
         for row in workdir.rows(retrieve.ARTIFACTS["train"])
     }
-    pairs, counts = selection.select(rows, shown, config.select, config.seed)
-    workdir.publish(ARTIFACT, wanted, to_lines(pairs), len(pairs))
-    print(f"{ARTIFACT}: {selection.summary(pairs, rows, counts, config.select.confidence)}")
+    made, counts = selection.select(rows, shown, config.select, config.seed)
+    workdir.publish(ARTIFACT, wanted, to_jsonl(made), len(made))
+    print(f"{ARTIFACT}: {selection.summary(made, rows, counts, config.select.confidence)}")
 
 
 def run(config) -> None:
@@ -64,4 +62,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__)
+    cli.main(run, __doc__)

@@ -16,22 +16,21 @@ import jax
 import numpy as np
 from etils import epath
 
-from roserag_jax import config as options
-from roserag_jax import evaluate, generate, select
+from roserag_jax import cli, evaluate, generate, options, select
+from roserag_jax.distributed import processes
+from roserag_jax.distributed.mesh import matmul_rate
+from roserag_jax.distributed.sharding import devices
 from roserag_jax.errors import UserError
-from roserag_jax.models import adapter as adapters
-from roserag_jax.models import weights
-from roserag_jax.models.sharding import devices
+from roserag_jax.hub import adapter as adapters
+from roserag_jax.hub import weights
+from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, metrics
 from roserag_jax.report.comparison import comparison
-from roserag_jax.report.training import TrainingLog, score, verdict
-from roserag_jax.runtime import processes
-from roserag_jax.runtime.checkpoints import Checkpoints, undisturbed
-from roserag_jax.runtime.loader import Pair, Stream, hold_out, tokenize
-from roserag_jax.runtime.mesh import matmul_rate
-from roserag_jax.runtime.progress import Progress
-from roserag_jax.runtime.session import Session
-from roserag_jax.runtime.train_step import Objective, TrainState, TrainStep, make_optimizer
+from roserag_jax.session import Session
+from roserag_jax.training.checkpoints import Checkpoints, signals_deferred
+from roserag_jax.training.log import TrainingLog, score, verdict
+from roserag_jax.training.pair_loader import Pair, Stream, hold_out, tokenize
+from roserag_jax.training.train_step import Objective, TrainState, TrainStep, make_optimizer
 from roserag_jax.workdir import Recipe, Workdir, digest, is_remote
 
 ARTIFACT = "adapter"
@@ -44,7 +43,7 @@ _EVALUATION = ("train.evaluate_every", "train.answer_questions")
 
 def recipe(config, workdir: Workdir) -> Recipe:
     """What the adapter is made from."""
-    inputs = {"pairs.jsonl": workdir.check(select.ARTIFACT)}
+    inputs = {"pairs.jsonl": workdir.verify(select.ARTIFACT)}
     if config.lora.start:
         inputs["config.lora.start"] = digest(epath.Path(config.lora.start).expanduser())
     names = [*Session.model_options, "seed", "lora", "train"]
@@ -57,7 +56,7 @@ def make(session: Session, workdir: Workdir) -> None:
     config, train = session.config, session.config.train
     select.make(session, workdir)
     wanted = recipe(config, workdir)
-    if workdir.fresh(ARTIFACT, wanted):
+    if workdir.is_up_to_date(ARTIFACT, wanted):
         return
     training, held = _pairs(session, workdir)
     stream = Stream(training, train.batch, train.epochs, config.seed, session.pad_id)
@@ -100,13 +99,13 @@ def make(session: Session, workdir: Workdir) -> None:
         )
     with TrainingLog(workdir, here, done, config) as log:
         held_out = _HeldOut(session, workdir, step_function, held, best, log) if held else None
-        with processes.stopping_together():
+        with processes.shared_preemption():
             state = _steps(step_function, stream, state, done, checkpoints, log, held_out, train, workdir / "profile")
         log.summarize()
         if held_out:
             state = held_out.finish(state, train.keep)
 
-    files = adapters.to_files(processes.whole(state.adapter), session.lora, config.model, config.revision)
+    files = adapters.to_files(processes.gather_to_host(state.adapter), session.lora, config.model, config.revision)
     if processes.is_main():
         workdir.publish(ARTIFACT, wanted, files, len(training))
         for old in folder.iterdir():
@@ -163,7 +162,7 @@ def _steps(step_function, stream, state, done, checkpoints, log, held_out, train
             held_out.evaluate(done, state)
         clock = time.monotonic()
         for step, batch in enumerate(stream.start(done), done):
-            with undisturbed():  # a signal between a step and its row would save the one without the other
+            with signals_deferred():  # a signal between a step and its row would save the one without the other
                 if traced and step == traced[0]:
                     jax.profiler.start_trace(str(profile))
                 state, metrics = step_function(state, batch, step)
@@ -185,7 +184,7 @@ def _steps(step_function, stream, state, done, checkpoints, log, held_out, train
             if held_out and held_out.due(done, len(stream)):
                 held_out.evaluate(done, state)
                 clock = time.monotonic()
-            if processes.told_to_stop():
+            if processes.preempted():
                 save()
                 print(f"\nSaved step {done}.")
                 sys.exit(143)
@@ -229,8 +228,8 @@ def _rates(step_function, stream, batch, seconds: float, rate: float) -> dict:
     result = {
         "pairs_per_s": float(batch.weights.sum()) / seconds,
         "tokens_per_s": real / seconds,
-        "padding_share": 1 - real / padded,
-        "flop_utilisation": step_function.flops(batch) / seconds / rate,
+        "padding_fraction": 1 - real / padded,
+        "mfu": step_function.flops(batch) / seconds / rate,
     }
     memory = jax.local_devices()[0].memory_stats()  # none on a CPU
     if memory and "peak_bytes_in_use" in memory:
@@ -338,4 +337,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    options.main(run, __doc__)
+    cli.main(run, __doc__)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
+from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.runtime import processes
 
 
 class Recipe(NamedTuple):
@@ -71,17 +71,17 @@ def write_atomic(path: epath.Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
-def from_lines(text: str) -> list[dict]:
+def from_jsonl(text: str) -> list[dict]:
     """Rows from JSON lines. Only a line feed ends a line: text may hold other line separators (U+2028) as they are."""
     return [json.loads(line) for line in text.split("\n") if line]
 
 
-def to_lines(rows) -> str:
+def to_jsonl(rows) -> str:
     """Rows as JSON lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def located(path: str) -> epath.Path:
+def resolve_path(path: str) -> epath.Path:
     """A path of the user's, absolute where it is local."""
     found = epath.Path(path)
     if is_remote(found):
@@ -97,7 +97,7 @@ class Workdir:
     """Artifacts under one folder, local or remote (`gs://`)."""
 
     def __init__(self, path: str):
-        self.path = located(path)  # Orbax wants it absolute
+        self.path = resolve_path(path)  # Orbax wants it absolute
 
     def __truediv__(self, name: str) -> epath.Path:
         return self.path / name
@@ -146,7 +146,7 @@ class Workdir:
         path = self._manifest(name)
         return json.loads(path.read_text()) if path.exists() else None
 
-    def fresh(self, name: str, recipe: Recipe) -> bool:
+    def is_up_to_date(self, name: str, recipe: Recipe) -> bool:
         """Whether the artifact exists and was made from this recipe; if not, print why it will be made.
 
         Raises:
@@ -155,7 +155,7 @@ class Workdir:
         manifest = self.manifest(name)
         if manifest is None or not (self.path / name).exists():
             return False
-        self.check(name)  # what was changed by hand is not overwritten, whatever else has changed
+        self.verify(name)  # what was changed by hand is not overwritten, whatever else has changed
         changes = [
             f"config.{key} was {manifest['options'].get(key)!r}, now {value!r}"
             for key, value in _plain(recipe.options).items()
@@ -171,7 +171,7 @@ class Workdir:
         print(f"{name} is up to date: kept.")
         return True
 
-    def check(self, name: str) -> str:
+    def verify(self, name: str) -> str:
         """The digest of a finished artifact.
 
         Raises:
@@ -207,8 +207,8 @@ class Workdir:
 
     def rows(self, name: str) -> list[dict]:
         """The rows of a finished artifact, after checking it."""
-        self.check(name)
-        return from_lines((self.path / name).read_text())
+        self.verify(name)
+        return from_jsonl((self.path / name).read_text())
 
 
 def _plain(options: dict) -> dict:
@@ -221,7 +221,7 @@ def _whole_lines(file: epath.Path) -> bytes:
     return b"".join(file.read_bytes().rpartition(b"\n")[:2])
 
 
-class Parts:
+class PartialResults:
     """Finished rows of a stage under way, so that a stopped stage repeats only what was being worked on.
 
     Several processes take turns at the rows, and each appends to a file of its own; in a bucket a row is a file.
@@ -243,7 +243,7 @@ class Parts:
         if self.folder.exists():
             with ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
                 for lines in pool.map(_whole_lines, sorted(self.folder.glob("*.jsonl"))):
-                    self.done |= {row["id"]: row for row in from_lines(lines.decode())}
+                    self.done |= {row["id"]: row for row in from_jsonl(lines.decode())}
 
     def missing(self) -> list[int]:
         """The rows that this process has to make, by their place."""
@@ -260,11 +260,11 @@ class Parts:
     def add(self, row: dict) -> None:
         """Keep a finished row."""
         if is_remote(self.own):
-            (self.folder / f"{self.own.stem}-{len(self.done):08d}.jsonl").write_text(to_lines([row]))
+            (self.folder / f"{self.own.stem}-{len(self.done):08d}.jsonl").write_text(to_jsonl([row]))
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.own.open("a") as file:
-                file.write(to_lines([row]))
+                file.write(to_jsonl([row]))
         self.done[row["id"]] = row
 
     def clear(self) -> None:

@@ -7,20 +7,22 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's; the tests run in two processes already
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
-from roserag_jax import config as options
-from roserag_jax import generate, train
-from roserag_jax.models import source, weights
+from roserag_jax import generate, options, session, train
+from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.hub import source, weights
+from roserag_jax.inference import decoder
 from roserag_jax.rag import synthetic
-from roserag_jax.runtime import session
-from roserag_jax.runtime.mesh import make_mesh
-from roserag_jax.workdir import Workdir, to_lines
+from roserag_jax.workdir import Workdir, to_jsonl
 
 # Many tests compile the same programs anew, some in processes of their own: they share what one has compiled.
 _compiled = tempfile.TemporaryDirectory()
@@ -35,7 +37,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Longest first, so that both processes end together.
-LONG = ("test_real_weights", "test_processes", "test_train_step", "test_sampler", "test_network", "test_commands")
+LONG = ("test_real_weights", "test_processes", "test_train_step", "test_decoder", "test_network", "test_commands")
 
 
 def pytest_collection_modifyitems(items):
@@ -47,6 +49,61 @@ def write_files(folder: Path, files: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return str(path)
+
+
+def hf_logits(model, tokens, **options):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(tokens))[None], **options).logits[0].numpy()
+
+
+def branch_logits(model, prompts, lengths, branches):
+    """Logits of branches behind right-padded prompts, jitted."""
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, prompts, lengths, branches):
+        model = nnx.merge(graph, state)
+        return model.logits(model.extend(branches, model.prefill(prompts, lengths)))
+
+    return np.asarray(run(state, jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(branches)))
+
+
+def cached_logits(model, prompts, lengths, branches, opening):
+    """The same, with the first `opening` tokens at once and the others one by one through the own cache."""
+    graph, state = nnx.split(model)
+    B, N, S = branches.shape
+
+    @jax.jit
+    def run(state, prompts, lengths, branches):
+        model = nnx.merge(graph, state)
+        cache, own = model.prefill(prompts, lengths), model.own_cache(B, N, S)
+        parts = []
+        for start, stop in [(0, opening), *((i, i + 1) for i in range(opening, S))]:
+            real = jnp.ones((B, N, stop - start), bool)
+            hidden, own = model.extend_cached(branches[:, :, start:stop], real, cache, own)
+            parts.append(model.logits(hidden))
+        return jnp.concatenate(parts, axis=2)
+
+    return np.asarray(run(state, jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(branches)))
+
+
+def decode(engine, prompts, wishes, tasks=4, branches=3, also_stop=()):
+    """What becomes of one `Decode` behind each prompt: its branches, prompt by prompt."""
+
+    def task(prompt, wish):
+        yield decoder.Read(prompt)
+        return (yield wish)
+
+    turns = tuple((max(map(len, wish.openings)), wish.limit) for wish in wishes)
+    room, made = decoder.Room(tasks, branches, turns), dict(enumerate(map(task, prompts, wishes)))
+    return [said for _, said in sorted(decoder.run(engine, made, list(map(len, prompts)), room, also_stop))]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +140,7 @@ def smollm(smollm_source, one_device):
 
 @pytest.fixture(scope="session")
 def smollm_tokenizer(smollm_path):
-    from roserag_jax.models import tokenizer
+    from roserag_jax.hub import tokenizer
 
     return tokenizer.load(str(smollm_path))
 
@@ -238,8 +295,8 @@ def questions(config_of, tmp_path_factory):
     for row, made in zip(rows, work.rows("candidates.jsonl"), strict=True):
         said = sorted({c["answer"] for c in made["candidates"] if any(ch.isalnum() for ch in c["answer"])})
         row["golden_answers"] = said[:1] or row["golden_answers"]
-    file.write_text(to_lines(rows))
-    file.with_name("eval.jsonl").write_text(to_lines(synthetic.generate(5, "eval", passages=2)))
+    file.write_text(to_jsonl(rows))
+    file.with_name("eval.jsonl").write_text(to_jsonl(synthetic.generate(5, "eval", passages=2)))
     return file
 
 

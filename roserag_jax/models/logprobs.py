@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from roserag_jax.models.sharding import devices, partition_spec
+from roserag_jax.distributed.sharding import devices, partition_spec
 
 
 def token_logprobs(

@@ -20,11 +20,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from roserag_jax.distributed.sharding import constrain
 from roserag_jax.models import rope
 from roserag_jax.models.attention import branch_attention, prompt_attention
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import Linear, LoRAConfig, project
-from roserag_jax.models.sharding import constrain
 
 Apart = tuple[Float[Array, "B ..."], ...]  # what is else stacked over layers, one array a layer
 

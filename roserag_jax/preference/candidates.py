@@ -12,11 +12,11 @@ import re
 
 import numpy as np
 
+from roserag_jax.inference.decoder import Decode, Read, Room, Task
+from roserag_jax.inference.engine import bucket
+from roserag_jax.inference.sampling import Sampling
 from roserag_jax.rag import answers
 from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, response_tokens
-from roserag_jax.runtime.decoder import Decode, Read, Room, Task
-from roserag_jax.runtime.engine import bucket
-from roserag_jax.runtime.sampler import Sampling
 
 # First sample index of each source, so that the draws of one do not move when the other's number changes.
 _FIRST_SAMPLE = {"plain": 0, "guided": 1 << 16}

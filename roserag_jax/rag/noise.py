@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from roserag_jax.errors import UserError
 from roserag_jax.rag import answers
-from roserag_jax.rag.retrievers import BM25
+from roserag_jax.retrieval.bm25 import BM25
 
 _COUNTED = re.compile(r"(random|same_topic|counterfactual)([1-9]\d*)")
 _PLAIN = ("none", "no_gold", "shuffled")

@@ -13,7 +13,7 @@ from etils import epath
 from roserag_jax.errors import UserError
 from roserag_jax.rag import metrics
 from roserag_jax.report.tables import markdown, table
-from roserag_jax.workdir import from_lines
+from roserag_jax.workdir import from_jsonl
 
 _DRAWN = {"em": "EM", "f1": "F1"}
 
@@ -106,7 +106,7 @@ def _interval(result: dict, metric: str) -> str:
 
 
 def _scores(folder: epath.Path, name: str) -> dict[str, dict]:
-    rows = from_lines((epath.Path(folder) / name / "examples.jsonl").read_text())
+    rows = from_jsonl((epath.Path(folder) / name / "examples.jsonl").read_text())
     return {row["id"]: row["scores"] for row in rows}
 
 

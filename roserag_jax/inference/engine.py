@@ -1,0 +1,115 @@
+"""The engine: a network that reads prompts once and scores responses behind them.
+
+Axes: B batch, N branches, P prompt, S response length, C shared beginning.
+"""
+
+import functools
+import os
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from roserag_jax.distributed.sharding import sharding
+from roserag_jax.models.logprobs import token_logprobs
+from roserag_jax.models.transformer import PrefixCache, Transformer, unstack
+
+# The most of one program that scores: tokens of responses, and bytes of a layer's attention from them to the prompts.
+_SCORED_TOKENS, _SCORED_BYTES = 1 << 15, 1 << 31
+
+
+class Engine:
+    """A network on its mesh, ready to read prompts and score responses; `runtime.decoder` decodes with it.
+
+    The batch of every call is the caller's; each shape compiles once.
+    """
+
+    def __init__(self, model: Transformer, mesh: Mesh, stop_ids: tuple[int, ...], pad_id: int, seed: int = 0):
+        self.graph, self.state = nnx.split(model)
+        self.config, self.dtype = model.config, model.embed[...].dtype
+        self.mesh, self.stop_ids, self.pad_id, self.seed = mesh, tuple(stop_ids), pad_id, seed
+        self.on_cpu = mesh.devices.flat[0].platform == "cpu"
+        # Two decoders side by side use what one leaves idle: a CPU gives attention's batched products a single core.
+        self.lanes = 2 if self.on_cpu and mesh.size == 1 and (os.cpu_count() or 1) > 1 else 1
+
+    @functools.cached_property
+    def layers(self) -> tuple | None:
+        """The layers' parameters apart, which decoding on a CPU wants; they take their memory once more."""
+        return jax.jit(unstack)(self.state["layers"]) if self.on_cpu else None
+
+    def place(self, *arrays) -> list[jax.Array]:
+        """Host arrays on the devices, their first axis over the mesh's batch axes."""
+        batch = lambda a: sharding(a.shape, ("batch",) + (None,) * (a.ndim - 1), self.mesh)
+        arrays = [*map(np.asarray, arrays)]
+        return jax.device_put(arrays, [*map(batch, arrays)])
+
+    def read_shared(self, prompts: list[list[int]]) -> PrefixCache | None:
+        """Read what all prompts of a stage begin with (instructions, worked examples); None where it is short."""
+        C = shared_length(prompts)
+        return self.prefill([prompts[0][: C + 1]], C) if C else None
+
+    def prefill(self, prompts: list[list[int]], length: int | None = None) -> PrefixCache:
+        """Read prompts, all but their last token, padded to `length` or by default to the bucket of the longest."""
+        rows = [p[:-1] for p in prompts]
+        tokens, lengths = pad(rows, length or bucket(max(map(len, rows))), self.pad_id)
+        with jax.set_mesh(self.mesh):
+            return _prefill(self.graph, self.state, *self.place(tokens, lengths))
+
+    def score(self, cache: PrefixCache, prompts, responses: list[list[list[int]]], bucket: int) -> np.ndarray:
+        """Log-probabilities [B, N, bucket] of N responses (tokens, stop token included) per prompt; 0 past each end.
+
+        Many responses are scored in equal parts of N, so that the memory for their activations has a limit.
+        """
+        N, B = len(responses[0]), len(prompts)
+        of_token = 4 * self.config.num_heads * cache.v.shape[3]
+        parts = -(-N * B * bucket // min(_SCORED_TOKENS, _SCORED_BYTES // of_token))
+        part = -(-N // min(parts, N))
+        flat = [r for row in responses for r in row + [[]] * (-N % part)]
+        targets, lengths = pad(flat, bucket, self.pad_id)
+        targets = targets.reshape(B, -1, bucket)
+        first = np.broadcast_to(np.array([p[-1] for p in prompts])[:, None, None], (*targets.shape[:2], 1))
+        branches = np.concatenate([first, targets[:, :, :-1]], axis=2)
+        logprobs = []
+        with jax.set_mesh(self.mesh):
+            for at in range(0, N, part):
+                placed = self.place(branches[:, at : at + part], targets[:, at : at + part])
+                logprobs.append(np.asarray(_score(self.graph, self.state, cache, *placed)))
+        real = np.arange(bucket) < lengths.reshape(B, -1)[..., None]
+        return np.where(real, np.concatenate(logprobs, axis=1), 0.0)[:, :N]
+
+
+def bucket(length: int) -> int:
+    """The padded length for `length` tokens: few sizes, so few compilations; past 128 a third is padding at most."""
+    for step, limit in ((16, 128), (64, 1024), (128, 2048)):
+        if length <= limit:
+            return max(-(-length // step), 1) * step
+    return -(-length // 256) * 256
+
+
+def shared_length(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with; 0 where they are too few to be read apart.
+
+    The last token of a prompt opens its branches and is never among them.
+    """
+    common = min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=0) - 1)
+    return common if common >= 32 else 0
+
+
+def pad(rows: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded tokens [rows, length] and the rows' lengths."""
+    tokens = np.full((len(rows), length), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens, np.array([len(row) for row in rows], np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(graph, state, tokens, lengths):
+    return nnx.merge(graph, state).prefill(tokens, lengths)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(graph, state, cache, branches, targets):
+    model = nnx.merge(graph, state)
+    return token_logprobs(model.extend(branches, cache), targets, model.table, model.config.final_softcap)

@@ -1,0 +1,65 @@
+"""Ready-made preference pairs in TRL's layouts."""
+
+import collections
+
+from etils import epath
+
+from roserag_jax.errors import UserError
+from roserag_jax.rag.files import HUB, hub_rows, read_rows
+
+
+def read_pairs(path: str, tokenizer) -> list[dict]:
+    """Ready-made pairs `{id, prompt, chosen, rejected}` of a TRL preference file, as text.
+
+    Rows are text or conversational, with a prompt or with it at the beginning of both responses (also where a text
+    prompt stands beside conversations, as TRL takes it). A conversation is laid in the tokenizer's chat template; a
+    text prompt is taken as it stands.
+
+    Raises:
+      UserError: a row is no pair, or no row can be used; it is named.
+    """
+    from jinja2 import TemplateError
+
+    pairs, skipped = [], collections.Counter()
+    source = hub_rows(path, "train") if path.startswith(HUB) else read_rows(epath.Path(path).expanduser())
+    for number, (where, row) in enumerate(source, 1):
+        try:
+            prompt, chosen, rejected = _pair(row, tokenizer)
+        except (KeyError, TypeError, ValueError, TemplateError) as error:
+            why = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{where}: a pair is {{prompt, chosen, rejected}}, text or messages ({why}).") from error
+        if not chosen.strip() or not rejected.strip() or chosen == rejected:
+            skipped["an empty response" if chosen != rejected else "two equal responses"] += 1
+            continue
+        pairs.append({"id": str(row.get("id", number)), "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    if not pairs:
+        raise UserError(f"{path} holds no pairs.")
+    left_out = ", ".join(f"{n} for {reason}" for reason, n in skipped.items())
+    print(f"{path}: {len(pairs)} pairs{f'; left out {left_out}' if left_out else ''}.")
+    return pairs
+
+
+def _pair(row: dict, tokenizer) -> tuple[str, str, str]:
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError("one response is text, the other is not")
+    if prompt is None or isinstance(prompt, str) != isinstance(chosen, str):
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        if isinstance(chosen, str) and chosen[:shared].endswith(" "):
+            shared -= 1  # the space belongs to the responses
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    if isinstance(chosen, str):
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError("the prompt is not text")
+        return prompt, chosen, rejected
+    if not prompt or not isinstance(prompt, list):
+        raise ValueError("the prompt is no conversation")
+    if tokenizer.chat_template is None:
+        raise ValueError("messages need a model with a chat template")
+    for response in (chosen, rejected):
+        if len(response) != 1 or response[0]["role"] != "assistant" or not isinstance(response[0]["content"], str):
+            raise ValueError("a response must be one turn of the assistant, its content text")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return text, chosen[0]["content"], rejected[0]["content"]

@@ -1,0 +1,170 @@
+"""The training stream: pairs, tokenised and batched by Grain, in an order that is a pure function of the step.
+
+Axes: B pairs of a batch, P prompt, S response, N = 2 branches (chosen, rejected).
+"""
+
+import bisect
+import os
+import re
+import zlib
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from roserag_jax.inference.engine import bucket, pad, shared_length
+from roserag_jax.rag.prompts import prompt_tokens, response_tokens
+
+
+class Pair(NamedTuple):
+    """A pair as tokens; the responses end with the end-of-turn token."""
+
+    id: str
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+class Batch(NamedTuple):
+    """Host arrays of one step. Rows that only fill the batch have weight 0."""
+
+    prompt: np.ndarray  # [B, P] the prompt after its shared beginning, but for its last token
+    prompt_lengths: np.ndarray  # [B]
+    branches: np.ndarray  # [B, 2, S] the prompt's last token, then the response but for its last
+    targets: np.ndarray  # [B, 2, S] the response
+    response_lengths: np.ndarray  # [B, 2]
+    weights: np.ndarray  # [B]
+
+
+# The passages of a prompt, as `rag.prompts` lays them: one line each, then an empty one and the question.
+_PASSAGES = re.compile(r"((?:Passage \d+: [^\n]*\n)+)(?=\nQuestion: )")
+
+
+def cut_passages(tokenizer, text: str, limit: int) -> list[int] | None:
+    """The tokens of a prompt with its passages cut so that they are at most `limit`; None where that cannot be.
+
+    Long passages are cut to one length, short ones stay whole. Worked examples, the question and all else stay too.
+    """
+    blocks = list(_PASSAGES.finditer(text))  # those of worked examples come first
+    if not blocks:
+        return None
+    start, end = blocks[-1].span()
+    lines = [line.partition(": ") for line in text[start:end].splitlines()]
+    pieces = [response_tokens(tokenizer, passage) for _, _, passage in lines]
+
+    def cut(length):
+        kept = [
+            passage if len(piece) <= length else tokenizer.decode(piece[:length]).rstrip("\ufffd")
+            for (_, _, passage), piece in zip(lines, pieces, strict=True)
+        ]
+        shown = "".join(f"{number}: {passage}\n" for (number, _, _), passage in zip(lines, kept, strict=True))
+        return prompt_tokens(tokenizer, text[:start] + shown + text[end:])
+
+    fitting = bisect.bisect_right(range(max(map(len, pieces)) + 1), limit, key=lambda length: len(cut(length)))
+    return cut(fitting - 1) if fitting else None
+
+
+def tokenize(tokenizer, stop_id: int, rows: list[dict], max_response: int, max_length: int = 0):
+    """Pairs as tokens, made by Grain's workers, and what happened to those that are too long.
+
+    Args:
+      max_response: longest response, end-of-turn token included; pairs with a longer one are left out.
+      max_length: longest prompt with a response; passages are cut to fit. 0 is no limit.
+
+    Returns:
+      The pairs [Pair], and counts by what was done: 'cut', 'response too long', 'prompt too long'.
+    """
+
+    def read(row):
+        prompt = prompt_tokens(tokenizer, row["prompt"])
+        chosen, rejected = (response_tokens(tokenizer, row[side]) + [stop_id] for side in ("chosen", "rejected"))
+        longest = max(len(chosen), len(rejected))
+        if longest > max_response:
+            return None, "response too long"
+        if not max_length or len(prompt) + longest <= max_length:
+            return Pair(row["id"], prompt, chosen, rejected), "whole"
+        prompt = cut_passages(tokenizer, row["prompt"], max_length - longest)
+        return (Pair(row["id"], prompt, chosen, rejected), "cut") if prompt else (None, "prompt too long")
+
+    workers = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=64)
+    made = list(grain.MapDataset.source(rows).map(read).to_iter_dataset(workers))
+    counts = {what: sum(w == what for _, w in made) for what in ("cut", "response too long", "prompt too long")}
+    return [pair for pair, _ in made if pair], counts
+
+
+def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and pairs held out, by question: those whose id hashes lowest, at least one where share > 0."""
+    rank = lambda name: (zlib.crc32(f"{seed}/{name}".encode()), name)
+    names = sorted({pair.id for pair in pairs}, key=rank)
+    held = set(names[: max(1, round(share * len(names)))] if share else [])
+    return [p for p in pairs if p.id not in held], [p for p in pairs if p.id in held]
+
+
+def epoch_order(lengths: list[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch: shuffled, sorted by length within windows of eight batches, and shuffled as batches.
+
+    Windows keep padding low without ordering the epoch by length. The last batch may be short.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order, window = rng.permutation(len(lengths)), 8 * batch
+    batches = []
+    for start in range(0, len(order), window):
+        part = sorted(order[start : start + window].tolist(), key=lambda i: (lengths[i], i))
+        batches += [part[i : i + batch] for i in range(0, len(part), batch)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class Stream:
+    """Batches of the whole run by step; iteration can begin at any step and gives the same batches from there on.
+
+    `shared` [C] are the tokens that all prompts begin with; batches leave them out.
+    """
+
+    def __init__(self, pairs: list[Pair], batch: int, epochs: int, seed: int, pad_id: int):
+        self.pairs, self.batch, self.pad_id = pairs, batch, pad_id
+        prompts = [pair.prompt for pair in pairs]
+        self.shared = np.array(prompts[0][: shared_length(prompts)], np.int32)
+        lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
+        self.order = [b for epoch in range(epochs) for b in epoch_order(lengths, batch, seed, epoch)]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def ids(self, step: int) -> list[str]:
+        """The rows of a step."""
+        return [self.pairs[i].id for i in self.order[step]]
+
+    def _sizes(self, rows: list[Pair]) -> tuple[int, int]:
+        """Padded lengths of what follows the shared beginning and of the responses."""
+        longest = max(len(r.prompt) for r in rows) - len(self.shared) - 1
+        return bucket(longest), bucket(max(max(len(r.chosen), len(r.rejected)) for r in rows))
+
+    def padding(self) -> tuple[float, int]:
+        """Share of all positions of the run that are padding, and how many shapes its batches have."""
+        batches = [[self.pairs[i] for i in order] for order in self.order]
+        sizes = [self._sizes(rows) for rows in batches]
+        C = len(self.shared)
+        length = lambda r: len(r.prompt) - C - 1 + len(r.chosen) + len(r.rejected)
+        real = sum(C + sum(map(length, rows)) for rows in batches)
+        return 1 - real / sum(C + self.batch * (prompt + 2 * response) for prompt, response in sizes), len(set(sizes))
+
+    def collate(self, step: int) -> Batch:
+        """The arrays of a step, padded to its buckets."""
+        rows = [self.pairs[i] for i in self.order[step]]
+        weights = np.array([1.0] * len(rows) + [0.0] * (self.batch - len(rows)), np.float32)
+        rows += [rows[0]] * (self.batch - len(rows))
+        prompt_size, response_size = self._sizes(rows)
+        prompt, prompt_lengths = pad([r.prompt[len(self.shared) : -1] for r in rows], prompt_size, self.pad_id)
+        responses = [response for r in rows for response in (r.chosen, r.rejected)]
+        targets, lengths = pad(responses, response_size, self.pad_id)
+        first = np.repeat([r.prompt[-1:] for r in rows], 2, axis=0)
+        shape = (self.batch, 2, -1)
+        branches = np.concatenate([first, targets[:, :-1]], axis=1).astype(np.int32)
+        return Batch(
+            prompt, prompt_lengths, branches.reshape(shape), targets.reshape(shape), lengths.reshape(shape[:2]), weights
+        )
+
+    def start(self, step: int):
+        """Iterate over batches from `step` on, made ahead in background threads."""
+        steps = grain.MapDataset.source(range(step, len(self))).map(self.collate)
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
