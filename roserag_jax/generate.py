@@ -2,8 +2,9 @@
 
     python -m roserag_jax.generate --config configs/quickstart.py
 
-Reads `retrieved.jsonl`, writes `candidates.jsonl`: `{id, prompt, golden_answers, candidates: [{response, rationale,
-answer, source, correct, logprob, tokens}], dropped}`. Stopped, it goes on with the questions that are not done.
+Reads `retrieved.jsonl`, writes `candidates.jsonl`: `{id, prompt, passage_spans, golden_answers, candidates: [{response,
+rationale, answer, source, correct, logprob, tokens}], dropped}`. Stopped, it resumes with the questions
+that are not done.
 """
 
 from etils import epath

@@ -2,8 +2,9 @@
 
     python -m roserag_jax.select --config configs/quickstart.py
 
-Reads `candidates.jsonl`, writes `pairs.jsonl`: TRL's `{prompt, chosen, rejected}` plus `{id, chosen_logprob,
-rejected_logprob, margin}`. With `config.data.pairs` the pairs are those of a file, and nothing is generated.
+Reads `candidates.jsonl`, writes `pairs.jsonl`: TRL's `{prompt, chosen, rejected}` plus `{id, passage_spans,
+chosen_logprob, rejected_logprob, margin}`. With `config.data.pairs` the pairs are those of a file, and nothing
+is generated.
 """
 
 from roserag_jax import cli, generate, options, retrieve

@@ -89,9 +89,9 @@ def question(
       stop: texts that end a response.
 
     Returns:
-      `{id, prompt, golden_answers, candidates: [{response, rationale, answer, source, correct, logprob, tokens}],
-      dropped: {reason: count}}`. `logprob` is the sum over the response's `tokens` tokens under the plain prompt,
-      without the end-of-turn token.
+      `{id, prompt, passage_spans, golden_answers, candidates: [{response, rationale, answer, source, correct, logprob,
+      tokens}], dropped: {reason: count}}`. `logprob` is the sum over the response's `tokens` tokens under the
+      plain prompt, without the end-of-turn token.
     """
     rationales = []  # (source, rationale, its sampled answer or '')
     dropped = {"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0}
@@ -174,6 +174,7 @@ def question(
     return {
         "id": row["id"],
         "prompt": plain.text,
+        "passage_spans": plain.passage_spans,
         "golden_answers": row["golden_answers"],
         "candidates": candidates,
         "dropped": {k: v for k, v in dropped.items() if v},

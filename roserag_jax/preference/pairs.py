@@ -13,7 +13,8 @@ def read_pairs(path: str, tokenizer) -> list[dict]:
 
     Rows are text or conversational, with a prompt or with it at the beginning of both responses (also where a text
     prompt stands beside conversations, as TRL takes it). A conversation is laid in the tokenizer's chat template; a
-    text prompt is taken as it stands.
+    text prompt is taken as it stands, and its row may say where passages stand in it, `passage_spans`, as in
+    `pairs.jsonl`.
 
     Raises:
       UserError: a row is no pair, or no row can be used; it is named.
@@ -31,12 +32,30 @@ def read_pairs(path: str, tokenizer) -> list[dict]:
         if not chosen.strip() or not rejected.strip() or chosen == rejected:
             skipped["an empty response" if chosen != rejected else "two equal responses"] += 1
             continue
-        pairs.append({"id": str(row.get("id", number)), "prompt": prompt, "chosen": chosen, "rejected": rejected})
+        pair = {"id": str(row.get("id", number)), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        if row.get("passage_spans"):
+            pair["passage_spans"] = _spans(row, where)
+        pairs.append(pair)
     if not pairs:
         raise UserError(f"{path} holds no pairs.")
     left_out = ", ".join(f"{n} for {reason}" for reason, n in skipped.items())
     print(f"{path}: {len(pairs)} pairs{f'; left out {left_out}' if left_out else ''}.")
     return pairs
+
+
+def _spans(row: dict, where: str) -> list[list[int]]:
+    """A row's `passage_spans`: character positions [start, end) in its text prompt, in order, without overlap."""
+    spans, prompt, behind = row["passage_spans"], row.get("prompt"), 0
+    valid = isinstance(prompt, str) and isinstance(row["chosen"], str) and isinstance(spans, list)
+    for span in spans if valid else []:
+        valid = valid and isinstance(span, list) and [type(edge) for edge in span] == [int, int]
+        valid = valid and behind <= span[0] <= span[1] <= len(prompt)
+        behind = span[1] if valid else 0
+    if not valid:
+        raise UserError(
+            f"{where}: passage_spans must be a list of [start, end], character positions in a text prompt, in order."
+        )
+    return spans
 
 
 def _pair(row: dict, tokenizer) -> tuple[str, str, str]:

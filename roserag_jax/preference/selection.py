@@ -66,9 +66,9 @@ def select(rows: list[dict], passages: dict[str, list[dict]], options, seed: int
         a rejected one any plain candidate, unchecked.
 
     Returns:
-      Pairs `{id, prompt, chosen, rejected, chosen_logprob, rejected_logprob, margin}`; log-probabilities are of the
-      given kind and margin is chosen minus rejected. And counts: `{questions: {reason: dropped}, no_evidence, accepted:
-      {source: [correct, of so many]}}`.
+      Pairs `{id, prompt, passage_spans, chosen, rejected, chosen_logprob, rejected_logprob, margin}`; log-probabilities
+      are of the given kind and margin is chosen minus rejected. And counts: `{questions: {reason: dropped},
+      no_evidence, accepted: {source: [correct, of so many]}}`.
 
     Raises:
       UserError: no question has both kinds of candidates.
@@ -123,6 +123,7 @@ def select(rows: list[dict], passages: dict[str, list[dict]], options, seed: int
                 {
                     "id": row["id"],
                     "prompt": row["prompt"],
+                    "passage_spans": row.get("passage_spans", []),
                     "chosen": chosen["response"],
                     "rejected": rejected["response"],
                     "chosen_logprob": round(ours, 4),

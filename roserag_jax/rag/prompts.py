@@ -45,13 +45,22 @@ _NAMED = re.compile(r"Passage \d+ says that ")
 ANSWER_PREFIX = "\nAnswer:"
 
 
+Span = tuple[int, int]  # characters [start, end) of a text
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt as text and tokens, and how many of the passages' tokens were cut to make it fit."""
+    """A prompt as text and tokens.
+
+    Attributes:
+      cut: tokens of the passages that were cut to make the prompt fit.
+      passage_spans: where each passage of the question stands in the text, so that it can be cut later.
+    """
 
     text: str
     tokens: list[int]
-    cut: int
+    cut: int = 0
+    passage_spans: tuple[Span, ...] = ()
 
 
 def _marks(tokenizer) -> re.Pattern | None:
@@ -98,18 +107,30 @@ class PromptBuilder:
         self._marks = _marks(tokenizer)
 
     def plain(self, row: dict) -> Prompt:
-        """The prompt of training and inference: passages, question, instruction."""
-        passages, cut = self._fitted(row)
-        return Prompt(*self._render(passages, row, guided=False), cut)
+        """The prompt of training and inference: passages, question, instruction.
+
+        Raises:
+          UserError: the question and the instruction alone are over the limit.
+        """
+        prompt = self._render(self._passages(self.shown(row)), row, guided=False)
+        if len(prompt.tokens) > self.max_tokens:
+            prompt = cut_passages(self.tokenizer, prompt, self.max_tokens)
+        if prompt is None:
+            raise UserError(
+                f"Row {row.get('id')!r}: the question and the instruction alone leave no room for passages in "
+                f"config.prompt.max_tokens={self.max_tokens}. Raise it or shorten the question."
+            )
+        return prompt
 
     def guided(self, row: dict) -> Prompt:
-        """The prompt that has the first golden answer in view; rationales are sampled from it.
+        """The prompt that shows the first golden answer; rationales are sampled from it.
 
-        It shows the passages just as the plain one does, so the hint's few tokens come on top of the limit; and it
-        differs from it only behind the question, so that what was read of the one serves the other.
+        It shows the passages just as the plain prompt does, so the hint's few tokens come on top of the limit; and it
+        differs from it only behind the question, so that both can share the prefill up to there.
         """
-        passages, cut = self._fitted(row)
-        return Prompt(*self._render(passages, row, guided=True), cut)
+        plain = self.plain(row)
+        passages = [plain.text[start:end] for start, end in plain.passage_spans]
+        return dataclasses.replace(self._render(passages, row, guided=True), cut=plain.cut)
 
     def neutral(self, text: str) -> str:
         """Data on one line, with the marks of turns broken up so that neither tokenizer nor model can see them."""
@@ -123,30 +144,6 @@ class PromptBuilder:
                 text = text[: found.start()] + broken + text[found.end() :]
         return text
 
-    def _fitted(self, row: dict) -> tuple[list[str], int]:
-        """The passages, cut so that the plain prompt fits, and how many of their tokens were cut."""
-        passages = self._passages(self.shown(row))
-        if len(self._render(passages, row, guided=False)[1]) <= self.max_tokens:
-            return passages, 0
-
-        pieces = [self.tokenizer(p, add_special_tokens=False).input_ids for p in passages]
-        room = self.max_tokens - len(self._render([""] * len(passages), row, guided=False)[1])
-        before = sum(map(len, pieces))
-        while room > 0:
-            limit = _water_level([len(p) for p in pieces], room)
-            cut = [
-                self.tokenizer.decode(piece[:limit]).rstrip("\ufffd") if len(piece) > limit else passage
-                for piece, passage in zip(pieces, passages, strict=True)
-            ]
-            over = len(self._render(cut, row, guided=False)[1]) - self.max_tokens
-            if over <= 0:
-                return cut, before - sum(min(len(p), limit) for p in pieces)
-            room -= over  # joined text can take a token or two more than its pieces
-        raise UserError(
-            f"Row {row.get('id')!r}: the question and the instruction alone leave no room for passages in "
-            f"config.prompt.max_tokens={self.max_tokens}. Raise it or shorten the question."
-        )
-
     def shown(self, row: dict) -> list[dict]:
         """The contexts that a row's prompt shows, in the order of their numbers."""
         return row.get("contexts", [])[: self.passages][:: self.step]
@@ -155,28 +152,72 @@ class PromptBuilder:
         texts = [(self.neutral(c["title"]), self.neutral(c["text"])) for c in contexts]
         return [f"{title}: {text}" if title else text for title, text in texts]
 
-    def _content(self, passages: list[str], row: dict, guided: bool) -> str:
+    def _content(self, passages: list[str], row: dict, guided: bool) -> tuple[str, list[Span]]:
+        """The text of a user turn, and where its passages stand in it."""
+        text, spans = "", []
+        for number, passage in enumerate(passages, 1):
+            text += f"Passage {number}: "
+            spans.append((len(text), len(text) + len(passage)))
+            text += f"{passage}\n"
         hint = HINT.format(answer=self.neutral(row["golden_answers"][0])) if guided else ""
         instruction = INSTRUCTION if self.passages else INSTRUCTION_CLOSED
-        shown = [f"Passage {i}: {p}" for i, p in enumerate(passages, 1)]
-        return "\n".join(
-            shown + [""] * bool(shown) + [f"Question: {self.neutral(row['question'])}", hint + instruction]
-        )
+        text += "\n" * bool(passages) + f"Question: {self.neutral(row['question'])}\n{hint}{instruction}"
+        return text, spans
 
-    def _render(self, passages: list[str], row: dict, guided: bool) -> tuple[str, list[int]]:
+    def _render(self, passages: list[str], row: dict, guided: bool) -> Prompt:
         turns = []
         for example, response in self.examples:
-            # An example shows all of its passages, or none where the question has none, and then says nothing of them.
-            seen = self._passages(example["contexts"] if self.passages else [])
-            turns.append({"role": "user", "content": self._content(seen, example, guided)})
-            said = response if self.passages else _NAMED.sub("", response)
-            turns.append({"role": "assistant", "content": said})
-        turns.append({"role": "user", "content": self._content(passages, row, guided)})
+            # A demonstration shows all of its passages, or none in a closed book, and then does not name any.
+            shown = self._passages(example["contexts"] if self.passages else [])
+            turns.append({"role": "user", "content": self._content(shown, example, guided)[0]})
+            turns.append({"role": "assistant", "content": response if self.passages else _NAMED.sub("", response)})
+        content, spans = self._content(passages, row, guided)
+        turns.append({"role": "user", "content": content})
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(turn["content"] for turn in turns) + "\n"
         else:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return text, prompt_tokens(self.tokenizer, text)
+        start = text.rfind(content)
+        if start < 0:
+            raise UserError(
+                "The tokenizer's chat template changes the text of a turn; name another in config.tokenizer."
+            )
+        spans = tuple((start + first, start + last) for first, last in spans)
+        return Prompt(text, prompt_tokens(self.tokenizer, text), passage_spans=spans)
+
+
+def cut_passages(tokenizer, prompt: Prompt, limit: int) -> Prompt | None:
+    """A prompt with its passages cut so that it has at most `limit` tokens; None where no cut is enough.
+
+    The longest passages are cut to one length and short ones stay complete. Everything else stays as it is.
+    """
+    passages = [prompt.text[start:end] for start, end in prompt.passage_spans]
+    pieces = [tokenizer(passage, add_special_tokens=False).input_ids for passage in passages]
+    room = limit - len(prompt_tokens(tokenizer, _replaced(prompt, [""] * len(passages))[0]))
+    while room > 0:
+        length = _water_level([len(piece) for piece in pieces], room)
+        # Always a beginning of the passage itself: decoded text could differ from it.
+        kept = [
+            passage if len(piece) <= length else passage[: len(tokenizer.decode(piece[:length]))]
+            for passage, piece in zip(passages, pieces, strict=True)
+        ]
+        text, spans = _replaced(prompt, kept)
+        tokens = prompt_tokens(tokenizer, text)
+        if len(tokens) <= limit:
+            cut = sum(max(0, len(piece) - length) for piece in pieces)
+            return Prompt(text, tokens, prompt.cut + cut, spans)
+        room -= len(tokens) - limit  # joined text can take a token or two more than its pieces
+    return None
+
+
+def _replaced(prompt: Prompt, passages: list[str]) -> tuple[str, tuple[Span, ...]]:
+    """A prompt's text with other passages in the places of its own, and where they stand."""
+    text, spans, behind = "", [], 0
+    for (start, end), passage in zip(prompt.passage_spans, passages, strict=True):
+        text += prompt.text[behind:start]
+        spans.append((len(text), len(text) + len(passage)))
+        text, behind = text + passage, end
+    return text + prompt.text[behind:], tuple(spans)
 
 
 def prompt_tokens(tokenizer, text: str) -> list[int]:

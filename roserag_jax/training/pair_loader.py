@@ -3,9 +3,7 @@
 Axes: B pairs of a batch, P prompt, S response, N = 2 branches (chosen, rejected).
 """
 
-import bisect
 import os
-import re
 import zlib
 from typing import NamedTuple
 
@@ -13,7 +11,7 @@ import grain
 import numpy as np
 
 from roserag_jax.inference.engine import bucket, pad, shared_length
-from roserag_jax.rag.prompts import prompt_tokens, response_tokens
+from roserag_jax.rag.prompts import Prompt, cut_passages, prompt_tokens, response_tokens
 
 
 class Pair(NamedTuple):
@@ -36,38 +34,11 @@ class Batch(NamedTuple):
     weights: np.ndarray  # [B]
 
 
-# The passages of a prompt, as `rag.prompts` lays them: one line each, then an empty one and the question.
-_PASSAGES = re.compile(r"((?:Passage \d+: [^\n]*\n)+)(?=\nQuestion: )")
-
-
-def cut_passages(tokenizer, text: str, limit: int) -> list[int] | None:
-    """The tokens of a prompt with its passages cut so that they are at most `limit`; None where that cannot be.
-
-    Long passages are cut to one length, short ones stay whole. Worked examples, the question and all else stay too.
-    """
-    blocks = list(_PASSAGES.finditer(text))  # those of worked examples come first
-    if not blocks:
-        return None
-    start, end = blocks[-1].span()
-    lines = [line.partition(": ") for line in text[start:end].splitlines()]
-    pieces = [response_tokens(tokenizer, passage) for _, _, passage in lines]
-
-    def cut(length):
-        kept = [
-            passage if len(piece) <= length else tokenizer.decode(piece[:length]).rstrip("\ufffd")
-            for (_, _, passage), piece in zip(lines, pieces, strict=True)
-        ]
-        shown = "".join(f"{number}: {passage}\n" for (number, _, _), passage in zip(lines, kept, strict=True))
-        return prompt_tokens(tokenizer, text[:start] + shown + text[end:])
-
-    fitting = bisect.bisect_right(range(max(map(len, pieces)) + 1), limit, key=lambda length: len(cut(length)))
-    return cut(fitting - 1) if fitting else None
-
-
 def tokenize(tokenizer, stop_id: int, rows: list[dict], max_response: int, max_length: int = 0):
     """Pairs as tokens, made by Grain's workers, and what happened to those that are too long.
 
     Args:
+      rows: `{id, prompt, chosen, rejected, passage_spans?}`; the spans say where passages stand in the prompt.
       max_response: longest response, end-of-turn token included; pairs with a longer one are left out.
       max_length: longest prompt with a response; passages are cut to fit. 0 is no limit.
 
@@ -83,8 +54,9 @@ def tokenize(tokenizer, stop_id: int, rows: list[dict], max_response: int, max_l
             return None, "response too long"
         if not max_length or len(prompt) + longest <= max_length:
             return Pair(row["id"], prompt, chosen, rejected), "whole"
-        prompt = cut_passages(tokenizer, row["prompt"], max_length - longest)
-        return (Pair(row["id"], prompt, chosen, rejected), "cut") if prompt else (None, "prompt too long")
+        spans = tuple(map(tuple, row.get("passage_spans", ())))
+        cut = cut_passages(tokenizer, Prompt(row["prompt"], prompt, passage_spans=spans), max_length - longest)
+        return (Pair(row["id"], cut.tokens, chosen, rejected), "cut") if cut else (None, "prompt too long")
 
     workers = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=64)
     made = list(grain.MapDataset.source(rows).map(read).to_iter_dataset(workers))

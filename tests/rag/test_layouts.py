@@ -255,6 +255,16 @@ def test_bad_pairs_are_named(tmp_path, smollm_tokenizer, capsys):
         pairs.read_pairs(write(tmp_path / "p.jsonl", {**good, "chosen": " "}), smollm_tokenizer)
 
 
+def test_read_pairs_with_passage_spans(tmp_path, smollm_tokenizer):
+    """Pairs that `select` wrote can be read back and cut; spans that do not fit the prompt are named."""
+    good = {"prompt": "Passage 1: moss\nWhy?", "chosen": "a", "rejected": "b", "passage_spans": [[11, 15]]}
+    (pair,) = pairs.read_pairs(write(tmp_path / "p.jsonl", good), smollm_tokenizer)
+    assert pair["passage_spans"] == [[11, 15]]
+    for bad in ([[11, 99]], [[4, 2]], [[3, 6], [5, 8]], [["a", "b"]], [11, 15], "11", [[True, 4]]):
+        with pytest.raises(UserError, match=r"line 2: passage_spans must be"):
+            pairs.read_pairs(write(tmp_path / "p.jsonl", good, {**good, "passage_spans": bad}), smollm_tokenizer)
+
+
 @pytest.mark.parametrize(
     ("folder", "original", "corpus"),
     [

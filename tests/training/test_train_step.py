@@ -284,7 +284,8 @@ def test_long_pairs_lose_passages_only(smollm_tokenizer):
     row = {"id": "a", "question": "Passage 1: what?", "golden_answers": ["x"], "contexts": contexts}
     whole = PromptBuilder(smollm_tokenizer, 4096, 3, 2).plain(row)
     said = {"chosen": "It is so.", "rejected": "It is not so at all."}
-    rows = [{"id": "a", "prompt": whole.text} | said, {"id": "b", "prompt": "No passages here. " * 999} | said]
+    spans = {"passage_spans": [list(span) for span in whole.passage_spans]}
+    rows = [{"id": "a", "prompt": whole.text} | spans | said, {"id": "b", "prompt": "No passages here. " * 999} | said]
     rows += [{"id": "c", "prompt": "Short."} | said, {"id": "d", "prompt": "Short."} | said | {"chosen": "so " * 70}]
     limit = len(whole.tokens) - 150
     pairs, counts = tokenize(smollm_tokenizer, 2, rows, 64, limit)
