@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from roserag_jax.distributed.mesh import make_mesh
-from roserag_jax.hub import source, weights
+from roserag_jax.hub import loading, model_files
 from roserag_jax.inference.engine import Engine
 
 
@@ -24,9 +24,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def engine(args) -> Engine:
     """Our engine in float32; nothing stops a branch, so that both sides decode the same number of tokens."""
-    opened, mesh = source.open_source(args.model), make_mesh()
-    base = weights.load_base(opened, jnp.float32, mesh)
-    return Engine(weights.assemble(opened.config, base), mesh, (), 0)
+    opened, mesh = model_files.open_model(args.model), make_mesh()
+    base = loading.load_base(opened, jnp.float32, mesh)
+    return Engine(loading.assemble(opened.config, base), mesh, (), 0)
 
 
 def reference(path: str):

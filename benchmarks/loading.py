@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from roserag_jax.distributed.mesh import make_mesh
-from roserag_jax.hub import source, weights
+from roserag_jax.hub import loading, model_files, tensor_names
 from roserag_jax.models.lora import LoRAConfig
 
 SHAPE = {
@@ -43,7 +43,7 @@ def write_random_model(folder: Path) -> None:
 
     hf = transformers.LlamaConfig(**SHAPE)
     hf.save_pretrained(folder)
-    config = source.read_config(str(folder))[1]
+    config = model_files.read_config(str(folder))[1]
     names, pending = {}, {}
     rng = np.random.default_rng(0)
 
@@ -53,8 +53,8 @@ def write_random_model(folder: Path) -> None:
         names.update(dict.fromkeys(pending, file))
         pending.clear()
 
-    for path, variable in nnx.to_flat_state(nnx.state(weights.abstract_model(config, LoRAConfig(), jnp.bfloat16))):
-        name, shape = weights.tensor_name(path, config), variable.get_value().shape
+    for path, variable in nnx.to_flat_state(nnx.state(loading.abstract_model(config, LoRAConfig(), jnp.bfloat16))):
+        name, shape = tensor_names.tensor_name(path, config), variable.get_value().shape
         for i in range(shape[0]) if "{}" in name else [None]:
             inner = shape[1:] if "{}" in name else shape
             pending[name.format(i)] = rng.standard_normal(inner, np.float32).astype(jnp.bfloat16)
@@ -97,11 +97,11 @@ def main() -> None:
         model = args.model or temporary
         if not args.model:
             write_random_model(Path(temporary))
-        opened, mesh = source.open_source(model), make_mesh()
+        opened, mesh = model_files.open_model(model), make_mesh()
         jnp.zeros(1).block_until_ready()
         start = time.monotonic()
         with Peak() as peak:
-            base = jax.block_until_ready(weights.load_base(opened, jnp.dtype(args.dtype), mesh))
+            base = jax.block_until_ready(loading.load_base(opened, jnp.dtype(args.dtype), mesh))
         seconds = time.monotonic() - start
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
         largest = max(np.prod(shape) for shape in opened.shapes().values()) * jnp.dtype(args.dtype).itemsize

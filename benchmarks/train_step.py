@@ -22,7 +22,7 @@ from flax import nnx
 
 from benchmarks import common
 from roserag_jax.distributed.mesh import make_mesh
-from roserag_jax.hub import source, weights
+from roserag_jax.hub import loading, model_files
 from roserag_jax.models.lora import LoRAConfig, LoRAParam
 from roserag_jax.models.transformer import Transformer
 from roserag_jax.training import losses
@@ -49,8 +49,8 @@ def batch_of(pairs: list[Pair]):
 def with_adapter(opened):
     """The mesh, and the float32 network on it with a fresh adapter."""
     mesh = make_mesh()
-    adapter = weights.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
-    return mesh, weights.assemble(opened.config, weights.load_base(opened, jnp.float32, mesh), LORA, adapter)
+    adapter = loading.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
+    return mesh, loading.assemble(opened.config, loading.load_base(opened, jnp.float32, mesh), LORA, adapter)
 
 
 def ours(args, opened, pairs) -> tuple[list[float], dict]:
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--peer", default="trl", choices=("trl", "repeated"))
     parser.add_argument("--grow", action="store_true", help="show how time and memory grow instead")
     args = parser.parse_args()
-    opened = source.open_source(args.model)
+    opened = model_files.open_model(args.model)
     if args.grow:
         print(json.dumps({"grow": growth(args, opened), "pairs": args.pairs, "remat": args.remat}))
         return

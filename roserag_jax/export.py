@@ -12,7 +12,7 @@ from etils import epath
 from roserag_jax import cli
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_folder
-from roserag_jax.hub import weights
+from roserag_jax.hub import merged_export
 from roserag_jax.session import Session
 from roserag_jax.workdir import Workdir, is_remote
 
@@ -38,7 +38,7 @@ def run(config) -> None:
         building = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        weights.save_merged(session.model(adapter), session.source, building)
+        merged_export.save_merged(session.model(adapter), session.source, building)
         session.tokenizer.save_pretrained(building)
         if not (building / "generation_config.json").exists():  # a GGUF file has none, and a turn must end
             ends = transformers.GenerationConfig(eos_token_id=list(session.stop_ids), pad_token_id=session.pad_id)

@@ -14,8 +14,8 @@ from flax import nnx
 
 from roserag_jax import cli
 from roserag_jax.errors import UserError
-from roserag_jax.hub import source, tokenizer
-from roserag_jax.hub.weights import abstract_model
+from roserag_jax.hub import model_files, tokenizer
+from roserag_jax.hub.loading import abstract_model
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import LoRAParam
 from roserag_jax.session import Session
@@ -56,7 +56,7 @@ def _habits(c: ModelConfig) -> str:
 def run(config) -> None:
     """The command."""
     session = Session(config)
-    path, c = source.read_config(config.model, config.revision or None)
+    path, c = model_files.read_config(config.model, config.revision or None)
     lora = session.lora
     base, adapter = nnx.state(abstract_model(c, lora, jnp.bfloat16), nnx.Not(LoRAParam), LoRAParam)
     parameters, trained = _count(base), _count(adapter)

@@ -8,8 +8,7 @@ from etils import epath
 
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.errors import UserError
-from roserag_jax.hub import adapter as adapters
-from roserag_jax.hub import source, tokenizer, weights
+from roserag_jax.hub import loading, model_files, peft_adapter, tokenizer
 from roserag_jax.inference.engine import Engine
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig
 from roserag_jax.models.transformer import Transformer
@@ -29,9 +28,9 @@ class Session:
         return tokenizer.load(self.config.model, self.config.tokenizer, self.config.revision or None)
 
     @functools.cached_property
-    def source(self) -> source.Source:
+    def source(self) -> model_files.ModelFiles:
         """The weights as named tensors."""
-        found = source.open_source(self.config.model, self.config.revision or None)
+        found = model_files.open_model(self.config.model, self.config.revision or None)
         config, most = self.config, found.config.max_positions
         said = max(config.generate.max_tokens + config.generate.answer_tokens, config.evaluate.max_tokens)
         if config.prompt.max_tokens + said > most:
@@ -72,7 +71,7 @@ class Session:
     @functools.cached_property
     def base(self):
         """The frozen weights on the mesh."""
-        return weights.load_base(self.source, self.dtype, self.mesh)
+        return loading.load_base(self.source, self.dtype, self.mesh)
 
     @functools.cached_property
     def lora(self) -> LoRAConfig:
@@ -85,7 +84,7 @@ class Session:
         targets = tuple(t for t in PROJECTIONS if t in c.targets)
         asked = LoRAConfig(c.rank, c.alpha, c.dropout, targets, c.rslora)
         if c.start:
-            found = adapters.read_config(epath.Path(c.start).expanduser())
+            found = peft_adapter.read_lora_config(epath.Path(c.start).expanduser())
             for name in ("rank", "alpha", "rslora", "targets"):
                 theirs, ours = getattr(found, name), getattr(asked, name)
                 if theirs != ours:
@@ -111,14 +110,16 @@ class Session:
 
     def model(self, adapter: epath.Path | None = None):
         """The network, with a PEFT adapter from a folder if one is given."""
-        lora, state = (None, None) if adapter is None else adapters.load(adapter, self.source.config, self.mesh)
-        return weights.assemble(self.source.config, self.base, lora, state)
+        lora, state = (
+            (None, None) if adapter is None else peft_adapter.load_adapter(adapter, self.source.config, self.mesh)
+        )
+        return loading.assemble(self.source.config, self.base, lora, state)
 
     def engine(self, adapter: epath.Path | None = None) -> Engine:
         """An engine over `model(adapter)`, the adapter merged into the weights if the configuration says so."""
         model = self.model(adapter)
         if adapter is not None and self.config.merge:
-            model = weights.merge(model)
+            model = loading.merge_adapter(model)
         return self.engine_of(model)
 
     def engine_of(self, model: Transformer) -> Engine:

@@ -21,8 +21,7 @@ from roserag_jax.distributed import processes
 from roserag_jax.distributed.mesh import matmul_rate
 from roserag_jax.distributed.sharding import devices
 from roserag_jax.errors import UserError
-from roserag_jax.hub import adapter as adapters
-from roserag_jax.hub import weights
+from roserag_jax.hub import loading, peft_adapter
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, metrics
 from roserag_jax.report.comparison import comparison
@@ -63,7 +62,7 @@ def make(session: Session, workdir: Workdir) -> None:
 
     session.let_go()
     adapter = _starting_adapter(session)
-    model = weights.assemble(session.source.config, session.base, session.lora, adapter)
+    model = loading.assemble(session.source.config, session.base, session.lora, adapter)
     optimizer, schedule = make_optimizer(train.learning_rate, len(stream), train.warmup, train.weight_decay, train.clip)
     named = ("loss", "beta", "gamma", "label_smoothing", "sft_weight", "sft_span", "remat")
     objective = Objective(**{name: train[name] for name in named}, dropout=session.lora.dropout > 0)
@@ -105,7 +104,9 @@ def make(session: Session, workdir: Workdir) -> None:
         if held_out:
             state = held_out.finish(state, train.keep)
 
-    files = adapters.to_files(processes.gather_to_host(state.adapter), session.lora, config.model, config.revision)
+    files = peft_adapter.adapter_files(
+        processes.gather_to_host(state.adapter), session.lora, config.model, config.revision
+    )
     if processes.is_main():
         workdir.publish(ARTIFACT, wanted, files, len(training))
         for old in folder.iterdir():
@@ -140,8 +141,8 @@ def _starting_adapter(session: Session):
     config, start = session.config, session.config.lora.start
     if not start:
         key = jax.random.key(config.seed)
-        return weights.init_adapter(session.source.config, session.lora, session.mesh, key)
-    return adapters.load(epath.Path(start).expanduser(), session.source.config, session.mesh)[1]
+        return loading.init_adapter(session.source.config, session.lora, session.mesh, key)
+    return peft_adapter.load_adapter(epath.Path(start).expanduser(), session.source.config, session.mesh)[1]
 
 
 def _steps(step_function, stream, state, done, checkpoints, log, held_out, train, profile):
@@ -278,7 +279,7 @@ class _HeldOut:
     def _answers(self, state) -> dict:
         """EM and F1, in percent, of greedy answers."""
         session, config = self.session, self.session.config
-        model = weights.assemble(session.source.config, session.base, session.lora, state.adapter)
+        model = loading.assemble(session.source.config, session.base, session.lora, state.adapter)
         engine = session.engine_of(model)
         rows, prompts = zip(*self.questions, strict=True)
         limits = (config.evaluate.batch, config.evaluate.max_tokens, config.prompt.stop)

@@ -19,7 +19,7 @@ from flax import nnx
 
 from roserag_jax import generate, options, session, train
 from roserag_jax.distributed.mesh import make_mesh
-from roserag_jax.hub import source, weights
+from roserag_jax.hub import loading, model_files
 from roserag_jax.inference import decoder
 from roserag_jax.rag import synthetic
 from roserag_jax.workdir import Workdir, to_jsonl
@@ -129,13 +129,13 @@ def smollm_path():
 
 @pytest.fixture(scope="session")
 def smollm_source(smollm_path):
-    return source.open_source(str(smollm_path))
+    return model_files.open_model(str(smollm_path))
 
 
 @pytest.fixture(scope="session")
 def smollm(smollm_source, one_device):
-    base = weights.load_base(smollm_source, jnp.dtype("float32"), one_device)
-    return weights.assemble(smollm_source.config, base)
+    base = loading.load_base(smollm_source, jnp.dtype("float32"), one_device)
+    return loading.assemble(smollm_source.config, base)
 
 
 @pytest.fixture(scope="session")
@@ -216,8 +216,8 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_llama(tiny_folder, one_device):
     """`(source, frozen parameters)` of the small Llama."""
-    opened = source.open_source(str(tiny_folder("llama")[0]))
-    return opened, weights.load_base(opened, jnp.dtype("float32"), one_device)
+    opened = model_files.open_model(str(tiny_folder("llama")[0]))
+    return opened, loading.load_base(opened, jnp.dtype("float32"), one_device)
 
 
 @pytest.fixture(scope="module")

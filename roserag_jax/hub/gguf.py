@@ -105,7 +105,7 @@ class GGUFFile:
         """Read one piece of the dequantised tensor."""
         return self._dequantized(name)[index]
 
-    def hf_config(self):
+    def transformers_config(self):
         """The `transformers` configuration that the header amounts to."""
         return self._hf
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from roserag_jax.errors import UserError, first_line
 from roserag_jax.hub import gguf
-from roserag_jax.hub.source import resolve
+from roserag_jax.hub.model_files import resolve_path
 
 
 def load(model: str, tokenizer: str = "", revision: str | None = None):
@@ -15,7 +15,7 @@ def load(model: str, tokenizer: str = "", revision: str | None = None):
     """
     import transformers
 
-    path = resolve(tokenizer or model, None if tokenizer else revision, weights=False)
+    path = resolve_path(tokenizer or model, None if tokenizer else revision, weights=False)
     if path.suffix == ".gguf":
         return _from_gguf(path)
     try:

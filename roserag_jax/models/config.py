@@ -165,16 +165,28 @@ _READERS = {
 }
 
 
+MOST_LAYERS = 4096  # more are a damaged file
+
+
+def check_family(model_type: str | None, source: str) -> None:
+    """Refuse a model type that no reader knows.
+
+    Raises:
+      UserError: it is unknown.
+    """
+    if model_type not in _READERS:
+        known = ", ".join(_READERS)
+        raise UserError(f"{source}: model type {str(model_type)[:80]!r} is not implemented; known: {known}.")
+
+
 def from_hf(hf, source: str) -> ModelConfig:
     """Read a `transformers` config object; `source` names it in errors.
 
     Raises:
       UserError: the model type, or a setting that changes the mathematics, is not implemented.
     """
-    reader = _READERS.get(hf.model_type)
-    if reader is None:
-        raise UserError(f"{source}: model type {hf.model_type!r} is unknown here; known: {', '.join(_READERS)}.")
+    check_family(hf.model_type, source)
     for field, why in _REFUSED.items():
         if getattr(hf, field, None):
             raise UserError(f"{source}: {field}={getattr(hf, field)!r} is not implemented: {why}.")
-    return ModelConfig(**reader(hf, source))
+    return ModelConfig(**_READERS[hf.model_type](hf, source))

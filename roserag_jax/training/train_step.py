@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from roserag_jax.distributed.sharding import sharding, state_shardings
-from roserag_jax.hub.weights import assemble
+from roserag_jax.hub.loading import assemble
 from roserag_jax.models.logprobs import token_logprobs
 from roserag_jax.models.lora import LoRAParam
 from roserag_jax.models.transformer import Transformer

@@ -7,7 +7,7 @@ import pytest
 from conftest import SIZES, branch_logits, hf_logits
 
 from roserag_jax.errors import UserError
-from roserag_jax.hub import source, weights
+from roserag_jax.hub import loading, model_files
 from roserag_jax.hub.gguf import FAMILIES, hf_name
 from roserag_jax.models import config as model_config
 from roserag_jax.models import rope
@@ -97,7 +97,7 @@ def _finish(writer):
 
 
 def test_an_early_gemma_2_file_has_the_familys_window_and_soft_caps(tmp_path):
-    config = source.open_source(str(written("gemma2", tmp_path, early=True)[0])).config
+    config = model_files.open_model(str(written("gemma2", tmp_path, early=True)[0])).config
     assert (config.sliding_window, config.attention_softcap, config.final_softcap) == (4096, 50.0, 30.0)
 
 
@@ -107,10 +107,10 @@ def test_a_gguf_file_is_the_model(arch, tmp_path, one_device):
     import transformers
 
     path, hf = written(arch, tmp_path)
-    opened = source.open_source(str(path))
+    opened = model_files.open_model(str(path))
     assert opened.config == model_config.from_hf(hf, "")
-    assert opened.hf_config().architectures[0].endswith("ForCausalLM")
-    model = weights.assemble(opened.config, weights.load_base(opened, jnp.dtype("float32"), one_device))
+    assert opened.transformers_config().architectures[0].endswith("ForCausalLM")
+    model = loading.assemble(opened.config, loading.load_base(opened, jnp.dtype("float32"), one_device))
     ours = branch_logits(model, TOKENS[:1], np.array([20]), TOKENS[:1, None, 20:])[0, 0]
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, config=hf, attn_implementation="eager", dtype=torch.float32
@@ -121,11 +121,11 @@ def test_a_gguf_file_is_the_model(arch, tmp_path, one_device):
 def test_what_a_header_cannot_say_is_refused(tmp_path):
     path, _ = written("qwen3", tmp_path, **{"rope.scaling.type": "yarn"})
     with pytest.raises(UserError, match=r"rope.scaling.type='yarn' is not implemented"):
-        source.open_source(str(path))
+        model_files.open_model(str(path))
     half = tmp_path / "half.gguf"
     half.write_bytes(path.read_bytes()[:-4000])
     with pytest.raises(UserError, match="half.gguf is damaged, incomplete"):
-        source.open_source(str(half))
+        model_files.open_model(str(half))
     _finish(gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2"))
     with pytest.raises(UserError, match="architecture 'gpt2' is unknown"):
-        source.open_source(str(tmp_path / "other.gguf"))
+        model_files.open_model(str(tmp_path / "other.gguf"))

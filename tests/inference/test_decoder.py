@@ -11,7 +11,7 @@ import pytest
 from conftest import decode
 
 from roserag_jax.distributed.mesh import make_mesh
-from roserag_jax.hub import weights
+from roserag_jax.hub import loading
 from roserag_jax.inference import decoder
 from roserag_jax.inference.decoder import Decode
 from roserag_jax.inference.engine import Engine
@@ -29,7 +29,7 @@ WARM = Sampling(1.0, 0.9)
 @pytest.fixture(scope="module")
 def engine(tiny_llama, one_device):
     opened, base = tiny_llama
-    return Engine(weights.assemble(opened.config, base), one_device, (2,), 0)
+    return Engine(loading.assemble(opened.config, base), one_device, (2,), 0)
 
 
 def sample(engine, rows, N=3, max_new=12, sampling=WARM, first=0, **room):
@@ -103,8 +103,8 @@ def test_sharded_sampling_draws_the_same(apart, engine, tiny_folder, tiny_llama)
     """Four devices for questions, each with two slots, and two for heads; fewer questions than slots; one for all."""
     opened, _ = tiny_llama
     mesh = make_mesh(1, 4, 2)
-    base = weights.load_base(opened, jnp.dtype("float32"), mesh)
-    spread = Engine(weights.assemble(opened.config, base), mesh, (2,), 0)
+    base = loading.load_base(opened, jnp.dtype("float32"), mesh)
+    spread = Engine(loading.assemble(opened.config, base), mesh, (2,), 0)
     if not apart:
         spread.layers = None
     many = [0, 1, 2, 3, 3, 2, 1, 0, 2, 1]

