@@ -16,7 +16,7 @@ from roserag_jax import cli
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_in_use, respond
 from roserag_jax.rag import answers, corpora, questions
-from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.rag.prompts import PromptBuilder, opens_thoughts
 from roserag_jax.retrieval.bm25 import BM25
 from roserag_jax.session import Session
 from roserag_jax.workdir import Workdir
@@ -56,7 +56,7 @@ def run(config) -> None:
     limits = (config.evaluate.batch, config.evaluate.max_tokens, builder.stop)
     said = {i: text for i, text, *_ in respond(engine, session.tokenizer, [p.tokens for p in prompts], *limits)}
     for i, row in enumerate(rows):
-        rationale, answer, _ = answers.parse(said[i])
+        rationale, answer, _ = answers.parse(said[i], opens_thoughts(prompts[i].text))
         shown = builder.shown(row)  # numbered as the rationale numbers them
         if file is not None:
             result = {"id": row["id"], "question": row["question"], "answer": answer, "rationale": rationale}

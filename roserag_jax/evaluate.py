@@ -27,7 +27,7 @@ from roserag_jax.inference.engine import Engine
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, corpora, metrics
 from roserag_jax.rag.noise import Noise
-from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.rag.prompts import PromptBuilder, opens_thoughts
 from roserag_jax.report.comparison import summary
 from roserag_jax.retrieval.bm25 import BM25
 from roserag_jax.session import Session
@@ -180,7 +180,7 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
             engine, session.tokenizer, tokens, *limits, builder.stop, missing
         ):
             row, prompt = rows[number], prompts[number]
-            rationale, prediction, parsed = answers.parse(response)
+            rationale, prediction, parsed = answers.parse(response, opens_thoughts(prompt.text))
             example = {
                 "id": row["id"],
                 "question": row["question"],

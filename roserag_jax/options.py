@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from roserag_jax.errors import UserError
 from roserag_jax.rag import noise
 from roserag_jax.rag.layouts import READERS
+from roserag_jax.rag.prompts import TEMPLATE_ARGUMENTS, check_template_arguments
 
 
 class Option(NamedTuple):
@@ -93,6 +94,11 @@ OPTIONS: dict[str, dict[str, Option] | Option] = {
         "examples": Option(0, "worked examples shown first, of at most 2; they help the smallest models"),
         "max_tokens": Option(2048, "limit of a prompt; passages are cut to fit, the question never is"),
         "stop": Option((), "texts that end a response, besides the model's end of turn; for models that run on"),
+        "template_arguments": Option(
+            TEMPLATE_ARGUMENTS,
+            "variables of the model's chat template; date_string is the date of templates that write today's, "
+            "enable_thinking lets models think before they answer; a configuration file may add others",
+        ),
     },
     "generate": {
         "guided_samples": Option(4, "rationales sampled per question with the golden answer in view"),
@@ -228,7 +234,8 @@ def get(config: ConfigDict, dotted: str) -> Any:
 def subset(config: ConfigDict, *names: str, without: tuple[str, ...] = ()) -> dict:
     """The options of the given names and sections, flat and by dotted name: what an artifact depends on."""
     wanted = lambda name: any(name == n or name.startswith(f"{n}.") for n in names)
-    return {name: get(config, name) for name, _ in walk() if wanted(name) and name not in without}
+    plain = lambda value: value.to_dict() if isinstance(value, ConfigDict) else value
+    return {name: plain(get(config, name)) for name, _ in walk() if wanted(name) and name not in without}
 
 
 def describe() -> str:
@@ -334,6 +341,10 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
             noise.parse(name)
         except (ValueError, TypeError) as error:
             fail("evaluate.noise", str(error))
+    try:
+        check_template_arguments(config.prompt.template_arguments)
+    except (TypeError, ValueError) as error:
+        fail("prompt.template_arguments", str(error))
     if any(not isinstance(text, str) or not text for text in config.prompt.stop):
         fail("prompt.stop", "a tuple of texts that are not empty")
     if config.retrieve.retriever == "bm25" and not config.retrieve.corpus:

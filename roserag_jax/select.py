@@ -19,7 +19,11 @@ ARTIFACT = "pairs.jsonl"
 def recipe(config, workdir: Workdir) -> Recipe:
     """What the pairs are made from."""
     if config.data.pairs:
-        names = ["data.pairs", *Session.model_options]  # the chat template is the tokenizer's
+        names = [
+            "data.pairs",
+            "prompt.template_arguments",
+            *Session.model_options,
+        ]  # the chat template is the tokenizer's
         return Recipe(options.subset(config, *names), retrieve.file_digest(config, "data.pairs"))
     inputs = {"candidates.jsonl": workdir.verify(generate.ARTIFACT)}
     names = ["select", "seed"] if config.select.strategy == "random" else ["select"]
@@ -40,7 +44,7 @@ def _make(session: Session, workdir: Workdir) -> None:
     if workdir.is_up_to_date(ARTIFACT, wanted):
         return
     if config.data.pairs:
-        rows = pairs.read_pairs(config.data.pairs, session.tokenizer)
+        rows = pairs.read_pairs(config.data.pairs, session.tokenizer, config.prompt.template_arguments)
         workdir.publish(ARTIFACT, wanted, to_jsonl(rows), len(rows))
         print(f"{ARTIFACT}: {len(rows)} ready-made pairs\n{selection.lengths(rows)}")
         return

@@ -5,6 +5,7 @@ from pathlib import Path
 from roserag_jax.errors import UserError, first_line
 from roserag_jax.hub import gguf
 from roserag_jax.hub.model_files import resolve_path
+from roserag_jax.rag.prompts import render_chat
 
 
 def load(model: str, tokenizer: str = "", revision: str | None = None):
@@ -87,7 +88,7 @@ def turn_end(tokenizer, stops: tuple[int, ...]) -> int:
     """The token that closes a response in training: what the chat template puts after one, else the tokenizer's EOS."""
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        tokens = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), add_special_tokens=False).input_ids
+        tokens = tokenizer(render_chat(tokenizer, turns, generation_prompt=False), add_special_tokens=False).input_ids
         closing = [token for token in tokens if token in stops]
         if closing:
             return closing[-1]

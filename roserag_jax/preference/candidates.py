@@ -16,19 +16,19 @@ from roserag_jax.inference.decoder import Decode, Read, Room, Task
 from roserag_jax.inference.engine import bucket
 from roserag_jax.inference.sampling import Sampling
 from roserag_jax.rag import answers
-from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, response_tokens
+from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, opens_thoughts, response_tokens
 
 # First sample index of each source, so that the draws of one do not move when the other's number changes.
 _FIRST_SAMPLE = {"plain": 0, "guided": 1 << 16}
 _SENTENCE_END = re.compile(r"^.*[.!?](?=\s|$)", re.DOTALL)
 
 
-def rationale_of(text: str, finished: bool) -> str | None:
+def rationale_of(text: str, finished: bool, thinking: bool = False) -> str | None:
     """The rationale of a sampled response: what stands before its answer line.
 
     One that ran into the token limit is cut after its last whole sentence; None if it has none.
     """
-    rationale, _, parsed = answers.parse(text)
+    rationale, _, parsed = answers.parse(text, thinking)
     if parsed or finished:
         return rationale
     whole = _SENTENCE_END.match(rationale)
@@ -95,14 +95,14 @@ def question(
     """
     rationales = []  # (source, rationale, its sampled answer or '')
     dropped = {"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0}
-    sampled_answer = options.answer == "sampled"
+    sampled_answer, thinking = options.answer == "sampled", opens_thoughts(plain.text)
     if not sampled_answer:
         stop = (*stop, ANSWER_PREFIX)  # the answer will be decoded on the plain prompt
 
     def keep(source, text, finished):
-        rationale, answer = rationale_of(text, finished), ""
+        rationale, answer = rationale_of(text, finished, thinking), ""
         if sampled_answer:
-            _, answer, parsed = answers.parse(text)
+            _, answer, parsed = answers.parse(text, thinking)
             answer = answer if parsed and finished else ""
             if not answer:
                 dropped["no answer"] += 1

@@ -1,14 +1,16 @@
 """Ready-made preference pairs in TRL's layouts."""
 
 import collections
+from collections.abc import Mapping
 
 from etils import epath
 
 from roserag_jax.errors import UserError
 from roserag_jax.rag.files import HUB, hub_rows, read_rows
+from roserag_jax.rag.prompts import render_chat
 
 
-def read_pairs(path: str, tokenizer) -> list[dict]:
+def read_pairs(path: str, tokenizer, template_arguments: Mapping | None = None) -> list[dict]:
     """Ready-made pairs `{id, prompt, chosen, rejected}` of a TRL preference file, as text.
 
     Rows are text or conversational, with a prompt or with it at the beginning of both responses (also where a text
@@ -25,7 +27,7 @@ def read_pairs(path: str, tokenizer) -> list[dict]:
     source = hub_rows(path, "train") if path.startswith(HUB) else read_rows(epath.Path(path).expanduser())
     for number, (where, row) in enumerate(source, 1):
         try:
-            prompt, chosen, rejected = _pair(row, tokenizer)
+            prompt, chosen, rejected = _pair(row, tokenizer, template_arguments)
         except (KeyError, TypeError, ValueError, TemplateError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{where}: a pair is {{prompt, chosen, rejected}}, text or messages ({why}).") from error
@@ -58,7 +60,7 @@ def _spans(row: dict, where: str) -> list[list[int]]:
     return spans
 
 
-def _pair(row: dict, tokenizer) -> tuple[str, str, str]:
+def _pair(row: dict, tokenizer, template_arguments: Mapping | None) -> tuple[str, str, str]:
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("one response is text, the other is not")
@@ -80,5 +82,5 @@ def _pair(row: dict, tokenizer) -> tuple[str, str, str]:
     for response in (chosen, rejected):
         if len(response) != 1 or response[0]["role"] != "assistant" or not isinstance(response[0]["content"], str):
             raise ValueError("a response must be one turn of the assistant, its content text")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = render_chat(tokenizer, prompt, template_arguments)
     return text, chosen[0]["content"], rejected[0]["content"]

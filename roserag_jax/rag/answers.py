@@ -9,6 +9,8 @@ import collections
 import re
 import string
 
+from roserag_jax.rag.prompts import THINK_END, THINK_START
+
 _ANSWER = re.compile(
     r"(?:^[\s*#>_]*|(?<=[.!?] ))(?:the )?(?:final )?answer(?: is)?[\s*_]*:[\s*_]*(.*)$", re.IGNORECASE | re.MULTILINE
 )
@@ -73,12 +75,18 @@ def yes_no_accuracy(prediction: str, golden: list[str]) -> float | None:
     return float(yes_no(prediction) == yes_no(golden[0]))
 
 
-def parse(response: str) -> tuple[str, str, bool]:
+def parse(response: str, thinking: bool = False) -> tuple[str, str, bool]:
     """Split a response into `(rationale, answer, parsed)` at its first line or sentence that begins with 'Answer:'.
 
-    Without one `parsed` is False, the rationale is the whole response and the answer its last line, so that a
-    model that simply says the answer is not counted wrong for its manners.
+    Without one `parsed` is False, the rationale is the complete response and the answer its last line, so that a
+    model that simply gives the answer is not counted wrong for its output format. Thoughts (`<think>...</think>`)
+    are neither; a response that ends inside them has no answer.
+
+    Args:
+      thinking: whether the prompt ended inside a block of thoughts.
     """
+    _, end, behind = response.rpartition(THINK_END)
+    response = "" if thinking and not end else behind.partition(THINK_START)[0]
     found = _ANSWER.search(response)
     if found and found.group(1).strip():
         return response[: found.start()].strip(), _clean(found.group(1)), True

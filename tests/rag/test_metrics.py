@@ -1,0 +1,39 @@
+"""Metrics: means, intervals, groups, and two runs compared."""
+
+import numpy as np
+import pytest
+
+from roserag_jax.rag import metrics
+
+
+def test_summarize_counts_and_groups():
+    row = {"golden_answers": ["x"], "contexts": [{"text": "", "is_supporting": s} for s in (True, False)]}
+    scores = [metrics.score_row(row, p, True) for p in ("x", "y", "x", "x")]
+    scores.append(metrics.score_row({"golden_answers": ["x"], "metadata": {"type": "hard"}}, "z", False))
+    result = metrics.summarize(scores)
+    assert (result["questions"], result["em"], result["parsed"]) == (5, 60.0, 80.0)
+    assert result["by_gold_passages"]["1"] == {"questions": 4, "em": 75.0, "f1": 75.0}
+    assert result["by_type"]["hard"]["em"] == 0 and result["em_interval"][0] < 60 < result["em_interval"][1]
+
+
+def test_distraction_ratio_is_never_negative():
+    assert metrics.distraction_ratio(40.0, 30.0) == 0.25 and metrics.distraction_ratio(30.0, 40.0) == 0.0
+    assert metrics.distraction_ratio(0.0, 10.0) is None
+
+
+def test_paired_of_right_and_wrong_is_mcnemars():
+    """Against scipy's exact binomial test of the discordant pairs; and nothing is found between equal runs."""
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    ours, theirs = (rng.random(40) < 0.7).astype(float), (rng.random(40) < 0.4).astype(float)
+    ours[24:] = theirs[24:]
+    found = metrics.paired(ours, theirs)
+    exact = stats.binomtest(found["better"], found["better"] + found["worse"]).pvalue
+    assert found["better"] + found["worse"] <= 13 and found["p"] == pytest.approx(exact)
+    assert found["difference"] == pytest.approx(ours.mean() - theirs.mean())
+    assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+    assert metrics.paired(ours, ours) == {"difference": 0.0, "interval": (0.0, 0.0), "better": 0, "worse": 0, "p": 1.0}
+    assert metrics.paired([1.0, 0.0, 1.0], [0.0, 0.0, 1.0])["p"] == 1.0
+    surer = metrics.paired(np.tile(ours, 5), np.tile(theirs, 5))
+    assert surer["p"] < found["p"] and surer == metrics.paired(np.tile(ours, 5), np.tile(theirs, 5))
