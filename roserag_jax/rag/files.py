@@ -1,9 +1,19 @@
-"""Rows of JSON from local files, plain or gzipped, and from data sets of the Hugging Face Hub."""
+"""Rows of JSON from local files, plain or gzipped, and from data sets of the Hugging Face Hub.
 
+Every JSON file that a user names is read here, and everything that reads it sees the same values: null, NaN and an
+absent key are one thing (the key is left out), half of a surrogate pair is U+FFFD, and a byte-order mark is no text.
+What a file may make us do is bounded: how deep its values nest, how long a line is, how much it decompresses to.
+"""
+
+import contextlib
 import gzip
 import json
+import math
+import os
+import re
 import zlib
 from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -11,54 +21,219 @@ from roserag_jax.errors import UserError, first_line
 
 HUB = "hf://"
 
+MAX_DEPTH = 100  # brackets within brackets
+MAX_LINE = 64 << 20  # bytes of one row
+MAX_DOCUMENT = 8 << 30  # bytes of a file that is one JSON value
+MAX_EMPTY = 1_000_000  # empty lines in a row
+MAX_RATIO, MIN_LIMIT = 200, 256 << 20  # bytes that a byte of gzip may become, and what any file may become
 
-def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
-    """Numbered non-empty lines of a plain or gzipped text file."""
-    if not path.is_file():
+_BOM, _GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _number(digits: str) -> float:
+    """A finite number; the JSON of some programs has others."""
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:40]} is not a finite number")
+    return None if math.isnan(value) else value
+
+
+def _without_nulls(row: dict) -> dict:
+    return {name: value for name, value in row.items() if value is not None} if None in row.values() else row
+
+
+_DECODER = json.JSONDecoder(object_hook=_without_nulls, parse_float=_number, parse_constant=_number)
+
+
+@contextlib.contextmanager
+def _opened(path: epath.Path) -> Iterator[tuple[BinaryIO, int]]:
+    """The bytes of a file, decompressed where it is gzipped, and how many of them are read at most."""
+    if not path.exists():
         raise UserError(f"There is no file {path}.")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a file is expected.")
+    if "://" not in str(path) and not os.path.isfile(path):  # epath takes a pipe for a file
+        raise UserError(f"{path} is not a regular file; a file is expected.")
     try:
-        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, line.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        with path.open("rb") as raw:
+            gzipped = raw.read(2) == _GZIP
+            raw.seek(0)
+            limit = max(MIN_LIMIT, MAX_RATIO * path.stat().length) if gzipped else math.inf
+            with gzip.open(raw) if gzipped else raw as stream:
+                yield stream, limit
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 
-def read_json(path: epath.Path) -> list | dict:
+def _decoded(data: bytes, where: str) -> str:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{where}: the file is UTF-16 text; save it as UTF-8.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+
+
+def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
+    """Numbered non-empty lines of a text file."""
+    with _opened(path) as (stream, limit):
+        number = total = empty = 0
+        while line := stream.readline(MAX_LINE + 1):
+            number, total = number + 1, total + len(line)
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            empty = 0 if line.strip() else empty + 1
+            if len(line) > MAX_LINE:
+                raise UserError(f"{path}, line {number}: longer than {MAX_LINE >> 20} MiB.")
+            if total > limit or empty > MAX_EMPTY:
+                why = f"decompresses to over {limit >> 20} MiB" if total > limit else f"{MAX_EMPTY:,} empty lines"
+                raise UserError(f"{path}, line {number}: {why}; this is not a file of rows.")
+            if not empty:
+                yield number, _decoded(line, f"{path}, line {number}")
+
+
+def _text(path: epath.Path) -> str:
+    """The whole text of a file that is one JSON value."""
+    with _opened(path) as (stream, limit):
+        data, limit = bytearray(), min(limit, MAX_DOCUMENT)
+        while block := stream.read(1 << 24):
+            data += block
+            if len(data) > limit:
+                raise UserError(f"{path}: over {limit >> 20} MiB in one JSON value; write one row a line instead.")
+    return _decoded(bytes(data.removeprefix(_BOM)), f"{path}")
+
+
+def _is_list(path: epath.Path) -> bool:
+    """Whether a file's first character is the bracket of a list."""
+    with _opened(path) as (stream, limit):
+        total = 0
+        while block := stream.read(1 << 16):
+            first = block.removeprefix(_BOM).lstrip() if not total else block.lstrip()
+            total += len(block)
+            if first or total > min(limit, MIN_LIMIT):
+                return first.startswith(b"[")
+    return False
+
+
+def _parsed(text: str, start: int, where: str) -> tuple[Any, int]:
+    """The JSON value that begins at a place of a text, and where it ends.
+
+    Raises:
+      UserError: there is no valid one, or it nests too deeply.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno} column {error.colno}" if "\n" in text.rstrip() else f"column {error.colno}"
+        raise UserError(f"{where}: not valid JSON ({error.msg} at {at}).") from error
+    except RecursionError:
+        raise UserError(f"{where}: nested more than {MAX_DEPTH} levels deep.") from None
+    except ValueError as error:  # a number that is not finite, or of over 4,300 digits
+        raise UserError(f"{where}: not valid JSON ({first_line(error).partition(';')[0]}).") from error
+    if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH:
+        _check_depth(value, where)
+    if text.find("\\u", start, end) >= 0 and _ESCAPED_SURROGATE.search(text, start, end):
+        value = _plain(value, where)
+    return value, end
+
+
+def _check_depth(value: Any, where: str) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = [child for children in inner for child in children if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise UserError(f"{where}: nested more than {MAX_DEPTH} levels deep.")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A value as our JSON can hold it: no NaN, no null in an object, no half characters, dates as text.
+
+    What has no text (images, bytes) is null.
+    """
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return _without_nulls({_plain(name, where): _plain(v, where) for name, v in value.items()})
+    if isinstance(value, list | tuple):
+        return [_plain(v, where) for v in value]
+    if isinstance(value, float) and math.isinf(value):
+        raise UserError(f"{where}: {value} is not a finite number.")
+    if isinstance(value, bool | int | float):
+        return None if value != value else value
+    return value.isoformat() if hasattr(value, "isoformat") else None
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return kinds.get(type(value), "null")
+
+
+def parse_json(text: str, where: str) -> Any:
+    """A text that is one JSON value.
+
+    Raises:
+      UserError: it is not; `where` names it.
+    """
+    value, end = _parsed(text, _SPACE.match(text).end(), where)
+    if (end := _SPACE.match(text, end).end()) != len(text):
+        raise UserError(f"{where}: not valid JSON (text after the value's end, at character {end + 1}).")
+    return value
+
+
+def read_json(path: epath.Path) -> Any:
     """A file, plain or gzipped, that is one JSON value.
 
     Raises:
-      UserError: it is none.
+      UserError: it is not.
     """
-    try:
-        return json.loads("".join(line for _, line in _lines(path)))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: no valid JSON ({error}).") from error
+    return parse_json(_text(path), f"{path}")
 
 
 def read_rows(path: epath.Path) -> Iterator[tuple[str, dict]]:
-    """JSON objects, one a line or all in one list, each with the place where it stands.
+    """JSON objects, one a line or all in one list, each with its place in the file.
 
     Raises:
-      UserError: a line is no JSON object; it is named.
+      UserError: a line or a list's entry is not a JSON object; it is named.
     """
-
-    def row(where, value):
+    values = _listed(path) if _is_list(path) else _one_a_line(path)
+    for where, value in values:
         if not isinstance(value, dict):
-            raise UserError(f"{where}: a JSON object is expected, this is a {type(value).__name__}.")
-        return where, value
+            raise UserError(f"{where}: not a JSON object but {_kind(value)}.")
+        yield where, value
 
+
+def _one_a_line(path: epath.Path) -> Iterator[tuple[str, Any]]:
     for number, line in _lines(path):
-        if number == 1 and line.lstrip().startswith("["):
-            yield from (row(f"{path}, row {i}", value) for i, value in enumerate(read_json(path), 1))
-            return
         where = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: no valid JSON ({error.msg} at column {error.colno}).") from error
-        yield row(where, value)
+        yield where, parse_json(line, where)
+
+
+def _listed(path: epath.Path) -> Iterator[tuple[str, Any]]:
+    """The entries of a list, decoded one at a time."""
+    text, number = _text(path), 0
+    at = _SPACE.match(text, text.index("[") + 1).end()
+    while text[at : at + 1] != "]":
+        number += 1
+        where = f"{path}, row {number}"
+        if number > 1:
+            if text[at : at + 1] != ",":
+                raise UserError(f"{where}: not valid JSON (no comma between rows, or the list does not end).")
+            at = _SPACE.match(text, at + 1).end()
+        value, at = _parsed(text, at, where)
+        yield where, value
+        at = _SPACE.match(text, at).end()
+    if _SPACE.match(text, at + 1).end() != len(text):
+        raise UserError(f"{path}: not valid JSON (text after the list's end).")
+
+
+def open_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:
+    """Rows of a local file, or of a Hub data set whose name begins with `hf://`, each with its place."""
+    return hub_rows(source, split) if source.startswith(HUB) else read_rows(epath.Path(source).expanduser())
 
 
 def hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
@@ -66,15 +241,18 @@ def hub_rows(name: str, split: str) -> Iterator[tuple[str, dict]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    path, _, wanted = name.removeprefix(HUB).partition(":")
+    path, _, named_split = name.removeprefix(HUB).partition(":")
     owner, _, rest = path.partition("/")
     dataset, *configuration = rest.split("/")
     dataset, _, revision = dataset.partition("@")
     if not owner or not dataset or len(configuration) > 1:
         raise UserError(f"{name}: a Hub data set is written hf://owner/name[@revision][/configuration][:split].")
     try:
-        found = load_dataset(f"{owner}/{dataset}", *configuration, split=wanted or split, revision=revision or None)
+        found = load_dataset(
+            f"{owner}/{dataset}", *configuration, split=named_split or split, revision=revision or None
+        )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it has a loading script
         why = first_line(error)
-        raise UserError(f"{name} cannot be had from the Hub: {why} Download it and name the local file.") from error
-    yield from ((f"{name}, row {i}", row) for i, row in enumerate(found, 1))
+        raise UserError(f"{name} cannot be downloaded: {why} Download it yourself and name the local file.") from error
+    for i, row in enumerate(found, 1):
+        yield (where := f"{name}, row {i}"), _plain(row, where)

@@ -1,16 +1,12 @@
 """Questions: rows of any known layout, read from files, from the Hub or from the synthetic world."""
 
 import collections
+from typing import Any
 
-from etils import epath
-
-from roserag_jax.errors import UserError
+from roserag_jax.errors import UserError, quote
 from roserag_jax.rag import layouts, synthetic
 from roserag_jax.rag.corpora import read_corpus
-from roserag_jax.rag.files import HUB, hub_rows, read_rows
-
-# What a context may hold beside title and text: its types (a truth value is an int as well) and their name.
-_OPTIONAL = {"is_supporting": (int, "truth value"), "score": ((int, float), "number")}
+from roserag_jax.rag.files import open_rows
 
 
 def read_questions(
@@ -22,15 +18,15 @@ def read_questions(
     corpus: str = "",
     split: str = "train",
 ) -> list[dict]:
-    """Rows `{id, question, golden_answers, contexts: [{title, text, is_supporting?}], metadata?}` of any known layout.
+    """Read rows `{id, question, golden_answers, contexts: [{title, text, is_supporting?}], metadata?}` of any layout.
 
-    A row that is of no use is left out; how many, and why, is printed.
+    A row that cannot be used is left out; how many, and why, is printed.
 
     Args:
       rows: keep the first so many; 0 is all.
       answers: whether a row must have golden answers.
       contexts: whether a row must have contexts (it need not where a retriever will fetch them).
-      layout: a name of `layouts.READERS`, or 'auto' to tell it by the first row.
+      layout: a name of `layouts.READERS`, or 'auto' to recognize it by the first row.
       corpus: where StrategyQA's evidence paragraphs are.
       split: of a Hub data set that names none.
 
@@ -38,8 +34,7 @@ def read_questions(
       UserError: the file has no rows that can be used, a row is not of its layout, or two rows share an id.
     """
     found, seen, skipped, first, paragraphs = [], {}, collections.Counter(), "", {}
-    source = hub_rows(path, split) if path.startswith(HUB) else read_rows(epath.Path(path).expanduser())
-    for number, (where, raw) in enumerate(source, 1):
+    for number, (where, raw) in enumerate(open_rows(path, split), 1):
         if rows and len(found) == rows:
             break
         if layout == "auto":
@@ -54,10 +49,10 @@ def read_questions(
             row = _checked(layouts.convert(layout, raw, paragraphs, where), number, where, layout, answers, contexts)
         except layouts.Skip as reason:
             skipped[str(reason)] += 1
-            first = first or f"{where} (id {raw.get('id', raw.get('_id', number))!r}): {reason}"
+            first = first or f"{where} (id {quote(raw.get('id', raw.get('_id', number)))}): {reason}"
             continue
         if row["id"] in seen:
-            raise UserError(f"{where}: id {row['id']!r} stands on {seen[row['id']]} already; ids must be unique.")
+            raise UserError(f"{where}: duplicate id {quote(row['id'])} (first on {seen[row['id']]}); ids are unique.")
         seen[row["id"]] = where.rsplit(", ", 1)[1]
         found.append(row)
     if not found:
@@ -69,38 +64,55 @@ def read_questions(
 
 
 def _checked(row: dict, number: int, where: str, layout: str, answers: bool, contexts: bool) -> dict:
-    """A row of ours with its defaults filled in; what our own files must have is an error there."""
-    empty = {"id": number, "contexts": [], "metadata": {}}
-    row = {**row, **{name: value for name, value in empty.items() if row.get(name) is None}}
-    row["id"] = str(row["id"])
-    where = f"{where} (id {row['id']!r})"
+    """A row of ours with its defaults filled in; what rows of our own layout must have is an error there."""
+    row = {"contexts": [], "metadata": {}, **row}
+    try:
+        row["id"] = layouts.as_text(row.get("id", number))
+    except TypeError as error:
+        raise UserError(f"{where}: id: {error}.") from error
+    where = f"{where} (id {quote(row['id'])})"
     if not isinstance(row.get("question"), str) or not row["question"].strip():
         raise UserError(f"{where}: no question.")
-    golden = row.get("golden_answers", [])
-    if answers and not (isinstance(golden, list) and golden and all(isinstance(a, str) and a.strip() for a in golden)):
+    if answers and not row.get("golden_answers"):
         if layout != "unified":
             raise layouts.Skip("no answer")
-        raise UserError(f"{where}: no answer; golden_answers must be a list of strings.")
+        raise UserError(f"{where}: no answer; golden_answers must be a list of texts.")
     if contexts and not row["contexts"]:
         raise layouts.Skip("no contexts; add them, or set config.retrieve.retriever=bm25")
     if not isinstance(row["metadata"], dict):
         raise UserError(f"{where}: metadata must be an object.")
     if not isinstance(row["contexts"], list):
         raise UserError(f"{where}: contexts must be a list of {{title, text}}.")
-    for context in row["contexts"]:
-        if not isinstance(context, dict) or not isinstance(context.get("text"), str):
-            raise UserError(f"{where}: a context must be {{title, text}}.")
-        context["title"] = str(context.get("title") or "")
-        for name, (kinds, what) in _OPTIONAL.items():
-            if context.get(name) is None:
-                context.pop(name, None)
-            elif not isinstance(context[name], kinds):
-                raise UserError(f"{where}: a context's {name} is {context[name]!r}; it must be a {what}.")
-    return row
+    return {**row, "contexts": [checked_context(context, where) for context in row["contexts"]]}
+
+
+def checked_context(context: Any, where: str) -> dict:
+    """A context `{title, text, score?, is_supporting?, source?}` with its values in their types.
+
+    Raises:
+      UserError: it has no text, or a value is of another type.
+    """
+    if not isinstance(context, dict) or not isinstance(context.get("text"), str):
+        raise UserError(f"{where}: a context must be {{title, text}}, its text a string.")
+    context = {**context, "title": context.get("title", "")}
+    kinds = {"title": (layouts.as_text, "text"), "score": (layouts.as_number, "a finite number")}
+    for name, (convert, kind) in kinds.items():
+        if name not in context:
+            continue
+        try:
+            context[name] = convert(context[name])
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{where}: a context's {name} is {quote(context[name])}; it must be {kind}.") from error
+    if "is_supporting" in context:
+        if context["is_supporting"] not in (0, 1):
+            flag = quote(context["is_supporting"])
+            raise UserError(f"{where}: a context's is_supporting is {flag}; it must be true or false.")
+        context["is_supporting"] = bool(context["is_supporting"])
+    return {name: value for name, value in context.items() if value is not None}
 
 
 def questions(config, split: str) -> list[dict]:
-    """The questions that `config.data.train` or `config.data.eval` names."""
+    """Read the questions that `config.data.train` or `config.data.eval` names."""
     data, path = config.data, config.data[split]
     rows = data[f"{split}_rows"]
     if path != "synthetic":

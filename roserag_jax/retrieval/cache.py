@@ -1,10 +1,13 @@
 """Passages that another retriever found before, looked up by question."""
 
+from typing import Any
+
 from etils import epath
 
-from roserag_jax.errors import UserError
+from roserag_jax.errors import UserError, quote
 from roserag_jax.rag.corpora import split_contents
 from roserag_jax.rag.files import read_json
+from roserag_jax.rag.questions import checked_context
 
 
 class Cache:
@@ -18,30 +21,37 @@ class Cache:
 
     def __init__(self, path: str):
         self.path, self.found, source = path, {}, epath.Path(path).expanduser()
-        files = sorted(f for f in source.iterdir() if ".json" in f.suffixes) if source.is_dir() else [source]
+        files = sorted(f for f in source.iterdir() if _is_json(f)) if source.is_dir() else [source]
         if not files:
             raise UserError(f"config.retrieve.cache={path!r} is a folder without .json files.")
         for file in files:
-            try:
-                found = read_json(file).items()
-                self.found |= {question: [_context(p) for p in passages] for question, passages in found}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"config.retrieve.cache: {file} is no retrieval_cache.json: {error!r}.") from error
+            found = read_json(file)
+            if not isinstance(found, dict):
+                raise UserError(f"{file} is not a retrieval_cache.json: {{question: [passages]}} is expected.")
+            for question, passages in found.items():
+                where = f"{file}, question {quote(question)}"
+                if not isinstance(passages, list):
+                    raise UserError(f"{where}: not a list of passages, as a retrieval_cache.json has.")
+                self.found[question] = [_context(passage, where) for passage in passages]
 
     def search(self, queries: list[str], k: int) -> list[list[dict]]:
         """The first k passages kept for each query, as contexts `{title, text, score?}`."""
         if missing := [query for query in queries if query not in self.found]:
             raise UserError(
                 f"config.retrieve.cache={self.path!r} has nothing for {len(missing)} of {len(queries)} questions, the "
-                f"first being {missing[0]!r}."
+                f"first being {quote(missing[0])}."
             )
         return [self.found[query][:k] for query in queries]
 
 
-def _context(passage: dict) -> dict:
+def _is_json(file: epath.Path) -> bool:
+    return ".json" in file.suffixes and not file.name.startswith(".")
+
+
+def _context(passage: Any, where: str) -> dict:
     """A FlashRAG document, with title and text or with `contents` alone."""
-    title, text = (
-        (passage.get("title") or "", passage["text"]) if "text" in passage else split_contents(passage["contents"])
-    )
-    score = {"score": float(passage["score"])} if passage.get("score") is not None else {}
-    return {"title": title, "text": text, **score}
+    if isinstance(passage, dict) and "text" not in passage and isinstance(passage.get("contents"), str):
+        title, text = split_contents(passage["contents"])
+        passage = {**passage, "title": title, "text": text}
+    context = checked_context(passage, where)
+    return {name: context[name] for name in ("title", "text", "score", "source") if name in context}

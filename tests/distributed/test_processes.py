@@ -168,7 +168,7 @@ def test_bad_input_is_one_message(config_of, tmp_path, questions):
     unreadable = tmp_path / "bad.jsonl"
     unreadable.write_text(questions.read_text() + "{no json\n")
     for arguments, expected in [
-        ([f"--config.data.train={unreadable}", "--config.data.train_rows=0"], "line 7: no valid JSON"),
+        ([f"--config.data.train={unreadable}", "--config.data.train_rows=0"], "line 7: not valid JSON"),
         (["--config.generate.sampels=3"], "no option config.generate.sampels; did you mean config.generate"),
         (["--config.train.epochs=many"], "many"),
         (["--config.select.strategy=hardest"], "choose one of hard, easy, random, all"),

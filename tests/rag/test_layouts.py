@@ -128,11 +128,11 @@ def test_strategyqa_takes_its_evidence_from_the_paragraphs(tmp_path, capsys):
     ("rows", "options", "match"),
     [
         ([HOTPOT, {**HOTPOT, "_id": 2, "context": [["a"]]}], {}, r"row 2: not a row of hotpotqa .*config.data.format"),
-        ([HOTPOT, HOTPOT], {}, r"row 2: id 'h1' stands on row 1 already"),
+        ([HOTPOT, HOTPOT], {}, r"row 2: duplicate id .h1. \(first on row 1\)"),
         ([HOTPOT], {"layout": "dpr"}, r"row 1: not a row of dpr \(no 'ctxs'\)"),
         ([{"prompt": "p", "chosen": "c", "rejected": "r"}], {}, r"row 1: these are pairs.*config.data.pairs"),
         ([{**HOTPOT, "answer": None}], {}, r"holds no questions that can be used; .*row 1 \(id 'h1'\): no answer"),
-        ([1], {}, r"row 1: a JSON object is expected"),
+        ([1], {}, r"row 1: not a JSON object but a number"),
     ],
 )
 def test_errors_name_file_and_row(rows, options, match, tmp_path):
@@ -142,7 +142,7 @@ def test_errors_name_file_and_row(rows, options, match, tmp_path):
 
 def test_the_hub_is_read_through_datasets(monkeypatch):
     """Without a network the name is refused with what to do; with one, rows come as the library gives them."""
-    with pytest.raises(UserError, match="cannot be had from the Hub: .* name the local file"):
+    with pytest.raises(UserError, match="cannot be downloaded: .* name the local file"):
         questions.read_questions("hf://hotpotqa/hotpot_qa/distractor:validation")
     with pytest.raises(UserError, match="is written hf://owner/name"):
         questions.read_questions("hf://hotpot_qa")
@@ -176,7 +176,7 @@ def test_flashrag_retrieval_cache(tmp_path):
     assert work.rows("retrieved_eval.jsonl")[0]["contexts"] == [{"title": "It", "text": "Ada made it.", "score": 2.0}]
     with pytest.raises(UserError, match=r"nothing for 1 of 2 questions.*'Why\?'"):
         Cache(config.retrieve.cache).search(["Who made it?", "Why?"], 1)
-    with pytest.raises(UserError, match="is no retrieval_cache.json"):
+    with pytest.raises(UserError, match="question 'id': not a list of passages, as a retrieval_cache.json"):
         Cache(config.data.eval)
     folder = tmp_path / "caches"
     folder.mkdir()

@@ -22,9 +22,9 @@ def test_readers_name_the_line(tmp_path):
     read = lambda *lines, **kw: questions.read_questions(write(file, *lines), **kw)
     assert [row["id"] for row in read(ROW, "", {**ROW, "id": 7})] == ["q1", "7"]
     for bad, match in [
-        ([ROW, "{oops"], r"line 2: no valid JSON"),
-        ([ROW, "[1]"], r"line 2: a JSON object"),
-        ([ROW, ROW], r"line 2: id 'q1' stands on line 1"),
+        ([ROW, "{oops"], r"line 2: not valid JSON"),
+        ([ROW, "[1]"], r"line 2: not a JSON object"),
+        ([ROW, ROW], r"line 2: duplicate id .q1. \(first on line 1\)"),
         ([{**ROW, "question": " "}], r"line 1 .*no question"),
         ([{**ROW, "golden_answers": []}], r"line 1 .*no answer"),
         ([{**ROW, "contexts": []}], r"line 1 .*no contexts"),
