@@ -122,7 +122,7 @@ def report(arguments, names: set[str]) -> None:
         if {*asked} - {known}:
             made.append(arguments.workdir / f"{over}.svg")
             plot.draw(in_curves, made[-1], over, passages=arguments.noise_at)
-    print(f"Made {', '.join(map(str, made))}.")
+    print(f"Wrote {', '.join(map(str, made))}.")
 
 
 def main() -> None:

@@ -1,22 +1,25 @@
-"""What every command shares: flags, the compilation cache, signals and exit codes.
+"""What every command shares: flags, exit codes, the compilation cache, and what is printed where.
 
 A command takes `--config file.py` (a file with `get_config()`) and any number of `--config.section.option=value`.
+
+Exit status: 0 done; 2 something for the user to put right, in one line; 130 Ctrl-C and 143 SIGTERM, after which the
+same command resumes where it stopped; 141 nobody reads the output any more. Anything else is a defect and a traceback.
 """
 
+import contextlib
 import difflib
-import errno
 import itertools
 import os
 import platform
-import signal
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import TextIO
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from roserag_jax.errors import UserError
+from roserag_jax import signals
+from roserag_jax.errors import UserError, disk_error
 from roserag_jax.options import defaults, describe, validate, walk
 
 
@@ -29,10 +32,10 @@ def _flag_error(error: Exception) -> str:
     """What was meant, for an option that does not exist or a value that does not fit."""
     text = str(error).strip('"').splitlines()[0]
     names = [name for name, _ in walk()]
-    for argument, behind in itertools.pairwise([*sys.argv[1:], ""]):
-        file = behind if argument == "--config" else argument.partition("--config=")[2]
-        if file and not Path(file.partition(":")[0]).is_file():
+    for file in _config_files():
+        if not os.path.isfile(file):
             return f"There is no configuration file {file}"
+    for argument in sys.argv[1:]:
         if not argument.startswith("--config."):
             continue
         given = argument.removeprefix("--config.").split("=")[0]
@@ -44,80 +47,135 @@ def _flag_error(error: Exception) -> str:
     return text
 
 
-def keep_compiled() -> None:
-    """Keep what is compiled between commands, in the user's cache unless JAX's own variable names a folder.
+def _config_files() -> list[str]:
+    """The files that `--config` names, as they were typed; an argument of its own may follow a colon."""
+    named = [
+        behind if argument == "--config" else argument.partition("--config=")[2]
+        for argument, behind in itertools.pairwise([*sys.argv[1:], ""])
+    ]
+    return [file.partition(":")[0] for file in named if file]
 
-    By host, for what is compiled for one CPU need not run on another that sees the same home.
+
+def _let_configs_import_one_another() -> None:
+    """Put the folder above a configuration file's package on the path, so that `from configs import base` finds it.
+
+    From the repository's root it is there already where `python -m` runs a command, but not for `roserag`.
     """
-    import jax
+    for file in _config_files():
+        folder = os.path.dirname(os.path.abspath(os.path.expanduser(file)))
+        while os.path.isfile(os.path.join(folder, "__init__.py")):
+            folder = os.path.dirname(folder)
+            if folder not in sys.path:
+                sys.path.insert(0, folder)
 
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path("~/.cache/roserag_jax").expanduser() / platform.node()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", 4 << 30)
 
+def _parse_flags() -> tuple[list[str], ConfigDict]:
+    """The arguments that are no flags, and the configuration.
 
-def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True, alone: bool = False) -> None:
-    """Run a command: read its options, call `run(config)`, and turn errors meant for people into one line.
-
-    Args:
-      workdir: whether the command needs `config.workdir`.
-      alone: whether it is for one process.
-
-    Exit status: 0 done; 2 something for the user to put right; 130 Ctrl-C and 143 SIGTERM, after which the same command
-    goes on where it stopped.
+    Raises:
+      UserError: an option does not exist or has a value of the wrong type, or the configuration file is not usable.
     """
-    flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")
-
-    from roserag_jax.distributed import processes
-
-    def start(argv, config):
-        if len(argv) > 1:
-            raise UserError(f"Unexpected argument {argv[1]!r}; options are written --config.section.option=value.")
-        validate(config, workdir)
-        if alone and config.distributed:
-            raise UserError("config.distributed: this command is for one process; leave it empty.")
-        processes.start(config.distributed)
-        run(config)
-
-    if {"--help", "-h", "--options"} & set(sys.argv[1:]):
-        print(f"{doc.strip()}\n")
-        if "--options" in sys.argv:
-            print(f"Options (config.py):\n{describe()}")
-        else:
-            print("  --config FILE                    the configuration, for example configs/quickstart.py")
-            print("  --config.section.option=VALUE    sets one option")
-            print("  --options                        lists every option with its default and meaning")
-            for flag in flags.FLAGS.flags_by_module_dict().get(sys.argv[0], []):
-                if flag.name not in ("config", "options"):
-                    print(f"  --{flag.name:<31}{flag.help}")
-        return
-    keep_compiled()
-    terminate = lambda *_: sys.exit(143)
-    signal.signal(signal.SIGTERM, terminate)
+    _let_configs_import_one_another()
     try:
-        # Its default is a file, and so is read here; another one is read when it is asked for.
+        # Its default is a file, and so is read here; another one is read when its flag is.
         config_flags.DEFINE_config_file("config", __file__, "the configuration file; --config.a.b=value sets an option")
         arguments, config = flags.FLAGS(sys.argv), flags.FLAGS.config
         if {name for name, _ in defaults().items()} - set(config):
             raise ValueError("a configuration file's get_config() must start from roserag_jax.options.defaults()")
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        print(f"error: {_flag_error(error)}", file=sys.stderr)
-        sys.exit(2)
-    try:
-        start(arguments, config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            why = f"no space left on the disk ({error.filename}); free some and run the same command."
-        elif isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            why = f"{error.filename}: {error.strerror}."
-        else:
-            raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+        raise UserError(_flag_error(error)) from error
+    return arguments, config
+
+
+def cache_compilations() -> None:
+    """Keep compiled programs between commands, in the user's cache unless JAX's own variable names a folder.
+
+    By host, for a program that is compiled for one CPU need not run on another that sees the same home. A user without
+    a home that can be written (in a container) compiles anew each time.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = os.path.join(os.path.expanduser("~/.cache/roserag_jax"), platform.node())
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_compilation_cache_max_size", 4 << 30)
+
+
+@contextlib.contextmanager
+def messages_on_stderr() -> Iterator[TextIO]:
+    """Print everything to standard error in the block; yields standard output, which is for the results alone."""
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield stdout
+
+
+def print_help(doc: str) -> None:
+    """Print a command's docstring and its flags, or with `--options` every option."""
+    print(f"{doc.strip()}\n")
+    if "--options" in sys.argv:
+        print(f"Options (roserag_jax/options.py):\n{describe()}")
+        return
+    print("  --config FILE                    the configuration, for example configs/quickstart.py")
+    print("  --config.section.option=VALUE    sets one option")
+    print("  --options                        lists every option with its default and meaning")
+    for flag in flags.FLAGS.flags_by_module_dict().get(sys.argv[0], []):
+        if flag.name not in ("config", "options"):
+            print(f"  --{flag.name:<31}{flag.help}")
+
+
+def _run(run: Callable[[ConfigDict], None], workdir: bool, alone: bool) -> None:
+    """Read the options, join the run's other processes and call `run(config)`."""
+    from roserag_jax.distributed import processes
+
+    arguments, config = _parse_flags()
+    if len(arguments) > 1:
+        raise UserError(f"Unexpected argument {arguments[1]!r}; options are written --config.section.option=value.")
+    validate(config, workdir)
+    if alone and config.distributed:
+        raise UserError("config.distributed: this command is for one process; leave it empty.")
+    cache_compilations()
+    processes.start(config.distributed)
+    run(config)
+
+
+def _exit_status(error: BaseException) -> int | None:
+    """The exit status for an error that is not a defect, after printing its one line; None for a defect."""
+    if number := signals.stopped():
+        print(signals.message(number), file=sys.stderr)
+        return signals.STOPS[number]
+    if isinstance(error, BrokenPipeError):  # as in `roserag score ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python flushes it again at the end
+        return 141
+    if why := str(error) if isinstance(error, UserError) else disk_error(error):
         print(f"error: {why}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nStopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
-        sys.exit(130)
+        return 2
+    return None
+
+
+def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True, alone: bool = False) -> None:
+    """Run a command: read its options, call `run(config)`, and turn what is not a defect into one line.
+
+    Args:
+      workdir: whether the command needs `config.workdir`.
+      alone: whether it is for one process.
+    """
+    signals.install()
+    for stream in (sys.stdout, sys.stderr):  # an encoding that lacks a letter must not end a run
+        stream.reconfigure(errors="backslashreplace")
+    flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")
+    try:
+        if {"--help", "-h", "--options"} & set(sys.argv[1:]):
+            print_help(doc)
+        else:
+            _run(run, workdir, alone)
+        sys.stdout.flush()
+    except BaseException as error:
+        status = _exit_status(error)
+        if status is None:
+            raise
+        sys.exit(status)
+    signals.finish()

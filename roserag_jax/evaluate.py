@@ -5,7 +5,7 @@
 
 Reads `retrieved_eval.jsonl` and the adapters, writes `eval/base/`, `eval/adapter/`, or `eval/adapter-k5-random3/` for
 five passages and three random ones, each with `metrics.json`, `predictions.json` (the official scripts' format) and
-`examples.jsonl` (what was said, row by row).
+`examples.jsonl` (prompt, completion and scores of each question).
 """
 
 import functools
@@ -242,13 +242,13 @@ def check_questions(config) -> None:
     """Check what the held-out questions are, before anything expensive.
 
     Raises:
-      UserError: there is no such file, or they are made up while the training questions are somebody's own.
+      UserError: there is no such file, or they are synthetic while the training questions are user data.
     """
     options.require_files(config, "data.eval")
     if config.data.eval == "synthetic" and (config.data.train != "synthetic" or config.data.pairs):
         raise UserError(
-            "config.data.eval='synthetic': the adapter would be evaluated on made-up questions; name held-out ones of "
-            "yours, or let `train` do without (config.train.evaluate=False)."
+            "config.data.eval='synthetic': the adapter would be evaluated on synthetic questions; name held-out "
+            "ones of yours, or train without evaluation (config.train.evaluate=False)."
         )
     if config.data.eval == config.data.train != "synthetic":
         print("Warning: config.data.eval is config.data.train; scores on questions that were trained on say little.")
@@ -266,7 +266,7 @@ def run(config) -> None:
                 name = artifact(system, passages, noise).removeprefix("eval/")
                 results[name] = make(session, workdir, system, passages, noise)
         print(f"\n{summary(workdir / 'eval', results)}\n")
-        print("Made " + ", ".join(str(workdir / "eval" / name) for name in results) + ".")
+        print("Wrote " + ", ".join(str(workdir / "eval" / name) for name in results) + ".")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def run(config) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        print(f"Made {folder} ({size / 1e6:.0f} MB in {session.dtype}): base {config.model} with {adapter} merged in.")
+        print(f"Wrote {folder} ({size / 1e6:.0f} MB in {session.dtype}): base {config.model} with {adapter} merged in.")
         print(f"Next: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}), or `vllm serve {folder}`.")
 
 

@@ -3,8 +3,8 @@
     python -m roserag_jax.generate --config configs/quickstart.py
 
 Reads `retrieved.jsonl`, writes `candidates.jsonl`: `{id, prompt, passage_spans, golden_answers, candidates: [{response,
-rationale, answer, source, correct, logprob, tokens}], dropped}`. Stopped, it resumes with the questions
-that are not done.
+rationale, answer, source, correct, logprob, tokens}], dropped}`. When stopped, the same command resumes with the
+questions that are not finished.
 """
 
 from etils import epath
@@ -56,22 +56,22 @@ def fitting(session: Session, room: Room, prompt: int) -> Room:
 
 
 def outside_samples(path: str, rows: list[dict]) -> list[list[str]]:
-    """Responses made elsewhere, as many for each row ('' fills up); ids that are no training question are passed over.
+    """Responses made elsewhere, as many for each row ('' fills up); ids of no training question are ignored.
 
     Raises:
       UserError: a line is not `{id, samples: [text, ...]}`, or none belongs to a question.
     """
-    found, strange = {}, 0
+    found, unknown = {}, 0
     known = {row["id"] for row in rows}
     for where, line in read_rows(epath.Path(path).expanduser()):
         samples = line.get("samples")
         if "id" not in line or not isinstance(samples, list) or not all(isinstance(s, str) for s in samples):
             raise UserError(f"{where}: an id and a list of texts, samples, are expected.")
-        strange += str(line["id"]) not in known
+        unknown += str(line["id"]) not in known
         found.setdefault(str(line["id"]), []).extend(samples)
     if not known & found.keys():
         raise UserError(f"config.generate.samples={path}: no id in it is one of the training questions.")
-    print(f"{path}: samples for {len(known & found.keys())} of {len(rows)} questions; {strange} lines for others.")
+    print(f"{path}: samples for {len(known & found.keys())} of {len(rows)} questions; {unknown} lines for others.")
     most = max(len(found.get(row["id"], [])) for row in rows)
     return [[*found.get(row["id"], []), *[""] * (most - len(found.get(row["id"], [])))] for row in rows]
 
@@ -124,7 +124,7 @@ def run(config) -> None:
     workdir = Workdir(config.workdir)
     with workdir.lock():
         make(Session(config), workdir)
-        print(f"Made {workdir / ARTIFACT}. Next: roserag_jax.select.")
+        print(f"Wrote {workdir / ARTIFACT}. Next: roserag_jax.select.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Say what a model is before anything is spent on it.
+"""Describe a model before any time is spent on it: family, size, memory, tokenizer.
 
     python -m roserag_jax.inspect --config.model=PATH
 
@@ -26,7 +26,7 @@ def _count(tree) -> int:
 
 
 def _size(count: float) -> str:
-    """Bytes for people."""
+    """A number of bytes as text."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"
@@ -34,11 +34,11 @@ def _size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def _habits(c: ModelConfig) -> str:
-    """What sets the network apart from the plain Llama block."""
+def _features(c: ModelConfig) -> str:
+    """The architecture's features beside those of the plain Llama block."""
     scaling = dict(c.rope_scaling).get("rope_type")
     sliding = f"{sum(c.sliding_layers)} of {c.num_layers} layers see {c.sliding_window} tokens back"
-    habits = {
+    features = {
         f"RoPE base {c.rope_theta:g}": True,
         f"base {c.rope_local_theta or 0:g} in sliding layers": c.rope_local_theta is not None,
         f"{scaling} scaling": scaling is not None,
@@ -50,7 +50,7 @@ def _habits(c: ModelConfig) -> str:
         sliding: c.sliding_window is not None,
         "tied embeddings": c.tie_embeddings,
     }
-    return ", ".join(habit for habit, present in habits.items() if present)
+    return ", ".join(feature for feature, present in features.items() if present)
 
 
 def run(config) -> None:
@@ -75,10 +75,10 @@ def run(config) -> None:
         ["heads", f"{c.num_heads} query, {c.num_kv_heads} key/value, size {c.head_dim}"],
         ["vocabulary", str(c.vocab_size)],
         ["context", f"{c.max_positions} positions"],
-        ["habits", _habits(c)],
+        ["features", _features(c)],
         ["parameters", f"{parameters:,}"],
         ["weights", f"{_size(2 * parameters)} in bfloat16, {_size(4 * parameters)} in float32"],
-        ["cache of a token", f"{_size(2 * cached)} in bfloat16, {_size(4 * cached)} in float32"],
+        ["KV cache per token", f"{_size(2 * cached)} in bfloat16, {_size(4 * cached)} in float32"],
         ["adapter", f"rank {lora.rank} on {len(lora.targets)} projections: {trained:,} parameters"],
         ["adapter in training", f"{_size(4 * 4 * trained)} (float32, with its gradient and AdamW's two moments)"],
         ["tokenizer", tokens],

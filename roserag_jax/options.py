@@ -1,11 +1,13 @@
-"""Every option: its default, meaning and choices, and what only makes sense together.
+"""Every option: its default, what it means, which values it takes, and which options only make sense together.
 
-`python -m roserag_jax.train --options` prints the list below. A misspelt option or a value of the wrong type stops the
-command at once.
+`roserag train --options` prints the table below. A misspelt option or a value of the wrong type stops the command at
+once. To add an option, add one `Option`; what depends on other options is a small function under `@together` beside its
+section, which yields `(option, what is wrong)`.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
+import math
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -17,192 +19,462 @@ from roserag_jax.rag.prompts import TEMPLATE_ARGUMENTS, check_template_arguments
 
 
 class Option(NamedTuple):
-    """A default and one line of meaning."""
+    """A default, one line of help, and the values that are allowed.
+
+    Args:
+      check: returns what is wrong with a value by itself, or None.
+    """
 
     default: Any
-    meaning: str
+    help: str
     choices: tuple = ()
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    check: Callable[[Any], str | None] | None = None
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a value, as a phrase; None if it is allowed."""
+        if self.choices and value not in self.choices:
+            return f"choose one of {', '.join(map(str, self.choices))}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return "must be a finite number"
+        if self.at_least is not None and value < self.at_least:
+            return f"must be at least {self.at_least}"
+        if self.at_most is not None and value > self.at_most:
+            return f"must be at most {self.at_most}"
+        if self.above is not None and value <= self.above:
+            return f"must be more than {self.above}"
+        if self.below is not None and value >= self.below:
+            return f"must be less than {self.below}"
+        return self.check(value) if self.check else None
+
+
+Faults = Iterator[tuple[str, str]]
+_TOGETHER: list[Callable[[ConfigDict], Faults]] = []
+
+
+def together(check: Callable[[ConfigDict], Faults]) -> Callable[[ConfigDict], Faults]:
+    """Register a check of options that only make sense together."""
+    _TOGETHER.append(check)
+    return check
+
+
+GENERAL = {
+    "model": Option(
+        "",
+        "base model: a Hub id, a local Hugging Face folder or a .gguf file",
+        check=lambda value: (
+            None if value else "name a Hub id, a Hugging Face folder or a .gguf file, or a --config file that does"
+        ),
+    ),
+    "revision": Option("", "branch, tag or commit of the model's Hub id; empty is the default branch"),
+    "tokenizer": Option("", "Hub id or folder of the tokenizer; empty uses the model's own"),
+    "dtype": Option(
+        "bfloat16",
+        "type of the frozen weights and activations; the adapter and sums are float32",
+        ("float32", "bfloat16"),
+    ),
+    "seed": Option(
+        0,
+        "seed of everything that is drawn: samples, the adapter's initialization and dropout, the order of the pairs, "
+        "which pairs are held out, random selection, noise",
+        at_least=0,
+        at_most=2**32 - 1,  # JAX takes the rest of a larger one
+    ),
+    "workdir": Option("", "folder that every result goes to; local, or gs:// with the extra 'gcs'"),
+    "adapter": Option("", "PEFT folder that evaluate, export, answer and score use; empty is WORKDIR/adapter"),
+    "distributed": Option(
+        "",
+        "how several processes of one run find each other: 'auto' on a TPU pod or under Slurm, else "
+        "'HOST:PORT,PROCESSES,INDEX'; empty is a single process",
+    ),
+    "merge": Option(False, "merge the adapter into a copy of the weights before decoding: faster, for more memory"),
+}
+
+MESH = {
+    "data": Option(1, "number of devices over which batches are split and weights are replicated"),
+    "fsdp": Option(-1, "number of devices over which batches and weights are split; -1 takes all that remain"),
+    "tensor": Option(1, "number of devices over which heads, MLP and vocabulary are split"),
+}
+
+
+DATA = {
+    "train": Option(
+        "synthetic",
+        "training questions: a .json or .jsonl file, plain or .gz, "
+        "hf://owner/name[@revision][/configuration][:split], or 'synthetic'",
+    ),
+    "eval": Option("synthetic", "held-out questions, named in the same way"),
+    "format": Option("auto", "layout of both files; auto detects it from the first row", ("auto", *READERS)),
+    "pairs": Option("", "ready-made pairs, TRL's {prompt, chosen, rejected}, to train on instead of generated ones"),
+    "train_rows": Option(0, "number of training rows to use, from the first; 0 is all (synthetic: 200)", at_least=0),
+    "eval_rows": Option(0, "number of held-out rows to use, from the first; 0 is all (synthetic: 100)", at_least=0),
+    "synthetic_seed": Option(0, "seed of the synthetic world and its questions", at_least=0),
+    "synthetic_passages": Option(5, "number of passages of a synthetic question", at_least=2),
+    "synthetic_missing_gold": Option(
+        0.0, "fraction of the synthetic questions that lack a gold passage", at_least=0, at_most=1
+    ),
+    "synthetic_counterfactual": Option(
+        0.0, "fraction of the synthetic questions that have a passage with a wrong answer", at_least=0, at_most=1
+    ),
+}
+
+RETRIEVE = {
+    "retriever": Option(
+        "given",
+        "where passages come from: 'given' keeps those of the questions' rows, 'bm25' searches the corpus, 'cache' "
+        "looks each question up in a file",
+        ("given", "bm25", "cache"),
+    ),
+    "corpus": Option(
+        "",
+        "corpus to search: rows of {id, contents}, StrategyQA's paragraphs, or a folder of .txt and .md files; used by "
+        "bm25, answer, noise and StrategyQA's evidence",
+    ),
+    "cache": Option("", "FlashRAG's retrieval_cache.json, or a folder of such files"),
+    "k": Option(10, "number of passages that bm25 or the cache returns for a question", at_least=1),
+}
+
+
+@together
+def _retriever_has_its_source(config) -> Faults:
+    retrieve = config.retrieve
+    if retrieve.retriever == "bm25" and not retrieve.corpus:
+        yield "retrieve.corpus", "bm25 needs a corpus: a .jsonl file or a folder"
+    if retrieve.retriever == "cache" and not retrieve.cache:
+        yield "retrieve.cache", "name FlashRAG's retrieval_cache.json"
+    if retrieve.cache and retrieve.retriever != "cache":
+        yield "retrieve.cache", "is read with config.retrieve.retriever=cache only"
+
+
+@together
+def _enough_passages_are_retrieved(config) -> Faults:
+    if config.retrieve.retriever != "given" and config.retrieve.k < config.prompt.passages:
+        yield "retrieve.k", f"is less than config.prompt.passages={config.prompt.passages}"
+
+
+def _stop_strings(value) -> str | None:
+    good = all(isinstance(text, str) and text for text in value)
+    return None if good else "a tuple of texts that are not empty"
+
+
+def _template_arguments(value) -> str | None:
+    try:
+        check_template_arguments(value)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+PROMPT = {
+    "passages": Option(10, "number of passages shown (K); 0 is closed book", at_least=0),
+    "order": Option(
+        "best_first",
+        "order of the passages shown; some small models mostly read the one before the question: best_last helps those",
+        ("best_first", "best_last"),
+    ),
+    "examples": Option(
+        0, "number of few-shot demonstrations, at most 2; they help the smallest models", at_least=0, at_most=2
+    ),
+    "max_tokens": Option(2048, "most tokens of a prompt; passages are cut to fit, the question never is", at_least=1),
+    "stop": Option(
+        (),
+        "stop strings, which end a response as the end-of-turn token does; for models that run on",
+        check=_stop_strings,
+    ),
+    "template_arguments": Option(
+        TEMPLATE_ARGUMENTS,
+        "variables of the model's chat template; date_string is the date of templates that write today's, "
+        "enable_thinking lets models think before they answer; a configuration file may add others",
+        check=_template_arguments,
+    ),
+}
+
+
+GENERATE = {
+    "guided_samples": Option(4, "rationales sampled per question with the golden answer in view", at_least=0),
+    "plain_samples": Option(4, "rationales sampled per question from the plain prompt", at_least=0),
+    "guided_temperature": Option(0.8, "sampling temperature of the guided rationales", at_least=0),
+    "plain_temperature": Option(0.8, "sampling temperature of the plain rationales", at_least=0),
+    "top_p": Option(
+        0.95, "probability mass of the nucleus that is sampled from; 1.0 is the whole vocabulary", above=0, at_most=1
+    ),
+    "top_k": Option(0, "sample from this many most likely tokens; 0 is the whole vocabulary", at_least=0),
+    "min_p": Option(
+        0.0,
+        "leave out tokens less likely than this fraction of the most likely one; 0.0 leaves out none",
+        at_least=0,
+        at_most=1,
+    ),
+    "max_tokens": Option(128, "most tokens of a rationale", at_least=1),
+    "samples": Option(
+        "", "a .jsonl of {id, samples: [...]}: responses made elsewhere, verified beside the sampled ones"
+    ),
+    "answer": Option(
+        "decoded",
+        "which answer of a rationale is judged: one decoded after it on the plain prompt, or the one sampled with it",
+        ("decoded", "sampled"),
+    ),
+    "answer_tokens": Option(24, "most tokens of the answer decoded after a rationale", at_least=1),
+    "batch": Option(
+        8, "questions decoded at a time, rounded up to the devices; a new one starts when one is finished", at_least=1
+    ),
+    "memory_gb": Option(
+        0.0, "most memory for the caches and logits of `generate`, which lowers its batch; 0.0 is no limit", at_least=0
+    ),
+}
+
+
+@together
+def _a_pair_needs_two_candidates(config) -> Faults:
+    sampled = config.generate.guided_samples + config.generate.plain_samples
+    if sampled < 2 and not (config.generate.samples or config.data.pairs):
+        why = "a pair needs at least two candidates; raise it or config.generate.guided_samples"
+        yield "generate.plain_samples", why
+
+
+SELECT = {
+    "strategy": Option(
+        "hard",
+        "which correct and which incorrect candidate make the pair: the least sure correct and the surest incorrect "
+        "(hard), the reverse (easy), any (random), or every combination (all)",
+        ("hard", "easy", "random", "all"),
+    ),
+    "match": Option(
+        "em", "whether a correct answer equals a golden one (em) or contains it (contains)", ("em", "contains")
+    ),
+    "rejection": Option(
+        True,
+        "check that chosen responses are correct and rejected ones incorrect; False (the paper's ablation) selects "
+        "among all guided and all plain ones, unchecked",
+    ),
+    "evidence": Option(
+        1,
+        "words of the passages, beyond the answer's, that a chosen rationale must hold; 0 lets it restate the hint",
+        at_least=0,
+    ),
+    "supported": Option(False, "leave out questions whose answer no passage holds (except yes/no questions)"),
+    "confidence": Option(
+        "mean", "confidence in a response: its log-probability per token (mean) or in total (sum)", ("mean", "sum")
+    ),
+}
+
+
+@together
+def _selection_without_rejection(config) -> Faults:
+    if config.select.rejection:
+        return
+    if not (config.generate.guided_samples and config.generate.plain_samples):
+        yield "select.rejection", "without it both config.generate.guided_samples and plain_samples are needed"
+    if config.select.supported:
+        yield "select.supported", "without config.select.rejection nothing is checked"
 
 
 PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-FORMATS = ("auto", *READERS)
 
-LOSSES = ("orpo", "sft", "dpo", "ipo", "simpo", "cpo")
+def _projections(value) -> str | None:
+    if unknown := set(value) - set(PROJECTION_NAMES):
+        return f"{sorted(unknown)} unknown; known: {', '.join(PROJECTION_NAMES)}"
+    return None if value else "name at least one projection"
 
-OPTIONS: dict[str, dict[str, Option] | Option] = {
-    "model": Option("", "Hub id, local Hugging Face folder or .gguf file of the base model"),
-    "revision": Option("", "branch, tag or commit of a Hub id; empty is the default branch"),
-    "tokenizer": Option("", "Hub id or folder of the tokenizer; empty takes the model's own"),
-    "dtype": Option(
-        "bfloat16", "of frozen weights and activations; adapters and sums are float32", ("float32", "bfloat16")
+
+LORA = {
+    "rank": Option(16, "rank of the LoRA adapter", at_least=1),
+    "alpha": Option(32.0, "scale of the LoRA adapter: its product is multiplied by alpha / rank", above=0),
+    "dropout": Option(0.0, "dropout probability on the adapter's input while training", at_least=0, below=1),
+    "rslora": Option(False, "scale the adapter by alpha / sqrt(rank) instead (rsLoRA)"),
+    "targets": Option(PROJECTION_NAMES, "projections that get an adapter", check=_projections),
+    "start": Option("", "PEFT folder of an adapter that training starts from; empty starts a new one"),
+}
+
+
+# The losses, each with the options that are terms of it.
+LOSS_TERMS = {
+    "orpo": ("beta", "sft_span"),
+    "sft": ("sft_span",),
+    "dpo": ("beta", "label_smoothing"),
+    "ipo": ("beta",),
+    "simpo": ("beta", "gamma", "label_smoothing"),
+    "cpo": ("beta", "sft_weight", "label_smoothing"),
+}
+
+TRAIN = {
+    "loss": Option(
+        "orpo",
+        "loss that is minimized; sft learns from the chosen responses alone, the others from pairs",
+        (*LOSS_TERMS,),
     ),
-    "seed": Option(
+    "beta": Option(
+        0.1,
+        "weight of ORPO's odds-ratio term (less than 0.5 in the paper); the scale of the reward in the other losses",
+        at_least=0,
+    ),
+    "gamma": Option(0.5, "target reward margin of SimPO", at_least=0),
+    "sft_weight": Option(1.0, "weight of CPO's likelihood term", at_least=0),
+    "sft_span": Option(
+        "response",
+        "tokens that the likelihood term of ORPO and SFT covers; with the prompt it is TRL's, a mean over the batch's "
+        "tokens",
+        ("response", "prompt+response"),
+    ),
+    "label_smoothing": Option(
+        0.0, "fraction of the pairs assumed to have flipped labels; for dpo, simpo and cpo", at_least=0, below=0.5
+    ),
+    "learning_rate": Option(
+        2e-4, "peak learning rate, reached after the warm-up and followed by a cosine to zero", at_least=0
+    ),
+    "warmup": Option(0.1, "warm-up fraction of the steps", at_least=0, at_most=1),
+    "weight_decay": Option(0.0, "weight decay of AdamW on the adapter", at_least=0),
+    "clip": Option(1.0, "max gradient norm; a larger gradient is scaled down to it", above=0),
+    "epochs": Option(2, "number of passes over the pairs", at_least=1),
+    "batch": Option(
+        8, "pairs per step; the mesh.data x mesh.fsdp devices take equal shares of each microbatch", at_least=1
+    ),
+    "accumulate": Option(
+        1,
+        "gradient-accumulation steps: microbatches that a step's batch is split into; the same result without dropout",
+        at_least=1,
+    ),
+    "max_response": Option(
+        192, "most tokens of a response; pairs with a longer one are left out and counted", at_least=1
+    ),
+    "max_length": Option(
         0,
-        "of samples, the adapter's start and dropout, the order of training, held-out pairs, random selection, noise",
+        "most tokens of a prompt with a response; passages are cut to fit, nothing else is; 0 is no limit",
+        at_least=0,
     ),
-    "workdir": Option("", "folder for everything that is made; local, or gs:// with the extra 'gcs'"),
-    "adapter": Option("", "PEFT folder used by evaluate, export, answer and score; empty is WORKDIR/adapter"),
-    "distributed": Option(
-        "", "processes of one run: 'auto' on a TPU pod or under Slurm, else 'HOST:PORT,PROCESSES,INDEX'; empty is one"
+    "held_out": Option(
+        0.0,
+        "fraction of the questions whose pairs are held out from training and evaluated instead",
+        at_least=0,
+        below=1,
     ),
-    "merge": Option(False, "fold the adapter into a copy of the weights before decoding: faster, for more memory"),
-    "mesh": {
-        "data": Option(1, "devices over which batches are split, weights copied"),
-        "fsdp": Option(-1, "devices over which batches and weights are split; -1 takes all that are left"),
-        "tensor": Option(1, "devices over which heads, MLP and vocabulary are split"),
-    },
-    "data": {
-        "train": Option(
-            "synthetic",
-            "training questions: a .json or .jsonl file, plain or .gz, "
-            "hf://owner/name[@revision][/configuration][:split], or 'synthetic'",
-        ),
-        "eval": Option("synthetic", "held-out questions, likewise"),
-        "format": Option("auto", "layout of both files; auto tells it by the first row", FORMATS),
-        "pairs": Option(
-            "", "ready-made pairs, TRL's {prompt, chosen, rejected}, that take the place of generated ones"
-        ),
-        "train_rows": Option(0, "use the first so many training rows; 0 is all (synthetic: 200)"),
-        "eval_rows": Option(0, "use the first so many held-out rows; 0 is all (synthetic: 100)"),
-        "synthetic_seed": Option(0, "of the synthetic world and its questions"),
-        "synthetic_passages": Option(5, "K of the synthetic rows"),
-        "synthetic_missing_gold": Option(0.0, "share of synthetic rows that lack a gold passage"),
-        "synthetic_counterfactual": Option(0.0, "share of synthetic rows with a passage that claims a wrong answer"),
-    },
-    "retrieve": {
-        "retriever": Option(
-            "given",
-            "'given' keeps the rows' own contexts, 'bm25' searches the corpus, 'cache' looks questions up in a file",
-            ("given", "bm25", "cache"),
-        ),
-        "corpus": Option(
-            "",
-            "rows of {id, contents}, StrategyQA's paragraphs, or a folder of .txt and .md files; for bm25, answer, "
-            "noise and StrategyQA's evidence",
-        ),
-        "cache": Option("", "FlashRAG's retrieval_cache.json, or a folder of such files"),
-        "k": Option(10, "passages fetched per question by bm25 or from the cache"),
-    },
-    "prompt": {
-        "passages": Option(10, "K, passages shown; 0 is closed book"),
-        "order": Option(
-            "best_first",
-            "of the passages shown; some small models mostly read the one before the question: best_last helps those",
-            ("best_first", "best_last"),
-        ),
-        "examples": Option(0, "worked examples shown first, of at most 2; they help the smallest models"),
-        "max_tokens": Option(2048, "limit of a prompt; passages are cut to fit, the question never is"),
-        "stop": Option((), "texts that end a response, besides the model's end of turn; for models that run on"),
-        "template_arguments": Option(
-            TEMPLATE_ARGUMENTS,
-            "variables of the model's chat template; date_string is the date of templates that write today's, "
-            "enable_thinking lets models think before they answer; a configuration file may add others",
-        ),
-    },
-    "generate": {
-        "guided_samples": Option(4, "rationales sampled per question with the golden answer in view"),
-        "plain_samples": Option(4, "rationales sampled per question from the plain prompt"),
-        "guided_temperature": Option(0.8, "of their sampling"),
-        "plain_temperature": Option(0.8, "of their sampling"),
-        "top_p": Option(0.95, "nucleus that samples are drawn from; 1.0 is the whole vocabulary"),
-        "top_k": Option(0, "draw from the so many likeliest tokens; 0 is the whole vocabulary"),
-        "min_p": Option(0.0, "leave out tokens less likely than this share of the likeliest; 0.0 is none"),
-        "max_tokens": Option(128, "limit of a rationale"),
-        "samples": Option("", "a .jsonl of {id, samples: [...]}: responses made elsewhere, verified beside our own"),
-        "answer": Option(
-            "decoded",
-            "the answer that is judged: decoded after the rationale on the plain prompt, or the one that was sampled",
-            ("decoded", "sampled"),
-        ),
-        "answer_tokens": Option(24, "limit of the answer decoded after a rationale"),
-        "batch": Option(8, "questions decoded at a time, rounded up to the devices; a finished one makes room at once"),
-        "memory_gb": Option(0.0, "limit of caches and logits of `generate`; lowers its batch; 0.0 is none"),
-    },
-    "select": {
-        "strategy": Option(
-            "hard", "which correct and which incorrect candidate make the pair", ("hard", "easy", "random", "all")
-        ),
-        "match": Option("em", "a correct answer equals a golden one, or contains it", ("em", "contains")),
-        "rejection": Option(
-            True,
-            "chosen are correct, rejected incorrect; without (the paper's ablation) the strategy picks among all "
-            "guided and all plain ones, unchecked",
-        ),
-        "evidence": Option(
-            1,
-            "words of the passages, beyond the answer's, that a chosen rationale must hold; 0 lets it restate the hint",
-        ),
-        "supported": Option(False, "leave out questions whose answer no passage holds (those of yes or no aside)"),
-        "confidence": Option("mean", "log-probability under the plain prompt per token or in sum", ("mean", "sum")),
-    },
-    "lora": {
-        "rank": Option(16, "of the adapter"),
-        "alpha": Option(32.0, "the adapter's product is scaled by alpha / rank"),
-        "dropout": Option(0.0, "on the adapter's input while training"),
-        "rslora": Option(False, "scale by alpha / sqrt(rank) instead (rsLoRA)"),
-        "targets": Option(PROJECTION_NAMES, "projections that get an adapter"),
-        "start": Option("", "PEFT folder of an adapter of this shape that training goes on from; empty is a new one"),
-    },
-    "train": {
-        "loss": Option("orpo", "sft learns from the chosen responses alone, the others from pairs", LOSSES),
-        "beta": Option(
-            0.1, "weight of ORPO's odds-ratio term (the paper keeps it under 0.5); the others' reward scale"
-        ),
-        "gamma": Option(0.5, "SimPO's target margin"),
-        "sft_weight": Option(1.0, "weight of CPO's likelihood term"),
-        "sft_span": Option(
-            "response",
-            "of orpo's and sft's likelihood term; with the prompt it is TRL's, a mean over the batch's tokens",
-            ("response", "prompt+response"),
-        ),
-        "label_smoothing": Option(0.0, "share of pairs taken to be the wrong way round; for dpo, simpo and cpo"),
-        "learning_rate": Option(2e-4, "peak, reached after the warm-up, then a cosine to zero"),
-        "warmup": Option(0.1, "share of the steps that warm up"),
-        "weight_decay": Option(0.0, "AdamW's, on the adapter"),
-        "clip": Option(1.0, "limit of the gradient's global norm"),
-        "epochs": Option(2, "passes over the pairs"),
-        "batch": Option(8, "pairs of a step; of each part of it, mesh.data x mesh.fsdp devices take equal shares"),
-        "accumulate": Option(1, "parts that a step's batch is worked through in; the same result without dropout"),
-        "max_response": Option(192, "longest response in tokens; pairs with a longer one are left out and counted"),
-        "max_length": Option(
-            0, "longest prompt with a response in tokens; passages are cut to fit, nothing else ever is; 0 is no limit"
-        ),
-        "held_out": Option(0.0, "share of the questions whose pairs are kept from training and evaluated instead"),
-        "evaluate_every": Option(50, "steps between evaluations on the held-out pairs; also before and after training"),
-        "answer_questions": Option(0, "questions of those pairs answered at each of them, for EM and F1; 0 is none"),
-        "keep": Option(
-            "latest",
-            "checkpoint that becomes the adapter; best by F1 where questions are answered, else by held-out loss",
-            ("latest", "best"),
-        ),
-        "nonfinite": Option(
-            "stop", "what a loss or gradient that is no number does: stop, or skip the step", ("stop", "skip")
-        ),
-        "remat": Option("layer", "what the backward pass makes again to save memory", ("none", "layer", "dots")),
-        "checkpoint_every": Option(50, "steps between checkpoints"),
-        "keep_checkpoints": Option(2, "latest checkpoints kept while training"),
-        "profile_steps": Option(0, "steps traced for TensorBoard's profiler, after two that warm up; 0 is none"),
-        "wandb": Option("", "Weights & Biases project that the training curve also goes to; empty is none"),
-        "evaluate": Option(True, "let `train` evaluate the base model before and the adapter after training"),
-    },
-    "evaluate": {
-        "systems": Option(("base", "adapter"), "what `evaluate` compares, of 'closed_book', 'base' and 'adapter'"),
-        "adapters": Option(
-            (), "PEFT folders compared as well; each goes by its name, or its parent's if it is 'adapter'"
-        ),
-        "passages": Option((), "numbers of passages K to compare; empty is prompt.passages alone"),
-        "noise": Option(
-            ("none",),
-            "conditions to compare: none, no_gold, shuffled, or passages added: random<n>, same_topic<n> (BM25's best "
-            "for the question), counterfactual<n> (that state a wrong answer)",
-        ),
-        "max_tokens": Option(160, "limit of a response"),
-        "batch": Option(16, "questions decoded at a time"),
-    },
-    "export": {
-        "folder": Option("", "where the merged model goes; empty is WORKDIR/merged"),
-    },
+    "evaluate_every": Option(
+        50,
+        "steps between evaluations on the held-out pairs, which are also evaluated before and after training",
+        at_least=1,
+    ),
+    "answer_questions": Option(
+        0, "number of held-out questions answered at each of these evaluations, for EM and F1; 0 is none", at_least=0
+    ),
+    "keep": Option(
+        "latest",
+        "checkpoint that becomes the adapter; best is by F1 where questions are answered, else by held-out loss",
+        ("latest", "best"),
+    ),
+    "nonfinite": Option(
+        "stop", "what to do about a non-finite loss or gradient (NaN or Inf): stop, or skip the step", ("stop", "skip")
+    ),
+    "remat": Option(
+        "layer",
+        "what the backward pass recomputes to save memory: nothing, whole layers, or all but matmuls (dots)",
+        ("none", "layer", "dots"),
+    ),
+    "checkpoint_every": Option(50, "steps between checkpoints", at_least=1),
+    "keep_checkpoints": Option(2, "number of latest checkpoints to keep", at_least=1),
+    "profile_steps": Option(
+        0, "number of steps to trace for TensorBoard's profiler, after two that warm up; 0 is none", at_least=0
+    ),
+    "wandb": Option("", "Weights & Biases project that the training curve also goes to; empty is none"),
+    "evaluate": Option(True, "make `train` evaluate the base model before training and the adapter after it"),
+}
+
+
+@together
+def _terms_belong_to_the_loss(config) -> Faults:
+    used = LOSS_TERMS[config.train.loss]
+    for term in sorted({term for terms in LOSS_TERMS.values() for term in terms} - {*used}):
+        if config.train[term] != TRAIN[term].default:
+            yield f"train.{term}", f"config.train.loss={config.train.loss!r} has no such term"
+    if "beta" in used and config.train.loss != "orpo" and config.train.beta == 0:
+        yield "train.beta", f"config.train.loss={config.train.loss!r} is scaled by it: must be more than 0"
+
+
+@together
+def _held_out_pairs_exist(config) -> Faults:
+    for name, off in (("answer_questions", 0), ("keep", "latest")):
+        if config.train[name] != off and not config.train.held_out:
+            yield f"train.{name}", "needs held-out pairs; set config.train.held_out, for example to 0.1"
+    if config.train.answer_questions and config.data.pairs:
+        why = "pairs made elsewhere (config.data.pairs) have no golden answers; set it to 0"
+        yield "train.answer_questions", why
+
+
+@together
+def _microbatches_are_equal(config) -> Faults:
+    if config.train.batch % config.train.accumulate:
+        yield "train.accumulate", f"must divide config.train.batch={config.train.batch}"
+
+
+def _systems(value) -> str | None:
+    good = not set(value) - {"closed_book", "base", "adapter"}
+    return None if good else "a tuple of 'closed_book', 'base' and 'adapter'"
+
+
+def _numbers_of_passages(value) -> str | None:
+    good = all(isinstance(K, int) and K >= 1 for K in value)
+    return None if good else "a tuple of numbers from 1; 'closed_book' is a system of its own"
+
+
+def _noise_conditions(value) -> str | None:
+    try:
+        for name in value or [""]:
+            noise.parse(name)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None
+
+
+EVALUATE = {
+    "systems": Option(
+        ("base", "adapter"), "systems to compare, of 'closed_book', 'base' and 'adapter'", check=_systems
+    ),
+    "adapters": Option(
+        (), "PEFT folders to compare as well; each is called by its name, or its parent's if it is 'adapter'"
+    ),
+    "passages": Option(
+        (), "numbers of passages (K) to compare; empty is prompt.passages alone", check=_numbers_of_passages
+    ),
+    "noise": Option(
+        ("none",),
+        "noise conditions to compare: none, no_gold, shuffled, or passages added: random<n>, same_topic<n> (BM25's "
+        "best for the question), counterfactual<n> (that state a wrong answer)",
+        check=_noise_conditions,
+    ),
+    "max_tokens": Option(160, "most tokens of a response", at_least=1),
+    "batch": Option(16, "questions decoded at a time", at_least=1),
+}
+
+
+@together
+def _something_is_evaluated(config) -> Faults:
+    if not (config.evaluate.systems or config.evaluate.adapters):
+        yield "evaluate.systems", "name at least one system, or one of config.evaluate.adapters"
+
+
+@together
+def _noise_needs_passages(config) -> Faults:
+    shown = config.prompt.passages or config.evaluate.passages
+    if not shown and set(config.evaluate.noise) != {"none"}:
+        yield "evaluate.noise", "config.prompt.passages=0 shows no passages; set it or config.evaluate.passages"
+
+
+EXPORT = {"folder": Option("", "folder that the merged model is written to; empty is WORKDIR/merged")}
+
+OPTIONS: dict[str, dict[str, Option] | Option] = GENERAL | {
+    "mesh": MESH,
+    "data": DATA,
+    "retrieve": RETRIEVE,
+    "prompt": PROMPT,
+    "generate": GENERATE,
+    "select": SELECT,
+    "lora": LORA,
+    "train": TRAIN,
+    "evaluate": EVALUATE,
+    "export": EXPORT,
 }
 
 
@@ -239,11 +511,11 @@ def subset(config: ConfigDict, *names: str, without: tuple[str, ...] = ()) -> di
 
 
 def describe() -> str:
-    """All options as text: name, default, meaning and choices."""
+    """All options as text: name, default, help and choices."""
     lines = []
     for name, option in walk():
         choices = f" ({', '.join(map(str, option.choices))})" if option.choices else ""
-        lines.append(f"  --config.{name}={option.default!r}\n      {option.meaning}{choices}")
+        lines.append(f"  --config.{name}={option.default!r}\n      {option.help}{choices}")
     return "\n".join(lines)
 
 
@@ -257,117 +529,26 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
       UserError: naming the option, its value and what is allowed.
     """
 
-    def fail(name, why):
+    def fail(name: str, why: str):
         raise UserError(f"config.{name}={get(config, name)!r}: {why}.")
 
     for name, option in walk():
-        if option.choices and get(config, name) not in option.choices:
-            fail(name, f"choose one of {', '.join(map(str, option.choices))}")
-    at_least = {
-        1: "retrieve.k prompt.max_tokens generate.max_tokens generate.answer_tokens generate.batch lora.rank "
-        "train.epochs train.batch train.accumulate train.max_response train.checkpoint_every train.keep_checkpoints "
-        "train.evaluate_every evaluate.max_tokens evaluate.batch",
-        0: "data.train_rows data.eval_rows prompt.passages generate.guided_samples generate.plain_samples "
-        "generate.guided_temperature generate.plain_temperature generate.top_k generate.min_p generate.memory_gb "
-        "select.evidence train.beta train.learning_rate train.weight_decay train.warmup lora.dropout train.max_length "
-        "train.held_out train.answer_questions train.profile_steps train.gamma train.sft_weight seed "
-        "data.synthetic_seed data.synthetic_missing_gold data.synthetic_counterfactual",
-        2: "data.synthetic_passages",
-    }
-    for least, names in at_least.items():
-        for name in names.split():
-            if not get(config, name) >= least:  # nor NaN
-                fail(name, f"must be at least {least}")
-    for name in [
-        "data.synthetic_missing_gold",
-        "data.synthetic_counterfactual",
-        "train.warmup",
-        "generate.top_p",
-        "generate.min_p",
-    ]:
-        if get(config, name) > 1:
-            fail(name, "must be at most 1")
-    positive = ["generate.top_p", "train.clip", "lora.alpha"]
-    positive += [] if config.train.loss in ("sft", "orpo") else ["train.beta"]  # the others' scale
-    for name in positive:
-        if not get(config, name) > 0:
-            fail(name, "must be positive")
-    if not 0 <= config.prompt.examples <= 2:
-        fail("prompt.examples", "must be 0, 1 or 2")
-    if not 0 <= config.train.label_smoothing < 0.5:
-        fail("train.label_smoothing", "must be at least 0 and under 0.5")
-    if config.train.label_smoothing and config.train.loss not in ("dpo", "simpo", "cpo"):
-        fail("train.label_smoothing", f"config.train.loss={config.train.loss!r} has none")
-    terms = {"sft_span": ("orpo", "sft"), "gamma": ("simpo",), "sft_weight": ("cpo",), "beta": {*LOSSES} - {"sft"}}
-    for name, losses in terms.items():
-        if config.train[name] != OPTIONS["train"][name].default and config.train.loss not in losses:
-            fail(f"train.{name}", f"config.train.loss={config.train.loss!r} has no such term")
-    if config.train.held_out >= 1:
-        fail("train.held_out", "must be under 1")
-    for name, off in (("answer_questions", 0), ("keep", "latest")):
-        if config.train[name] != off and not config.train.held_out:
-            fail(f"train.{name}", "needs held-out pairs; set config.train.held_out, for example to 0.1")
-    if config.train.answer_questions and config.data.pairs:
-        fail("train.answer_questions", "pairs made elsewhere (config.data.pairs) have no golden answers; set it to 0")
-    generate = config.generate
-    if not config.select.rejection:
-        if not (generate.guided_samples and generate.plain_samples):
-            fail("select.rejection", "without it both config.generate.guided_samples and plain_samples are needed")
-        if config.select.supported:
-            fail("select.supported", "without config.select.rejection nothing is checked")
-    if config.lora.dropout >= 1:
-        fail("lora.dropout", "must be under 1")
-    if config.train.batch % config.train.accumulate:
-        fail("train.accumulate", f"must divide config.train.batch={config.train.batch}")
-    elsewhere = config.generate.samples or config.data.pairs
-    if config.generate.guided_samples + config.generate.plain_samples < 2 and not elsewhere:
-        fail(
-            "generate.plain_samples", "a pair needs at least two candidates; raise it or config.generate.guided_samples"
-        )
-    if unknown := set(config.lora.targets) - set(PROJECTION_NAMES):
-        fail("lora.targets", f"{sorted(unknown)} unknown; known: {', '.join(PROJECTION_NAMES)}")
-    if not config.lora.targets:
-        fail("lora.targets", "name at least one projection")
-    if set(config.evaluate.systems) - {"closed_book", "base", "adapter"}:
-        fail("evaluate.systems", "a tuple of 'closed_book', 'base' and 'adapter'")
-    if not (config.evaluate.systems or config.evaluate.adapters):
-        fail("evaluate.systems", "name at least one system, or one of config.evaluate.adapters")
-    if any(not isinstance(K, int) or K < 1 for K in config.evaluate.passages):
-        fail("evaluate.passages", "a tuple of numbers from 1; 'closed_book' is a system of its own")
-    if not (config.prompt.passages or config.evaluate.passages) and set(config.evaluate.noise) != {"none"}:
-        fail("evaluate.noise", "config.prompt.passages=0 shows no passages; set it or config.evaluate.passages")
-    for name in config.evaluate.noise or [""]:
-        try:
-            noise.parse(name)
-        except (ValueError, TypeError) as error:
-            fail("evaluate.noise", str(error))
-    try:
-        check_template_arguments(config.prompt.template_arguments)
-    except (TypeError, ValueError) as error:
-        fail("prompt.template_arguments", str(error))
-    if any(not isinstance(text, str) or not text for text in config.prompt.stop):
-        fail("prompt.stop", "a tuple of texts that are not empty")
-    if config.retrieve.retriever == "bm25" and not config.retrieve.corpus:
-        fail("retrieve.corpus", "bm25 needs a corpus: a .jsonl file or a folder")
-    if config.retrieve.retriever == "cache" and not config.retrieve.cache:
-        fail("retrieve.cache", "name FlashRAG's retrieval_cache.json")
-    if config.retrieve.cache and config.retrieve.retriever != "cache":
-        fail("retrieve.cache", "is read with config.retrieve.retriever=cache only")
-    if config.retrieve.retriever != "given" and config.retrieve.k < config.prompt.passages:
-        fail("retrieve.k", f"is less than config.prompt.passages={config.prompt.passages}")
-    if not config.model:
-        fail("model", "name a Hub id, a Hugging Face folder or a .gguf file, or --config configs/NAME.py that does")
+        if why := option.fault(get(config, name)):
+            fail(name, why)
+    for check in _TOGETHER:
+        for name, why in check(config):
+            fail(name, why)
     if workdir and not config.workdir:
-        fail("workdir", "name the folder that everything goes to")
+        fail("workdir", "name the folder that every result goes to")
 
 
 def require_files(config: ConfigDict, *names: str) -> None:
     """Check that the local files exist that the options name, and those that passages come from.
 
     Raises:
-      UserError: one does not; said before anything expensive.
+      UserError: one does not exist.
     """
     for name in (*names, "retrieve.corpus", "retrieve.cache"):
         value = get(config, name)
-        if value and value != "synthetic" and "://" not in value and not Path(value).expanduser().exists():
+        if value and value != "synthetic" and "://" not in value and not os.path.exists(os.path.expanduser(value)):
             raise UserError(f"config.{name}={value!r}: there is no such file or folder.")

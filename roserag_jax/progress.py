@@ -1,4 +1,4 @@
-"""A progress line: what, how far, how fast, how long still. Process 0 only."""
+"""A progress line: stage, count, rate, time elapsed and ETA. Process 0 only."""
 
 import sys
 import time
@@ -22,7 +22,7 @@ class Progress:
         self.terminal = sys.stderr.isatty()
         self.quiet = jax.process_index() != 0
         if done:
-            self._print(f"{label}: going on after {done} of {total} {unit}\n")
+            self._print(f"{label}: resuming at {done} of {total} {unit}\n")
 
     def update(self, done: int, note: str = "") -> None:
         """Report that `done` of the total are finished."""
@@ -31,15 +31,14 @@ class Progress:
             return
         self.shown = now
         rate = (done - self.first) / max(now - self.start, 1e-9)
-        left = _clock((self.total - done) / rate) if rate else "?"
-        line = (
-            f"{self.label}: {done}/{self.total} {self.unit}, {rate:.2g}/s, {_clock(now - self.start)} gone, {left} left"
-        )
+        eta = _clock((self.total - done) / rate) if rate else "?"
+        elapsed = _clock(now - self.start)
+        line = f"{self.label}: {done}/{self.total} {self.unit}, {rate:.2g}/s, {elapsed} elapsed, ETA {eta}"
         end = "\n" if done == self.total or not self.terminal else ""
         self._print(f"{chr(13) if self.terminal else ''}{line}{'; ' + note if note else ''}{end}")
 
     def phase(self, note: str) -> None:
-        """Say what is being done now, inside a long batch."""
+        """Print what is being done now, inside a long batch."""
         self._print(f"{chr(13) if self.terminal else ''}{self.label}: {note}{'' if self.terminal else chr(10)}")
 
     def _print(self, text: str) -> None:

@@ -49,7 +49,7 @@ def file_digest(config, option: str) -> dict[str, str]:
 
 
 def _retriever(config):
-    """What searches for passages; None keeps the rows' own."""
+    """The retriever to search with; None keeps the passages of the rows."""
     if config.retrieve.retriever == "cache":
         return Cache(config.retrieve.cache)
     if config.retrieve.retriever == "bm25":
@@ -61,7 +61,7 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
     """Bring the retrieved rows of the splits up to date.
 
     Raises:
-      UserError: made-up questions would take the place of somebody's own.
+      UserError: synthetic questions would take the place of user data.
     """
     index = None
     for split in splits:
@@ -85,10 +85,10 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
 
 
 def _flagged(rows: list[dict], found: list[list[dict]]) -> list[dict]:
-    """Rows with what was found for each, the passages that are their own gold ones flagged as such.
+    """Give rows the passages that were found for them, flagged as gold where they are gold passages of the row.
 
-    Where nothing that was found is a gold passage of any row, what was searched has other texts than the rows (passages
-    of another dump, chunks), and there is no telling.
+    Where no passage that was found is a gold passage of any row, the corpus has other texts than the rows (another
+    dump, or chunks of it), and none is flagged.
     """
     known = lambda c: (c["title"], c["text"])
     gold = [{known(c) for c in row.get("contexts", []) if c.get("is_supporting")} for row in rows]
@@ -107,7 +107,7 @@ def run(config) -> None:
     with workdir.lock():
         with processes.main_first():
             make(config, workdir)
-        print(f"Made {workdir / ARTIFACTS['train']} and {workdir / ARTIFACTS['eval']}. Next: roserag_jax.generate.")
+        print(f"Wrote {workdir / ARTIFACTS['train']} and {workdir / ARTIFACTS['eval']}. Next: roserag_jax.generate.")
 
 
 if __name__ == "__main__":

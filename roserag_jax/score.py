@@ -1,4 +1,4 @@
-"""Log-probabilities of responses given a prompt.
+"""Compute the log-probabilities of responses given a prompt.
 
     python -m roserag_jax.score --config configs/quickstart.py --input rows.jsonl [--output scores.jsonl]
 
@@ -22,7 +22,7 @@ from roserag_jax.session import Session
 from roserag_jax.workdir import Workdir, to_jsonl, write_atomic
 
 _INPUT = flags.DEFINE_string("input", None, "a .jsonl of {prompt, responses}")
-_OUTPUT = flags.DEFINE_string("output", None, "where the scores go; the screen without it")
+_OUTPUT = flags.DEFINE_string("output", None, "file to write the scores to; standard output without it")
 _END = flags.DEFINE_bool("end", False, "count the end-of-turn token as part of each response")
 
 
@@ -69,7 +69,7 @@ def run(config) -> None:
     lines = to_jsonl(results[i] for i in range(len(rows)))
     if output:
         write_atomic(output, lines)
-        print(f"Made {output}: {len(rows)} rows.")
+        print(f"Wrote {output}: {len(rows)} rows.")
     else:
         print(lines, end="")
 

@@ -63,7 +63,7 @@ def run(config) -> None:
     workdir = Workdir(config.workdir)
     with workdir.lock():
         make(Session(config), workdir)
-        print(f"Made {workdir / ARTIFACT}. Next: roserag_jax.train.")
+        print(f"Wrote {workdir / ARTIFACT}. Next: roserag_jax.train.")
 
 
 if __name__ == "__main__":

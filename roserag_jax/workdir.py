@@ -147,7 +147,7 @@ class Workdir:
         return json.loads(path.read_text()) if path.exists() else None
 
     def is_up_to_date(self, name: str, recipe: Recipe) -> bool:
-        """Whether the artifact exists and was made from this recipe; if not, print why it will be made.
+        """Whether the artifact exists and was made from this recipe; if not, print why it is rebuilt.
 
         Raises:
           UserError: the artifact is not what its stage wrote.
@@ -166,7 +166,7 @@ class Workdir:
         ]
         if changes:
             more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-            print(f"{name} is out of date ({'; '.join(changes[:3])}{more}): making it again.")
+            print(f"{name} is out of date ({'; '.join(changes[:3])}{more}): rebuilding.")
             return False
         print(f"{name} is up to date: kept.")
         return True
@@ -182,7 +182,7 @@ class Workdir:
             raise UserError(f"{path} is missing; run the stage that makes it (`train` runs them all).")
         if digest(path) != manifest["digest"]:
             raise UserError(
-                f"{path} was changed or damaged after it was made. Move it away to have it made again (it is never "
+                f"{path} was changed or damaged after it was written. Move it away to have it rebuilt (it is never "
                 "overwritten unasked)."
             )
         return manifest["digest"]

@@ -219,7 +219,7 @@ def test_made_up_questions_take_nobodys_place(finished, config_of):
         evaluate.run(config_of(workdir=finished.workdir))
     with pytest.raises(UserError, match=r"data.train='synthetic', but .*/retrieved.jsonl is of .*/train.jsonl"):
         generate.run(config_of(workdir=finished.workdir))
-    with pytest.raises(UserError, match="evaluated on made-up questions"):
+    with pytest.raises(UserError, match="evaluated on synthetic questions"):
         evaluate.run(config_of(finished.data.train, **{"data.eval": "synthetic"}))
     assert before == [digest(work / name) for name in ("retrieved.jsonl", "retrieved_eval.jsonl")]
 
@@ -294,7 +294,7 @@ def test_evaluation_while_training(config_of, questions, capsys):
     config.train.keep = "best"
     train.run(config)  # from the checkpoints, without a step
     out = capsys.readouterr().out
-    assert f"The adapter is that of step {best}, the best." in out and "going on after" not in out
+    assert f"The adapter is that of step {best}, the best." in out and "resuming at" not in out
     assert (digest(work / "adapter") == latest) == (best == last)
     config.train.keep = "latest"
     train.run(config)

@@ -60,7 +60,7 @@ def test_killed_and_gone_on_with_is_the_same(config_of, questions, finished):
     saved = lambda: checkpoints.exists() and any(checkpoints.glob("*/2"))
     code, output = stop_when(process, saved, signal.SIGTERM)
     assert code == 143 or (code == 0 and (work / "adapter/manifest.json").exists()), output
-    assert re.search(r"generate: going on after \d of 6 questions", output), output
+    assert re.search(r"generate: resuming at \d of 6 questions", output), output
 
     for each in (config, uninterrupted):
         assert command("train", each, "--config.train.evaluate=False").returncode == 0
@@ -135,13 +135,13 @@ def test_two_processes_train_as_one(config_of, questions, finished):
     first, second = start_both()
     code, said = stop_when(second, lambda: any((work / "checkpoints").glob("*/1")), signal.SIGTERM)
     said = [first.communicate(timeout=200)[0], said]
-    assert code == first.returncode == 143 and "generate: going on after" in said[0] and "Saved step" in said[0], said
+    assert code == first.returncode == 143 and "generate: resuming at" in said[0] and "Saved step" in said[0], said
     # jax takes its port from the number of the job.
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     runs = [start("auto", **slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
     said = [run.communicate(timeout=200)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
-    assert "train: going on after" in said[0] and "train: " not in said[1]
+    assert "train: resuming at" in said[0] and "train: " not in said[1]
     said_of = lambda work: [[c["response"] for c in row["candidates"]] for row in work.rows("candidates.jsonl")]
     assert said_of(work) == said_of(alone)
     predictions = lambda work: json.loads((work / "eval/base/predictions.json").read_text())
@@ -185,7 +185,7 @@ def test_bad_input_is_one_message(config_of, tmp_path, questions):
             ["--config.prompt.passages=0", "--config.evaluate.noise=('none', 'random1')"],
             "config.prompt.passages=0 shows no passages",
         ),
-        (["--config.train.learning_rate=nan"], "config.train.learning_rate=nan: must be at least 0"),
+        (["--config.train.learning_rate=nan"], "config.train.learning_rate=nan: must be a finite number"),
         (["--config.prompt.stop=('',)"], "config.prompt.stop=('',): a tuple of texts"),
         (["--config.retrieve.cache=c.json"], "is read with config.retrieve.retriever=cache only"),
     ]:
@@ -224,7 +224,7 @@ def test_help_and_options():
     done = subprocess.run([sys.executable, "-m", "roserag_jax.score", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--input" in done.stdout and "--config FILE" in done.stdout
     done = subprocess.run([sys.executable, "-m", "roserag_jax.train", "--options"], capture_output=True, text=True)
-    assert all(f"--config.{name}=" in done.stdout and option.meaning in done.stdout for name, option in options.walk())
+    assert all(f"--config.{name}=" in done.stdout and option.help in done.stdout for name, option in options.walk())
 
 
 def test_scores_are_those_of_transformers(finished, config_of, model_folder, tmp_path):

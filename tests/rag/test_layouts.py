@@ -102,7 +102,7 @@ def test_truth_values_are_yes_and_no_and_null_is_nothing(tmp_path):
 
 
 def test_every_layout_is_an_option():
-    assert set(options.FORMATS) == {"auto", *layouts.READERS}
+    assert set(options.DATA["format"].choices) == {"auto", *layouts.READERS}
 
 
 def test_strategyqa_takes_its_evidence_from_the_paragraphs(tmp_path, capsys):

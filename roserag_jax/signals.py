@@ -1,0 +1,145 @@
+"""Ctrl-C and SIGTERM: end a command in one line, with status 130 or 143, whatever it is doing at the moment.
+
+Python runs a signal's handler between any two instructions of the main thread. An exception that is raised there is
+lost if it falls into a callback of the garbage collector, a destructor or C++ code that clears it: Python prints
+"Exception ignored" and the run continues. So the exception knows whether it arrived: if it is deleted before `main` has
+caught it, the signal is sent again a moment later. And a main thread that is busy in C++ (it compiles, or waits for
+other processes) runs no handler at all: then a second thread ends the process.
+
+Used by commands only. As a library, the package leaves signals alone.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # and the exit status of each
+
+_RETRY_SECONDS = 0.05
+_BUSY_SECONDS = 5.0  # how long the main thread may be busy in C++ before the process ends without it
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ends the run. A KeyboardInterrupt, for that is what libraries clean up after and let pass."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    def __del__(self):
+        if not _state.caught:  # swallowed on its way to `main`
+            _state.lost = True
+            with contextlib.suppress(OSError, AttributeError):  # AttributeError: the interpreter is ending
+                _state.wake.send(b"\0")
+
+
+class _State:
+    """What is known of a signal, shared by the handler, the exception and the watching thread."""
+
+    number = 0  # of the first signal that came
+    handled = False  # the main thread has run the handler
+    lost = False  # its exception was swallowed
+    caught = False  # its exception arrived
+    finished = False  # the command is done; only the interpreter's own end is left
+    wake: socket.socket
+
+
+_state = _State()
+
+
+def install() -> None:
+    """From here on, end the process in one line when it gets Ctrl-C or SIGTERM."""
+    if hasattr(_state, "wake"):
+        return
+    listen, _state.wake = socket.socketpair()
+    _state.wake.setblocking(False)
+    signal.set_wakeup_fd(_state.wake.fileno(), warn_on_full_buffer=False)
+    for number in STOPS:
+        signal.signal(number, _handle)
+    sys.excepthook = _end_where_nothing_catches
+    unraisable = sys.unraisablehook
+    # One that was swallowed is raised again; nobody needs to read of it.
+    sys.unraisablehook = lambda args: None if isinstance(args.exc_value, Stopped) else unraisable(args)
+    threading.Thread(target=_watch, args=(listen,), name="signals", daemon=True).start()
+
+
+def _handle(number: int, frame) -> None:
+    if _state.finished:
+        os._exit(0)
+    if _state.handled and not _state.lost:
+        return  # on its way
+    _state.number = _state.number or number
+    _state.handled, _state.lost = True, False
+    raise Stopped(_state.number)
+
+
+def _watch(listen: socket.socket) -> None:
+    """Send a signal again whose exception was lost; end the process where the main thread cannot run the handler."""
+    main = threading.main_thread().ident
+    while received := listen.recv(64):
+        numbers = [number for number in received if number in STOPS]
+        if numbers and not _state.handled:
+            deadline = time.monotonic() + _BUSY_SECONDS
+            while not _state.handled and signal.getsignal(numbers[0]) is _handle:  # else it is deferred
+                if time.monotonic() > deadline:
+                    end(numbers[0])
+                time.sleep(_RETRY_SECONDS)
+        while _state.lost and not _state.finished:
+            time.sleep(_RETRY_SECONDS)
+            with contextlib.suppress(ProcessLookupError):
+                signal.pthread_kill(main, _state.number)
+
+
+def stopped() -> int:
+    """The number of the signal that ends this run; 0 if none came. Called by who has caught what it raised."""
+    _state.caught = bool(_state.number)
+    return _state.number
+
+
+def finish() -> None:
+    """Note that the command has done everything: what comes now ends the process with status 0."""
+    _state.finished = True
+
+
+def message(number: int) -> str:
+    """The one line that a stopped command prints."""
+    name = {signal.SIGINT: "Ctrl-C"}.get(number, signal.Signals(number).name)
+    return f"Stopped by {name}. What was finished is kept; the same command resumes there."
+
+
+def end(number: int) -> None:
+    """End the process at once, in one line. Files are safe: they are whole or absent at any moment."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message(number)}\n".encode())
+    os._exit(STOPS[number])
+
+
+def _end_where_nothing_catches(kind, error, trace) -> None:
+    """The excepthook: while a command's modules are imported, nothing above them catches."""
+    if number := stopped():
+        end(number)
+    sys.__excepthook__(kind, error, trace)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Hold Ctrl-C and SIGTERM back until the block is done, so that none falls inside it."""
+    if threading.current_thread() is not threading.main_thread():  # no handler runs elsewhere
+        yield
+        return
+    held = []
+    handlers = {number: signal.signal(number, lambda number, _: held.append(number)) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
