@@ -26,8 +26,9 @@ from roserag_jax.hub import loading, model_files
 from roserag_jax.models.lora import LoRAConfig, LoRAParam
 from roserag_jax.models.transformer import Transformer
 from roserag_jax.training import losses
+from roserag_jax.training.objective import Objective, summed_logprobs
 from roserag_jax.training.pair_loader import Pair, Stream
-from roserag_jax.training.train_step import Objective, TrainStep, make_optimizer, summed_logprobs
+from roserag_jax.training.train_step import TrainStep, adamw
 
 LORA = LoRAConfig(16, 32.0)
 
@@ -41,8 +42,8 @@ def random_pairs(args, vocabulary: int) -> list[Pair]:
 
 def batch_of(pairs: list[Pair]):
     """One batch in which every prompt is whole, also where there is but one and it would count as shared."""
-    stream = Stream(pairs, len(pairs), 1, 0, 0)
-    stream.shared = stream.shared[:0]
+    stream = Stream(pairs, batch=len(pairs), pad_id=0)
+    stream.shared_prefix = stream.shared_prefix[:0]
     return stream.collate(0)
 
 
@@ -56,9 +57,8 @@ def with_adapter(opened):
 def ours(args, opened, pairs) -> tuple[list[float], dict]:
     """Seconds of each step, compilation aside, and the first step's metrics."""
     mesh, model = with_adapter(opened)
-    optimizer, schedule = make_optimizer(1e-4, args.steps, 0.1, 0.0, 1.0)
-    step = TrainStep(model, mesh, Objective(remat=args.remat), optimizer, schedule, 1, 0)
-    batch, state, seconds, first = batch_of(pairs), step.initial, [], None
+    step = TrainStep(model, mesh, objective=Objective(remat=args.remat), optimizer=adamw(1e-4, steps=args.steps))
+    batch, state, seconds, first = batch_of(pairs), step.init(), [], None
     for number in range(args.steps + 1):
         start = time.monotonic()
         state, metrics = step(state, batch, number)
@@ -85,15 +85,15 @@ def repeated(args, opened, pairs) -> tuple[list[float], dict]:
     def loss(adapter, base):
         sums, _ = summed_logprobs(nnx.merge(graph, adapter, base), batch, remat=args.remat)
         chosen, rejected = (sums / batch.response_lengths).reshape(-1, 2).T
-        value, parts = losses.orpo(chosen, rejected, 0.1)
-        return value.mean(), jax.tree.map(jnp.mean, parts)
+        value, terms = losses.orpo(losses.PairLogprobs(chosen, rejected, log_likelihood=chosen), beta=0.1)
+        return value.mean(), jax.tree.map(jnp.mean, terms)
 
-    step, seconds, parts = jax.jit(jax.grad(loss, has_aux=True)), [], None
+    step, seconds, terms = jax.jit(jax.grad(loss, has_aux=True)), [], None
     for _ in range(args.steps + 1):
         start = time.monotonic()
-        _, parts = jax.block_until_ready(step(adapter, base))
+        _, terms = jax.block_until_ready(step(adapter, base))
         seconds.append(time.monotonic() - start)
-    return seconds[1:], {name: float(value) for name, value in parts.items()}
+    return seconds[1:], {name: float(value) for name, value in terms.items()}
 
 
 def trl(args, opened, pairs) -> tuple[list[float], dict]:
@@ -148,9 +148,9 @@ def growth(args, opened) -> list[dict]:
         args.prompt, args.response = prompt, response
         config = dataclasses.replace(opened.config, vocab_size=size)
         model = Transformer(config, LORA, jnp.float32, nnx.Rngs(0))
-        optimizer, schedule = make_optimizer(1e-4, args.steps, 0.1, 0.0, 1.0)
-        step = TrainStep(model, make_mesh(), Objective(remat=args.remat), optimizer, schedule, 1, 0)
-        batch, state, seconds = batch_of(random_pairs(args, size)), step.initial, []
+        optimizer = adamw(1e-4, steps=args.steps)
+        step = TrainStep(model, make_mesh(), objective=Objective(remat=args.remat), optimizer=optimizer)
+        batch, state, seconds = batch_of(random_pairs(args, size)), step.init(), []
         memory = step.memory(batch)
         for number in range(args.steps + 1):
             start = time.monotonic()

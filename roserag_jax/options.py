@@ -16,6 +16,7 @@ from roserag_jax.errors import UserError
 from roserag_jax.rag import noise
 from roserag_jax.rag.layouts import READERS
 from roserag_jax.rag.prompts import TEMPLATE_ARGUMENTS, check_template_arguments
+from roserag_jax.training import losses
 
 
 class Option(NamedTuple):
@@ -291,37 +292,26 @@ LORA = {
 }
 
 
-# The losses, each with the options that are terms of it.
-LOSS_TERMS = {
-    "orpo": ("beta", "sft_span"),
-    "sft": ("sft_span",),
-    "dpo": ("beta", "label_smoothing"),
-    "ipo": ("beta",),
-    "simpo": ("beta", "gamma", "label_smoothing"),
-    "cpo": ("beta", "sft_weight", "label_smoothing"),
-}
-
 TRAIN = {
-    "loss": Option(
-        "orpo",
-        "loss that is minimized; sft learns from the chosen responses alone, the others from pairs",
-        (*LOSS_TERMS,),
-    ),
+    "loss": Option("orpo", f"loss that is minimized ({losses.describe()})", (*losses.LOSSES,)),
     "beta": Option(
         0.1,
         "weight of ORPO's odds-ratio term (less than 0.5 in the paper); the scale of the reward in the other losses",
         at_least=0,
     ),
-    "gamma": Option(0.5, "target reward margin of SimPO", at_least=0),
-    "sft_weight": Option(1.0, "weight of CPO's likelihood term", at_least=0),
+    "gamma": Option(0.5, f"target reward margin; for {losses.users('gamma')}", at_least=0),
+    "sft_weight": Option(1.0, f"weight of the supervised term; for {losses.users('sft_weight')}", at_least=0),
     "sft_span": Option(
         "response",
-        "tokens that the likelihood term of ORPO and SFT covers; with the prompt it is TRL's, a mean over the batch's "
-        "tokens",
+        f"tokens that the supervised term covers, for {losses.users('sft_span')}; with the prompt it is TRL's, a mean "
+        "over the batch's tokens",
         ("response", "prompt+response"),
     ),
     "label_smoothing": Option(
-        0.0, "fraction of the pairs assumed to have flipped labels; for dpo, simpo and cpo", at_least=0, below=0.5
+        0.0,
+        f"fraction of the pairs assumed to have flipped labels; for {losses.users('label_smoothing')}",
+        at_least=0,
+        below=0.5,
     ),
     "learning_rate": Option(
         2e-4, "peak learning rate, reached after the warm-up and followed by a cosine to zero", at_least=0
@@ -384,13 +374,10 @@ TRAIN = {
 
 
 @together
-def _terms_belong_to_the_loss(config) -> Faults:
-    used = LOSS_TERMS[config.train.loss]
-    for term in sorted({term for terms in LOSS_TERMS.values() for term in terms} - {*used}):
-        if config.train[term] != TRAIN[term].default:
-            yield f"train.{term}", f"config.train.loss={config.train.loss!r} has no such term"
-    if "beta" in used and config.train.loss != "orpo" and config.train.beta == 0:
-        yield "train.beta", f"config.train.loss={config.train.loss!r} is scaled by it: must be more than 0"
+def _hyperparameters_belong_to_the_loss(config) -> Faults:
+    defaults = {name: option.default for name, option in TRAIN.items()}
+    for name, why in losses.faults(config.train, defaults):
+        yield f"train.{name}", why
 
 
 @together

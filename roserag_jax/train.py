@@ -28,8 +28,9 @@ from roserag_jax.report.comparison import comparison
 from roserag_jax.session import Session
 from roserag_jax.training.checkpoints import Checkpoints, signals_deferred
 from roserag_jax.training.log import TrainingLog, score, verdict
+from roserag_jax.training.objective import Objective
 from roserag_jax.training.pair_loader import Pair, Stream, hold_out, tokenize
-from roserag_jax.training.train_step import Objective, TrainState, TrainStep, make_optimizer
+from roserag_jax.training.train_step import TrainState, TrainStep, adamw
 from roserag_jax.workdir import Recipe, Workdir, digest, is_remote
 
 ARTIFACT = "adapter"
@@ -58,24 +59,26 @@ def make(session: Session, workdir: Workdir) -> None:
     if workdir.is_up_to_date(ARTIFACT, wanted):
         return
     training, held = _pairs(session, workdir)
-    stream = Stream(training, train.batch, train.epochs, config.seed, session.pad_id)
+    stream = Stream(training, batch=train.batch, pad_id=session.pad_id, epochs=train.epochs, seed=config.seed)
 
     session.let_go()
     adapter = _starting_adapter(session)
     model = loading.assemble(session.source.config, session.base, session.lora, adapter)
-    optimizer, schedule = make_optimizer(train.learning_rate, len(stream), train.warmup, train.weight_decay, train.clip)
-    named = ("loss", "beta", "gamma", "label_smoothing", "sft_weight", "sft_span", "remat")
-    objective = Objective(**{name: train[name] for name in named}, dropout=session.lora.dropout > 0)
     step_function = TrainStep(
         model,
         session.mesh,
-        objective,
-        optimizer,
-        schedule,
-        train.accumulate,
-        config.seed,
-        stream.shared,
-        train.nonfinite == "skip",
+        objective=Objective.from_options(train, dropout=session.lora.dropout > 0),
+        optimizer=adamw(
+            train.learning_rate,
+            steps=len(stream),
+            warmup=train.warmup,
+            weight_decay=train.weight_decay,
+            max_gradient_norm=train.clip,
+        ),
+        accumulate=train.accumulate,
+        seed=config.seed,
+        shared_prefix=stream.shared_prefix,
+        skip_nonfinite=train.nonfinite == "skip",
     )
 
     folder = workdir / "checkpoints"
@@ -84,7 +87,7 @@ def make(session: Session, workdir: Workdir) -> None:
     here = folder / same.fingerprint(mesh=config.mesh.to_dict())
     checkpoints = Checkpoints(here, train.keep_checkpoints, wanted.options)
     best = Checkpoints(here / "best", 1, wanted.options) if held else None
-    done, state = checkpoints.restore(step_function.initial)
+    done, state = checkpoints.restore(step_function.init())
     padding, shapes = stream.padding()
     print(
         f"train: {len(training)} pairs, {len(stream)} steps of {train.batch}, {padding:.0%} padding, {shapes} shapes, "
@@ -207,11 +210,11 @@ def _steps(step_function, stream, state, done, checkpoints, log, held_out, train
 
 def _refuse_nonfinite(metrics: dict, step: int, stream, saved: int, action: str) -> bool:
     """Whether the loss or the gradient of a step is no number; says so, or with `action` 'stop' raises UserError."""
-    if np.isfinite(metrics["loss"]) and np.isfinite(metrics["gradient_norm"]):
+    if metrics.pop("finite"):
         return False
     what = (
         f"Step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; rows "
-        f"{', '.join(stream.ids(step))}."
+        f"{', '.join(pair.id for pair in stream.rows(step))}."
     )
     if action == "stop":
         raise UserError(
@@ -224,8 +227,7 @@ def _refuse_nonfinite(metrics: dict, step: int, stream, saved: int, action: str)
 
 def _rates(step_function, stream, batch, seconds: float, rate: float) -> dict:
     """How fast a step was, `rate` operations per second being what the devices can do, and how much of it padding."""
-    real = int(len(stream.shared) + batch.prompt_lengths.sum() + batch.response_lengths.sum())
-    padded = len(stream.shared) + batch.prompt.size + batch.targets.size
+    real, padded = stream.tokens(batch)
     result = {
         "pairs_per_s": float(batch.weights.sum()) / seconds,
         "tokens_per_s": real / seconds,
@@ -248,7 +250,7 @@ class _HeldOut:
         self.session, self.step_function, self.best, self.log = session, step_function, best, log
         train = session.config.train
         self.every = train.evaluate_every
-        self.stream = Stream(pairs, train.batch, 1, session.config.seed, session.pad_id)
+        self.stream = Stream(pairs, batch=train.batch, pad_id=session.pad_id, seed=session.config.seed)
         asked = {pair.id: pair.prompt for pair in pairs}
         asked = dict(list(asked.items())[: train.answer_questions])
         golden = workdir.rows(generate.ARTIFACT) if asked else []
@@ -263,7 +265,7 @@ class _HeldOut:
         totals, count = collections.Counter(), 0.0
         for number in range(len(self.stream)):
             batch = self.stream.collate(number)
-            metrics = self.step_function.evaluate(state.adapter, batch, self.stream.shared)
+            metrics = self.step_function.evaluate(state.adapter, batch, self.stream.shared_prefix)
             count += (here := float(batch.weights.sum()))
             for name, value in metrics.items():
                 totals[name] += here * float(value)

@@ -21,7 +21,9 @@ from roserag_jax import generate, options, session, train
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.hub import loading, model_files
 from roserag_jax.inference import decoder
+from roserag_jax.models.lora import LoRAConfig
 from roserag_jax.rag import synthetic
+from roserag_jax.training.pair_loader import Pair
 from roserag_jax.workdir import Workdir, to_jsonl
 
 # Many tests compile the same programs anew, some in processes of their own: they share what one has compiled.
@@ -104,6 +106,20 @@ def decode(engine, prompts, wishes, tasks=4, branches=3, also_stop=()):
     turns = tuple((max(map(len, wish.openings)), wish.limit) for wish in wishes)
     room, made = decoder.Room(tasks, branches, turns), dict(enumerate(map(task, prompts, wishes)))
     return [said for _, said in sorted(decoder.run(engine, made, list(map(len, prompts)), room, also_stop))]
+
+
+LORA = LoRAConfig(4, 8.0)
+_tokens = lambda rng, *lengths: [rng.integers(3, 131, length).tolist() for length in lengths]
+PAIRS = [
+    Pair(f"q{i}", *_tokens(np.random.default_rng(i), *lengths))
+    for i, lengths in enumerate([(20, 5, 9), (33, 12, 3), (9, 7, 7), (14, 2, 11), (25, 6, 6), (30, 8, 4), (5, 5, 5)])
+]
+
+
+def trained_adapter(opened, mesh):
+    """An adapter `LORA` of a small model in which B is not zero either."""
+    state = loading.init_adapter(opened.config, LORA, mesh, jax.random.key(0))
+    return jax.tree.map(lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), state)
 
 
 @pytest.fixture(scope="module")

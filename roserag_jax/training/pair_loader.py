@@ -1,6 +1,6 @@
 """The training stream: pairs, tokenised and batched by Grain, in an order that is a pure function of the step.
 
-Axes: B pairs of a batch, P prompt, S response, N = 2 branches (chosen, rejected).
+Axes: B pairs of a batch, N = 2 branches (chosen, rejected), C shared-prefix tokens, P prompt tokens, S branch tokens.
 """
 
 import os
@@ -26,12 +26,17 @@ class Pair(NamedTuple):
 class Batch(NamedTuple):
     """Host arrays of one step. Rows that only fill the batch have weight 0."""
 
-    prompt: np.ndarray  # [B, P] the prompt after its shared beginning, but for its last token
+    prompt: np.ndarray  # [B, P] the prompt after its shared prefix, but for its last token
     prompt_lengths: np.ndarray  # [B]
     branches: np.ndarray  # [B, 2, S] the prompt's last token, then the response but for its last
     targets: np.ndarray  # [B, 2, S] the response
     response_lengths: np.ndarray  # [B, 2]
     weights: np.ndarray  # [B]
+
+    def chosen_only(self) -> "Batch":
+        """The batch without its rejected branches."""
+        chosen = {name: getattr(self, name)[:, :1] for name in ("branches", "targets", "response_lengths")}
+        return self._replace(**chosen)
 
 
 def tokenize(tokenizer, stop_id: int, rows: list[dict], max_response: int, max_length: int = 0):
@@ -64,11 +69,11 @@ def tokenize(tokenizer, stop_id: int, rows: list[dict], max_response: int, max_l
     return [pair for pair, _ in made if pair], counts
 
 
-def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on and pairs held out, by question: those whose id hashes lowest, at least one where share > 0."""
+def hold_out(pairs: list[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and pairs held out, by question: the lowest by hash, at least one if `fraction` > 0."""
     rank = lambda name: (zlib.crc32(f"{seed}/{name}".encode()), name)
     names = sorted({pair.id for pair in pairs}, key=rank)
-    held = set(names[: max(1, round(share * len(names)))] if share else [])
+    held = set(names[: max(1, round(fraction * len(names)))] if fraction else [])
     return [p for p in pairs if p.id not in held], [p for p in pairs if p.id in held]
 
 
@@ -89,44 +94,47 @@ def epoch_order(lengths: list[int], batch: int, seed: int, epoch: int) -> list[l
 class Stream:
     """Batches of the whole run by step; iteration can begin at any step and gives the same batches from there on.
 
-    `shared` [C] are the tokens that all prompts begin with; batches leave them out.
+    `shared_prefix` [C] are the tokens that all prompts begin with; batches leave them out.
+
+    Args:
+      batch: pairs of a step; the last batch of an epoch is filled with rows of weight 0.
     """
 
-    def __init__(self, pairs: list[Pair], batch: int, epochs: int, seed: int, pad_id: int):
+    def __init__(self, pairs: list[Pair], *, batch: int, pad_id: int, epochs: int = 1, seed: int = 0):
         self.pairs, self.batch, self.pad_id = pairs, batch, pad_id
         prompts = [pair.prompt for pair in pairs]
-        self.shared = np.array(prompts[0][: shared_length(prompts)], np.int32)
+        self.shared_prefix = np.array(prompts[0][: shared_length(prompts)], np.int32)
         lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
-        self.order = [b for epoch in range(epochs) for b in epoch_order(lengths, batch, seed, epoch)]
+        self.order = [rows for epoch in range(epochs) for rows in epoch_order(lengths, batch, seed, epoch)]
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def ids(self, step: int) -> list[str]:
-        """The rows of a step."""
-        return [self.pairs[i].id for i in self.order[step]]
+    def rows(self, step: int) -> list[Pair]:
+        """The pairs of a step."""
+        return [self.pairs[i] for i in self.order[step]]
 
     def _sizes(self, rows: list[Pair]) -> tuple[int, int]:
-        """Padded lengths of what follows the shared beginning and of the responses."""
-        longest = max(len(r.prompt) for r in rows) - len(self.shared) - 1
+        """Padded lengths of what follows the shared prefix and of the responses."""
+        longest = max(len(r.prompt) for r in rows) - len(self.shared_prefix) - 1
         return bucket(longest), bucket(max(max(len(r.chosen), len(r.rejected)) for r in rows))
 
     def padding(self) -> tuple[float, int]:
-        """Share of all positions of the run that are padding, and how many shapes its batches have."""
-        batches = [[self.pairs[i] for i in order] for order in self.order]
+        """Fraction of all positions of the run that are padding, and how many shapes its batches have."""
+        batches = [self.rows(step) for step in range(len(self))]
         sizes = [self._sizes(rows) for rows in batches]
-        C = len(self.shared)
+        C = len(self.shared_prefix)
         length = lambda r: len(r.prompt) - C - 1 + len(r.chosen) + len(r.rejected)
         real = sum(C + sum(map(length, rows)) for rows in batches)
         return 1 - real / sum(C + self.batch * (prompt + 2 * response) for prompt, response in sizes), len(set(sizes))
 
     def collate(self, step: int) -> Batch:
         """The arrays of a step, padded to its buckets."""
-        rows = [self.pairs[i] for i in self.order[step]]
+        rows, C = self.rows(step), len(self.shared_prefix)
         weights = np.array([1.0] * len(rows) + [0.0] * (self.batch - len(rows)), np.float32)
         rows += [rows[0]] * (self.batch - len(rows))
         prompt_size, response_size = self._sizes(rows)
-        prompt, prompt_lengths = pad([r.prompt[len(self.shared) : -1] for r in rows], prompt_size, self.pad_id)
+        prompt, prompt_lengths = pad([r.prompt[C:-1] for r in rows], prompt_size, self.pad_id)
         responses = [response for r in rows for response in (r.chosen, r.rejected)]
         targets, lengths = pad(responses, response_size, self.pad_id)
         first = np.repeat([r.prompt[-1:] for r in rows], 2, axis=0)
@@ -135,6 +143,13 @@ class Stream:
         return Batch(
             prompt, prompt_lengths, branches.reshape(shape), targets.reshape(shape), lengths.reshape(shape[:2]), weights
         )
+
+    def tokens(self, batch: Batch) -> tuple[int, int]:
+        """Real tokens of a batch, rows that only fill it aside, and positions that the device computes for it."""
+        real = batch.weights > 0
+        count = batch.prompt_lengths[real].sum() + batch.response_lengths[real].sum()
+        C = len(self.shared_prefix)
+        return int(C + count), C + batch.prompt.size + batch.targets.size
 
     def start(self, step: int):
         """Iterate over batches from `step` on, made ahead in background threads."""
