@@ -1,10 +1,10 @@
-# Both commands make .venv and install what they need; a second call installs nothing again.
+# Each command makes the virtual environment that it needs; a second call installs nothing again.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-launch lint clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m roserag_jax.train --config configs/quickstart.py
@@ -13,6 +13,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# The files of launch/, each checked by its own tool, without any cloud.
+test-launch: .venv-launch/.installed
+	PATH="$(CURDIR)/.venv-launch/bin:$$PATH" .venv-launch/bin/python -m pytest --noconftest -o addopts="" -q tests/launch
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .
@@ -28,5 +32,10 @@ $(VENV)/.test: $(VENV)/.core
 	$(PIP) install -q -c constraints.txt --editable ".[test]"
 	touch $@
 
+.venv-launch/.installed: launch/requirements.txt
+	test -x .venv-launch/bin/pip || $(PYTHON) -m venv .venv-launch
+	.venv-launch/bin/python -m pip --disable-pip-version-check install -q -r launch/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-launch *.egg-info .pytest_cache .ruff_cache
