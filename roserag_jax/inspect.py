@@ -64,7 +64,7 @@ def run(config) -> None:
     try:
         loaded = session.tokenizer
         template = "with a chat template" if loaded.chat_template else "without a chat template: prompts are plain text"
-        stops = tokenizer.stop_ids(loaded, path)
+        stops = tokenizer.stop_ids(loaded, path, c.vocab_size)
         ends = ", ".join(repr(t) for t in loaded.convert_ids_to_tokens(list(stops)))
         tokens = f"{len(loaded)} tokens, {template}; a turn ends with {ends}"
     except UserError as error:

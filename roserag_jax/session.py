@@ -24,8 +24,8 @@ class Session:
 
     @functools.cached_property
     def tokenizer(self):
-        """The `transformers` tokenizer."""
-        return tokenizer.load(self.config.model, self.config.tokenizer, self.config.revision or None)
+        """The `transformers` tokenizer, checked against the model's embedding table."""
+        return tokenizer.load_tokenizer(self.config.model, self.config.tokenizer, self.config.revision or None)
 
     @functools.cached_property
     def source(self) -> model_files.ModelFiles:
@@ -96,7 +96,7 @@ class Session:
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end a response."""
-        return tokenizer.stop_ids(self.tokenizer, self.source.path)
+        return tokenizer.stop_ids(self.tokenizer, self.source.path, self.source.config.vocab_size)
 
     @functools.cached_property
     def turn_end(self) -> int:
@@ -106,7 +106,8 @@ class Session:
     @property
     def pad_id(self) -> int:
         """A token for padding; it is never seen, so any will do."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stop_ids[0]
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None and pad < self.source.config.vocab_size else self.stop_ids[0]
 
     def model(self, adapter: epath.Path | None = None):
         """The network, with a PEFT adapter from a folder if one is given."""

@@ -158,7 +158,7 @@ def smollm(smollm_source, one_device):
 def smollm_tokenizer(smollm_path):
     from roserag_jax.hub import tokenizer
 
-    return tokenizer.load(str(smollm_path))
+    return tokenizer.read_tokenizer(smollm_path)
 
 
 # Small, but with every habit of their family: an odd number of layers, grouped heads, a window shorter than the prompt,

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from roserag_jax.errors import UserError, first_line
-from roserag_jax.hub.json_files import Fields, quoted, read_json_object
+from roserag_jax.errors import UserError, first_line, quote
+from roserag_jax.hub.json_files import Fields, read_json_object
 from roserag_jax.models import config as model_config
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -81,7 +81,7 @@ def weight_files(folder: Path) -> list[Path]:
         names = {str(name) for name in weight_map.values()}
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(f"{index}: {quoted(name)} is not a plain *.safetensors name inside the folder.")
+                raise UserError(f"{index}: {quote(name)} is not a plain *.safetensors name inside the folder.")
     # The Hub's cache links to files beside its snapshots; nothing else may lead out of the folder.
     root = folder.parent.parent if folder.parent.name == "snapshots" else folder
     for name in sorted(names):
@@ -110,7 +110,7 @@ def _open(file: Path):
         kind = handle.get_slice(name).get_dtype()
         if kind not in _WEIGHT_TYPES:
             raise UserError(
-                f"{file}: {quoted(name)} is of type {kind}, not one of {', '.join(_WEIGHT_TYPES)}; "
+                f"{file}: {quote(name)} is of type {kind}, not one of {', '.join(_WEIGHT_TYPES)}; "
                 "use the original, unquantized weights."
             )
         yield name, handle

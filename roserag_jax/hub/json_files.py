@@ -1,37 +1,32 @@
-"""JSON files that others wrote: read within bounds, and field by field with the type that is expected."""
+"""Settings in JSON files that others wrote, read field by field with the type that is expected."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from roserag_jax.errors import UserError, first_line
+from etils import epath
+
+from roserag_jax.errors import UserError, quote
+from roserag_jax.rag.files import read_json
 
 _LARGEST = 64 << 20  # bytes; the index of a model of a million tensors is about this large
 
 
-def quoted(value: Any) -> str:
-    """Show a value from a file in an error message, cut to a length that can be read."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
+def read_json_object(file: Path | epath.Path) -> dict[str, Any]:
+    """Read a JSON file that holds one object; keys that are null are left out.
 
     Raises:
       UserError: it cannot be read, is too large, is cut off or is something else.
     """
+    file = epath.Path(file)
     try:
-        if file.stat().st_size > _LARGEST:
-            raise UserError(f"{file} is larger than {_LARGEST >> 20} MB; that is no file of a model's settings.")
-        value = json.loads(file.read_bytes().decode("utf-8-sig"))
+        if file.stat().length > _LARGEST:
+            raise UserError(f"{file} is larger than {_LARGEST >> 20} MB, which no file of a model's settings is.")
+        value = read_json(file)
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged or cut off ({first_line(error)}); download or write it again.") from error
+        raise UserError(f"{file} cannot be read ({error.strerror}).") from error
     if not isinstance(value, dict):
-        raise UserError(f"{file} is not a JSON object.")
+        raise UserError(f"{file} is not a JSON object; download or write it again.")
     return value
 
 
@@ -46,7 +41,7 @@ class Fields:
         if value is None:
             return default
         if not fits(value):
-            raise UserError(f"{self.where}: {name}={quoted(value)} is not {what}.")
+            raise UserError(f"{self.where}: {name}={quote(value)} is not {what}.")
         return value
 
     def integer(self, name: str, default: int | None, least: int = 0, most: int = 1 << 24) -> int | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from roserag_jax.errors import UserError, first_line
 from roserag_jax.hub import huggingface
-from roserag_jax.hub.gguf import GGUFFile
+from roserag_jax.hub.gguf import GGUFFile, part_files
 from roserag_jax.hub.huggingface import HuggingFaceFolder
 from roserag_jax.models import config as model_config
 
@@ -100,7 +100,7 @@ def fingerprint(model: str, revision: str | None = None, weights: bool = True) -
     path = resolve_path(model, revision, weights=False)
     if path.parent.name == "snapshots" and not Path(model).expanduser().exists():
         return f"{model}@{path.name}"
-    small, large = [], [path]
+    small, large = [], part_files(path)
     if path.is_dir():
         names = (huggingface.CONFIG, huggingface.GENERATION_CONFIG, *huggingface.TOKENIZER_FILES)
         small = [path / name for name in names if (path / name).is_file()]

@@ -9,7 +9,6 @@ from conftest import branch_logits, cached_logits, decode, hf_logits
 
 from roserag_jax.errors import UserError
 from roserag_jax.hub import gguf, loading, model_files
-from roserag_jax.hub.tokenizer import load as load_tokenizer
 from roserag_jax.hub.tokenizer import stop_ids, turn_end
 from roserag_jax.inference import decoder
 from roserag_jax.inference.decoder import Decode
@@ -57,7 +56,9 @@ def test_tokenizer_equals_transformers(smollm_tokenizer, smollm_path):
     turns = [{"role": "user", "content": "Who?"}]
     ours, others = (t.apply_chat_template(turns, tokenize=False) for t in (smollm_tokenizer, theirs))
     assert ours == others
-    assert turn_end(smollm_tokenizer, stop_ids(smollm_tokenizer, smollm_path)) == smollm_tokenizer.eos_token_id == 2
+    assert (
+        turn_end(smollm_tokenizer, stop_ids(smollm_tokenizer, smollm_path, 49152)) == smollm_tokenizer.eos_token_id == 2
+    )
 
 
 def test_logits_equal_transformers(smollm, exact, prompts):
@@ -97,7 +98,7 @@ def test_gemma_equals_transformers(prompts, smollm_tokenizer, one_device, tmp_pa
     reference = by_transformers("AutoModelForCausalLM", path, dtype=torch.float32).eval()
     tokenizer = by_transformers("AutoTokenizer", path)
     with pytest.raises(UserError, match="set config.tokenizer"):
-        load_tokenizer(str(path))
+        read_tokenizer(path)
     asked = [tokenizer(smollm_tokenizer.decode(p, skip_special_tokens=True)).input_ids for p in prompts]
     assert max(map(len, asked)) > 600
     tokens = np.array(asked[9])
