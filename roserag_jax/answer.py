@@ -3,9 +3,10 @@
     python -m roserag_jax.answer --config configs/quickstart.py --config.retrieve.corpus=FOLDER --question "..."
     python -m roserag_jax.answer --config configs/quickstart.py --questions questions.jsonl
 
-The corpus is a .jsonl of {id, contents} or a folder of .txt and .md files, searched with BM25; rows of `--questions`
-that bring their own contexts need none. Uses the workdir's adapter where there is one. One question prints text; a file
-of questions prints one JSON object a line: {id, question, answer, rationale, passages: [{title, text, score?}]}.
+The corpus is a .jsonl of {id, contents} or a folder of documents, searched with BM25; rows of `--questions` that bring
+their own contexts need none. Uses the workdir's adapter where there is one. One question prints text, with the file and
+page of each passage; a file of questions prints one JSON object a line: {id, question, answer, rationale, passages:
+[{title, text, score?, source?}]}.
 """
 
 import json
@@ -15,7 +16,7 @@ from absl import flags
 from roserag_jax import cli
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_in_use, respond
-from roserag_jax.rag import answers, corpora, questions
+from roserag_jax.rag import answers, corpora, documents, questions
 from roserag_jax.rag.prompts import PromptBuilder, opens_thoughts
 from roserag_jax.retrieval.bm25 import BM25
 from roserag_jax.session import Session
@@ -65,7 +66,8 @@ def run(config) -> None:
         print(f"Answer: {answer}\n\nRationale: {rationale}\n\nPassages:")
         for number, passage in enumerate(shown, 1):
             score = f" (score {passage['score']:.2f})" if "score" in passage else ""
-            print(f"  {number}. {passage['title']}{score}: {passage['text']}")
+            place = f" [{documents.describe(passage['source'])}]" if "source" in passage else ""
+            print(f"  {number}. {passage['title']}{place}{score}: {passage['text']}")
 
 
 if __name__ == "__main__":

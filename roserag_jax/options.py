@@ -131,8 +131,9 @@ RETRIEVE = {
     ),
     "corpus": Option(
         "",
-        "corpus to search: rows of {id, contents}, StrategyQA's paragraphs, or a folder of .txt and .md files; used by "
-        "bm25, answer, noise and StrategyQA's evidence",
+        "corpus to search: rows of {id, contents} or {id, title, text} (a file or hf://), StrategyQA's paragraphs, or "
+        "a folder of documents (text, Markdown; HTML, PDF and .docx with the extra 'documents'); used by bm25, answer, "
+        "noise and StrategyQA's evidence",
     ),
     "cache": Option("", "FlashRAG's retrieval_cache.json, or a folder of such files"),
     "k": Option(10, "number of passages that bm25 or the cache returns for a question", at_least=1),

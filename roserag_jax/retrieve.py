@@ -6,14 +6,18 @@ Writes `retrieved.jsonl` (training questions) and `retrieved_eval.jsonl` (held-o
 `{id, question, golden_answers, contexts: [{title, text, score?, is_supporting?}]}`.
 """
 
+import hashlib
+import json
+from pathlib import Path
+
 from etils import epath
 
 from roserag_jax import cli, options
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.rag import corpora, files, questions
+from roserag_jax.rag import corpora, documents, files, questions
 from roserag_jax.retrieval.bm25 import BM25
-from roserag_jax.retrieval.cache import Cache
+from roserag_jax.retrieval.cache import Cache, cache_files
 from roserag_jax.workdir import Recipe, Workdir, digest, to_jsonl
 
 ARTIFACTS = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
@@ -41,11 +45,30 @@ def recipe(config, split: str) -> Recipe:
 
 
 def file_digest(config, option: str) -> dict[str, str]:
-    """The digest of the file or folder that an option names, if any; a Hub data set goes by its name."""
+    """The digest of the file or folder that an option names, if any; a Hub data set goes by its name.
+
+    Of a folder, the files that are read count, and no others.
+    """
     value = options.get(config, option)
     # An empty path would be the current folder.
     path = epath.Path(value).expanduser() if value and not value.startswith(files.HUB) else None
-    return {f"config.{option}={value}": digest(path) if path and path.exists() else ""}
+    if path is None or not path.exists():
+        found = ""
+    elif path.is_dir():
+        read = cache_files(path) if option == "retrieve.cache" else documents.find(Path(path)).files
+        names = {documents.name_below(Path(path), Path(file)): _digest_or_error(file) for file in read}
+        found = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    else:
+        found = digest(path)
+    return {f"config.{option}={value}": found}
+
+
+def _digest_or_error(file) -> str:
+    """The digest of a file, or why it cannot be read, which does not keep the others from being read."""
+    try:
+        return digest(epath.Path(file))
+    except OSError as error:
+        return str(error.strerror)
 
 
 def _retriever(config):

@@ -25,7 +25,7 @@ class BM25:
         return self._bm25s.tokenize(texts, stopwords="en", show_progress=False)
 
     def search(self, queries: list[str], k: int) -> list[list[dict]]:
-        """The best k passages for each query, as contexts `{title, text, score}`, best first."""
+        """The best k passages for each query, as contexts `{title, text, score, source?}`, best first."""
         k = min(k, len(self.passages))
         found, scores = self.index.retrieve(
             self._tokens(queries),
@@ -34,5 +34,6 @@ class BM25:
             backend_selection="numpy",
             corpus=list(range(len(self.passages))),
         )
-        context = lambda i, score: {**{n: self.passages[i][n] for n in ("title", "text")}, "score": float(score)}
+        shown = lambda passage: {name: passage[name] for name in ("title", "text", "source") if name in passage}
+        context = lambda i, score: {**shown(self.passages[i]), "score": float(score)}
         return [[context(int(i), s) for i, s in zip(*row, strict=True)] for row in zip(found, scores, strict=True)]

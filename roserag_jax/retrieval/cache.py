@@ -20,8 +20,8 @@ class Cache:
     """
 
     def __init__(self, path: str):
-        self.path, self.found, source = path, {}, epath.Path(path).expanduser()
-        files = sorted(f for f in source.iterdir() if _is_json(f)) if source.is_dir() else [source]
+        self.path, self.found = path, {}
+        files = cache_files(epath.Path(path).expanduser())
         if not files:
             raise UserError(f"config.retrieve.cache={path!r} is a folder without .json files.")
         for file in files:
@@ -44,8 +44,11 @@ class Cache:
         return [self.found[query][:k] for query in queries]
 
 
-def _is_json(file: epath.Path) -> bool:
-    return ".json" in file.suffixes and not file.name.startswith(".")
+def cache_files(path: epath.Path) -> list[epath.Path]:
+    """The files that a cache is read from: the one named, or those of a folder."""
+    if not path.is_dir():
+        return [path]
+    return sorted(f for f in path.iterdir() if ".json" in f.suffixes and not f.name.startswith("."))
 
 
 def _context(passage: Any, where: str) -> dict:
