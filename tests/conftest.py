@@ -78,18 +78,18 @@ def branch_logits(model, prompts, lengths, branches):
 
 
 def cached_logits(model, prompts, lengths, branches, opening):
-    """The same, with the first `opening` tokens at once and the others one by one through the own cache."""
+    """The same, with the first `opening` tokens at once and the others one by one through the suffix cache."""
     graph, state = nnx.split(model)
     B, N, S = branches.shape
 
     @jax.jit
     def run(state, prompts, lengths, branches):
         model = nnx.merge(graph, state)
-        cache, own = model.prefill(prompts, lengths), model.own_cache(B, N, S)
+        cache, suffix = model.prefill(prompts, lengths), model.empty_suffix_cache(B, N, S)
         parts = []
         for start, stop in [(0, opening), *((i, i + 1) for i in range(opening, S))]:
             real = jnp.ones((B, N, stop - start), bool)
-            hidden, own = model.extend_cached(branches[:, :, start:stop], real, cache, own)
+            hidden, suffix = model.extend_cached(branches[:, :, start:stop], real, cache, suffix)
             parts.append(model.logits(hidden))
         return jnp.concatenate(parts, axis=2)
 
@@ -161,8 +161,8 @@ def smollm_tokenizer(smollm_path):
     return tokenizer.read_tokenizer(smollm_path)
 
 
-# Small, but with every habit of their family: an odd number of layers, grouped heads, a window shorter than the prompt,
-# a soft-cap that bites, scaled RoPE.
+# Small, but with every architecture feature of their family: an odd number of layers, grouped heads, a window shorter than the prompt,
+# a soft-cap that takes effect, scaled RoPE.
 SIZES = {
     "vocab_size": 131,
     "hidden_size": 48,

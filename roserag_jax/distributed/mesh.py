@@ -13,7 +13,7 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over `devices` (all of them by default); one axis may be -1 and takes what the others leave.
+    """Arrange `devices` (all of them by default) in a mesh; one axis may be -1 and takes what the others leave.
 
     Raises:
       UserError: the product is not the number of devices.
@@ -31,14 +31,14 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
 
 
 def matmul_rate(mesh: Mesh, dtype, repeats: int = 3) -> float:
-    """Operations per second of a matrix product on all devices of a mesh at once: what a model can at most reach."""
+    """Measure FLOPs per second of a matmul on all devices of a mesh at once: the most that a model can reach."""
     size = 1024 if mesh.devices.flat[0].platform == "cpu" else 8192
     everywhere = NamedSharding(mesh, PartitionSpec(AXES))
     a = jnp.ones((mesh.size, size, size), dtype, device=everywhere)
-    product = jax.jit(lambda a: a @ a, out_shardings=everywhere)
+    matmul = jax.jit(lambda a: a @ a, out_shardings=everywhere)
     seconds = []
     for _ in range(repeats + 1):  # the first compiles
         start = time.monotonic()
-        product(a).block_until_ready()
+        matmul(a).block_until_ready()
         seconds.append(time.monotonic() - start)
     return 2 * mesh.size * size**3 / min(seconds)

@@ -1,7 +1,7 @@
-"""Logical axes: which mesh axis each dimension of a parameter or activation is laid over.
+"""Logical axes: which mesh axes each dimension of a parameter or activation is sharded over.
 
-The mesh has axes ('data', 'fsdp', 'tensor'). A dimension that a mesh axis does not divide evenly stays whole, so any
-model runs on any mesh (three key/value heads on a tensor axis of two, say), only less spread out.
+The mesh has axes ('data', 'fsdp', 'tensor'). A dimension that its mesh axes do not divide evenly is replicated, so
+any model runs on any mesh (three key/value heads on a tensor axis of two, say), only less sharded.
 """
 
 import math
@@ -19,12 +19,12 @@ RULES = {
 
 
 def devices(name: str | None, mesh) -> int:
-    """How many devices of a mesh a logical axis is laid over."""
+    """How many devices of a mesh a logical axis is sharded over."""
     return math.prod(mesh.shape[axis] for axis in RULES.get(name, ()))
 
 
 def partition_spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh) -> PartitionSpec:
-    """Mesh axes for an array of `shape` whose dimensions carry the logical names `axes`; None is a whole dimension."""
+    """Mesh axes for an array of `shape` whose dimensions carry the logical names `axes`; None is replicated."""
     entries = []
     for size, name in zip(shape, axes, strict=True):
         over = RULES.get(name, ())
@@ -39,7 +39,7 @@ def sharding(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -
 
 
 def state_shardings(tree, mesh: Mesh):
-    """Shardings of a tree, leaf by leaf: a parameter's from the `axes` that it declared, any other leaf whole."""
+    """Shardings of a tree, leaf by leaf: a parameter's from the `axes` that it declared, any other leaf replicated."""
     is_variable = lambda leaf: hasattr(leaf, "get_metadata")
 
     def place(leaf):

@@ -24,9 +24,9 @@ from flax import nnx
 from roserag_jax.distributed.sharding import devices, partition_spec, sharding
 from roserag_jax.inference.engine import Engine, bucket, pad
 from roserag_jax.inference.sampling import Sampling, draw, question_key
+from roserag_jax.models.cache import PrefixCache, SuffixCache, unstack
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.logprobs import token_logprobs
-from roserag_jax.models.transformer import OwnCache, PrefixCache, unstack
 
 _COMPILING = threading.Lock()  # so that two decoders do not both compile a program; running it holds no lock
 _TASKS = threading.Lock()  # tasks share a tokenizer, which is not made for several threads at once
@@ -448,7 +448,9 @@ def _extend(graph, state, prefix, own, tokens, targets, lengths, seen, at, real,
     D, N, S = tokens.shape
     M = jax.tree.leaves(own)[0].shape[-1]
     cache = PrefixCache(*(_take(a, _PREFIX_AXES, at) for a in prefix), seen)
-    hidden, new = model.extend_cached(tokens, jnp.arange(S) < lengths[..., None], cache, model.own_cache(D, N, S))
+    hidden, new = model.extend_cached(
+        tokens, jnp.arange(S) < lengths[..., None], cache, model.empty_suffix_cache(D, N, S)
+    )
     logprobs = token_logprobs(hidden, targets, model.table, model.config.final_softcap)
 
     def ring(a, axis):
@@ -478,8 +480,9 @@ def _steps(graph, state, layers, prefix, own, turn, small, asked, stops, seed):
     def advance(carry):
         step, own, turn, small = carry
         active, counts = small["active"], small["counts"]
-        ring = OwnCache(*own, small["positions"], small["used"], turn)
-        hidden, ring = model.extend_cached(small["token"][..., None], active[..., None], cache, ring, layers)
+        ring = SuffixCache(*own, small["positions"], small["used"], turn)
+        extend = model.extend_cached if layers is None else functools.partial(model.extend_unstacked, layers)
+        hidden, ring = extend(small["token"][..., None], active[..., None], cache, ring)
         logits = model.logits(hidden).reshape(B * N, -1)
         token = draw(logits, jax.vmap(jax.random.fold_in)(keys, counts.reshape(-1)), knobs)
         logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
@@ -498,7 +501,7 @@ def _steps(graph, state, layers, prefix, own, turn, small, asked, stops, seed):
             "active": says & (counts < asked["limit"][:, None]),
             "stopped": small["stopped"] | stopped,
         }
-        return step + 1, (ring.k, ring.v), ring.slot, small
+        return step + 1, (ring.k, ring.v), ring.write_position, small
 
     _, own, turn, small = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), own, turn, small))
     return own, turn, small

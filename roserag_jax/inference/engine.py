@@ -12,8 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from roserag_jax.distributed.sharding import sharding
+from roserag_jax.models.cache import PrefixCache, unstack
 from roserag_jax.models.logprobs import token_logprobs
-from roserag_jax.models.transformer import PrefixCache, Transformer, unstack
+from roserag_jax.models.transformer import Transformer
 
 # The most of one program that scores: tokens of responses, and bytes of a layer's attention from them to the prompts.
 _SCORED_TOKENS, _SCORED_BYTES = 1 << 15, 1 << 31

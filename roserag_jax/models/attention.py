@@ -1,10 +1,10 @@
 """The two attentions: a prompt over itself, and branches over their shared prompt and themselves.
 
-Axes: B batch, N branches, C shared beginning, P prompt, S branch length, M own-cache slots, H query heads,
-K key/value heads, G = H / K query heads per key/value head, h head size.
+Axes: B batch (prompts), N branches per prompt, C shared-prefix tokens, P prompt tokens, S branch tokens, M suffix-cache
+length, H query heads, K key/value heads, G = H / K query heads per key/value head, h head size.
 
-Values are [..., tokens, h] and keys [..., h, tokens]: every product here is then a plain batched matrix product over
-(B, K) of operands that lie in memory as it reads them. Scores and softmax are float32 throughout.
+Values are [..., tokens, h] and keys [..., h, tokens]: every product here is then a plain batched matmul over (B, K) of
+operands that lie in memory as it reads them. Scores and softmax are float32 throughout.
 """
 
 import functools
@@ -23,36 +23,36 @@ def _scores(q, k, softcap):
 
 def prompt_attention(
     q: Float[Array, "B P H h"],
-    k: Float[Array, "B K h C+P"],
-    v: Float[Array, "B K C+P h"],
+    k: Float[Array, "B K h keys"],
+    v: Float[Array, "B K keys h"],
     *,
-    window: Int[Array, ""] | None,
+    window: int | Int[Array, ""] | None,
     softcap: float | None,
     block: int = 256,
 ) -> Float[Array, "B P H h"]:
-    """Causal self-attention in blocks of queries; `q` is already scaled. Keys may begin C tokens before the queries.
+    """Causal self-attention in blocks of queries; `q` is already scaled. The C + P keys begin C tokens before them.
 
-    Each block sees a static number of keys, which halves the work of a full square and keeps the scores small. Padding
-    is on the right, so causality alone keeps it out of every real query's sight; padded queries give finite nonsense.
+    Each block attends to a static number of keys, which halves the work of a full square and keeps the scores small.
+    Padding is on the right, so causality alone hides it from every real query; padded queries give finite nonsense.
 
     Args:
-      window: how many positions back a query sees, itself included; None for no limit.
+      window: how many positions back a query attends, itself included; None for no limit.
     """
     B, P, H, h = q.shape
     K, C = k.shape[1], k.shape[3] - P
     q = q.reshape(B, P, K, H // K, h).transpose(0, 2, 3, 1, 4)  # B K G P h
 
-    # The backward pass makes a block's scores again: kept, they would be most of a step's memory, and cost more to
-    # write and read back than the products that give them.
+    # The backward pass recomputes a block's scores: saved, they would be most of a step's memory, and cost more to
+    # write and read back than the matmuls that give them.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(q, k, v, window):
         T, keys = q.shape[3], k.shape[3]
         scores = _scores(q.reshape(B, K, -1, h), k, softcap).reshape(B, K, H // K, T, keys)
         query, key = jnp.arange(keys - T, keys)[:, None], jnp.arange(keys)[None]
-        seen = key <= query
+        mask = key <= query
         if window is not None:
-            seen &= query - key < window
-        weights = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=-1).astype(v.dtype)
+            mask &= query - key < window
+        weights = jax.nn.softmax(jnp.where(mask, scores, _MASKED), axis=-1).astype(v.dtype)
         return (weights.reshape(B, K, -1, keys) @ v).reshape(q.shape)
 
     blocks = []
@@ -67,14 +67,14 @@ def branch_attention(
     q: Float[Array, "B N S H h"],
     prefix_k: Float[Array, "B K h P"],
     prefix_v: Float[Array, "B K P h"],
-    own_k: Float[Array, "B K N h M"],
-    own_v: Float[Array, "B K N M h"],
+    suffix_k: Float[Array, "B K N h M"],
+    suffix_v: Float[Array, "B K N M h"],
     *,
-    prefix_seen: Bool[Array, "B #N #S P"],
-    own_seen: Bool[Array, "B N S M"],
+    prefix_mask: Bool[Array, "B #N #S P"],
+    suffix_mask: Bool[Array, "B N S M"],
     softcap: float | None,
 ) -> Float[Array, "B N S H h"]:
-    """Each branch over the prompt's keys, read once for all N branches, and over its own; `q` is already scaled.
+    """Attention of each branch over its prompt, read once for all N branches, and over itself; `q` is already scaled.
 
     One softmax spans both parts: their sums share a maximum and a denominator, and nothing of length P + M is joined.
     """
@@ -83,15 +83,15 @@ def branch_attention(
     q = q.reshape(B, N, S, K, G, h).transpose(0, 3, 1, 4, 2, 5)  # B K N G S h
 
     prefix = _scores(q.reshape(B, K, N * G * S, h), prefix_k, softcap).reshape(B, K, N, G, S, -1)
-    own = _scores(q.reshape(B, K, N, G * S, h), own_k, softcap).reshape(B, K, N, G, S, -1)
-    prefix = jnp.where(prefix_seen[:, None, :, None], prefix, _MASKED)
-    own = jnp.where(own_seen[:, None, :, None], own, _MASKED)
+    suffix = _scores(q.reshape(B, K, N, G * S, h), suffix_k, softcap).reshape(B, K, N, G, S, -1)
+    prefix = jnp.where(prefix_mask[:, None, :, None], prefix, _MASKED)
+    suffix = jnp.where(suffix_mask[:, None, :, None], suffix, _MASKED)
 
-    top = jax.lax.stop_gradient(jnp.maximum(prefix.max(-1), own.max(-1)))[..., None]
-    prefix, own = jnp.exp(prefix - top), jnp.exp(own - top)
-    total = prefix.sum(-1) + own.sum(-1)
+    top = jax.lax.stop_gradient(jnp.maximum(prefix.max(-1), suffix.max(-1)))[..., None]
+    prefix, suffix = jnp.exp(prefix - top), jnp.exp(suffix - top)
+    total = prefix.sum(-1) + suffix.sum(-1)
     out = (prefix.astype(prefix_v.dtype).reshape(B, K, N * G * S, -1) @ prefix_v).reshape(B, K, N, G, S, h)
     out = out.astype(jnp.float32)
-    out += (own.astype(own_v.dtype).reshape(B, K, N, G * S, -1) @ own_v).reshape(B, K, N, G, S, h)
+    out += (suffix.astype(suffix_v.dtype).reshape(B, K, N, G * S, -1) @ suffix_v).reshape(B, K, N, G, S, h)
     out = (out / total[..., None]).astype(q.dtype)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, N, S, H, h)

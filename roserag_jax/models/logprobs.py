@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens without the array of all logits.
 
-Axes: T tokens, D model, V vocabulary, C tokens of a block.
+Axes: T flattened tokens, D model width, V vocabulary.
 """
 
 import functools
@@ -24,11 +24,11 @@ def token_logprobs(
     """Log-probability of each target under its hidden state, in float32, `block` tokens at a time.
 
     The vocabulary projection is frozen, so its gradient rule needs only the hidden states' side:
-    d logp / d hidden = table[target] - softmax @ table (each times the soft-cap's slope). That row is made in the
-    forward pass, while the block's logits exist, and no logits are kept or made twice.
+    d logp / d hidden = table[target] - softmax @ table (each times the soft-cap's slope). That row is computed in the
+    forward pass, while the block's logits exist, so no logits are saved or recomputed.
 
-    Over a mesh each device takes the blocks of its own tokens. Left to the partitioner, every device runs the loop over
-    all blocks, with a sum of logits over devices in each turn where the table is split by `embed`.
+    On a mesh each device takes the blocks of its own tokens. Left to the partitioner, every device runs the loop over
+    all blocks, with an all-reduce of logits in each iteration where the table is sharded by `embed`.
     """
     if targets.size == 0:
         return jnp.zeros(targets.shape)
@@ -36,17 +36,17 @@ def token_logprobs(
     of_tokens = lambda *arrays: _blocked(*arrays, softcap, block)
     tokens = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     mesh = jax.sharding.get_abstract_mesh()
-    # Of the tokens, which the devices divide where they do not divide the batch.
+    # Of the flattened tokens, which the devices may divide evenly where they do not divide the batch.
     over = None if mesh.empty else partition_spec((targets.size,), ("batch",), mesh)[0]
     if over and devices("batch", mesh) > 1:
-        split, whole = PartitionSpec(over), PartitionSpec()
-        # The tensor axis stays the partitioner's: it sums over the parts of the vocabulary.
-        of_tokens = jax.shard_map(of_tokens, in_specs=(split, split, whole), out_specs=split, axis_names=set(over))
+        split, replicated = PartitionSpec(over), PartitionSpec()
+        # The tensor axis is left to the partitioner, which sums over the shards of the vocabulary.
+        of_tokens = jax.shard_map(of_tokens, in_specs=(split, split, replicated), out_specs=split, axis_names=set(over))
     return of_tokens(*tokens, table).reshape(targets.shape)
 
 
 def _logits(hidden, table, softcap):
-    logits = jnp.einsum("cd,vd->cv", hidden, table, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("td,vd->tv", hidden, table, preferred_element_type=jnp.float32)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
@@ -81,7 +81,7 @@ def _forward(hidden, targets, table, softcap, block):
         slope = chosen - jnp.exp(logits - normalizer)
         if softcap is not None:
             slope *= 1 - jnp.square(logits / softcap)
-        rows = jnp.einsum("cv,vd->cd", slope.astype(table.dtype), table, preferred_element_type=jnp.float32)
+        rows = jnp.einsum("tv,vd->td", slope.astype(table.dtype), table, preferred_element_type=jnp.float32)
         return jnp.where(chosen, logits, 0).sum(1) - normalizer[:, 0], rows
 
     logprobs, rows = _over_blocks(one, block, hidden, targets)

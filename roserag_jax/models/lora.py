@@ -1,7 +1,7 @@
 """A linear layer with its low-rank adapter inside (LoRA, arXiv 2106.09685, equation 3).
 
-Axes: T tokens, L layers, D_in and D_out the sizes of the projection, r rank. Parameters are stacked over layers and
-scanned, so a declaration has the layer axis and a call does not. Weights are [D_out, D_in], as Hugging Face keeps them.
+Axes: T flattened tokens, L layers, D_in and D_out the widths of a projection, r rank. Parameters are stacked over the
+layers, so a declaration has the layer axis and a call does not. Weights are [D_out, D_in], as Hugging Face keeps them.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -21,7 +21,7 @@ class LoRAParam(nnx.Variable):
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Rank, scale and targets of an adapter; rank 0 is no adapter."""
+    """Rank, scale and targets of an adapter; rank 0 means no adapter."""
 
     rank: int = 0
     alpha: float = 32.0
@@ -41,13 +41,14 @@ _FEW_TOKENS = 128
 def project(x: Float[Array, "T D_in"], weight: Float[Array, "D_out D_in"], dtype=None) -> Float[Array, "T D_out"]:
     """`x @ weight.T`, summed and returned in `dtype` (by default that of the operands).
 
-    A product on a CPU begins by copying its second operand into an order of its own. With few tokens, as in decoding,
-    that would cost as much as the product if it were the weight; the fences keep XLA from turning the product round.
+    A matmul on a CPU begins by copying its second operand into an order of its own. With few tokens, as in decoding,
+    that would cost as much as the matmul if it were the weight; the optimization barriers keep XLA from swapping the
+    operands back.
     """
-    product = functools.partial(jnp.matmul, preferred_element_type=dtype)
-    tokens_first = lambda x, weight: product(x, weight.T)
-    fence = jax.lax.optimization_barrier
-    weight_first = lambda x, weight: fence(product(weight, fence(x.T))).T
+    matmul = functools.partial(jnp.matmul, preferred_element_type=dtype)
+    tokens_first = lambda x, weight: matmul(x, weight.T)
+    barrier = jax.lax.optimization_barrier
+    weight_first = lambda x, weight: barrier(matmul(weight, barrier(x.T))).T
     if x.shape[0] > _FEW_TOKENS:
         return tokens_first(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=tokens_first)
@@ -66,12 +67,12 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((L, out_dim), dtype), axes=("layers", axes[1])) if bias else None
         self.lora = lora if lora.rank and name in lora.targets else None
         if self.lora:
-            # PEFT's initialisation: A is Kaiming-uniform with a = sqrt(5), B is zero, so training starts at the base.
+            # PEFT's initialization: A is Kaiming-uniform with a = sqrt(5), B is zero, so training starts at the base.
             r = lora.rank
             self.lora_a = LoRAParam(uniform(rngs.params(), (L, in_dim, r), jnp.float32), axes=("layers", axes[0], None))
             self.lora_b = LoRAParam(jnp.zeros((L, r, out_dim), jnp.float32), axes=("layers", None, axes[1]))
 
-    def __call__(self, x: Float[Array, "T D_in"], dropout_key: Array | None = None) -> Float[Array, "T D_out"]:
+    def __call__(self, x: Float[Array, "T D_in"], dropout_key: Key[Array, ""] | None = None) -> Float[Array, "T D_out"]:
         """Project tokens; dropout applies to the adapter's input, and only when a key is given."""
         y = project(x, self.weight[...])
         if self.bias is not None:

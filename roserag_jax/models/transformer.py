@@ -1,10 +1,11 @@
 """The network: one decoder for every family, built on `prefill` (a prompt, once) and `extend` (its N branches).
 
-Axes: B batch, N branches, C shared beginning, P prompt, S branch length, M own-cache slots, L layers, D model,
-H query heads, K key/value heads, h head size, V vocabulary.
+Axes: B batch (prompts), N branches per prompt, C shared-prefix tokens, P prompt tokens, S branch tokens,
+M suffix-cache length, T flattened tokens, L layers, D model width, H query heads, K key/value heads, h head size,
+V vocabulary.
 
-Layers and caches are stacked and scanned. Where `extend_cached` gets them apart, layer by layer, it is unrolled
-instead: a scan copies each layer's arrays before it uses them, which on a CPU takes a third of a decoding step.
+`Layer.__call__` is the residual block. What differs between the entry points is how a layer's keys and values are
+stored and what its queries attend to, so each of them hands the block two functions, `store` and `attend`.
 
 A prompt's last token opens every branch: prefill takes `tokens[:-1]`, a branch is `[tokens[-1], *response[:-1]]` and
 its targets are the response. So prefill needs no logits and the vocabulary projection meets response positions only.
@@ -12,63 +13,24 @@ its targets are the response. So prefill needs no logits and the vocabulary proj
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from roserag_jax.distributed.sharding import constrain
 from roserag_jax.models import rope
 from roserag_jax.models.attention import branch_attention, prompt_attention
+from roserag_jax.models.cache import PrefixCache, SuffixCache
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import Linear, LoRAConfig, project
 
-Apart = tuple[Float[Array, "B ..."], ...]  # what is else stacked over layers, one array a layer
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "lengths"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class PrefixCache:
-    """Keys and values of the prompts, read by every branch and never written."""
-
-    k: Float[Array, "L B K h P"] | Apart
-    v: Float[Array, "L B K P h"] | Apart
-    lengths: Int[Array, "B"]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["k", "v", "positions", "used", "slot"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class OwnCache:
-    """Keys and values of the branches themselves, in a ring of M slots.
-
-    All branches write the same slot; `used` marks the tokens that a branch has, so each may have begun at any time.
-    """
-
-    k: Float[Array, "L B K N h M"] | Apart
-    v: Float[Array, "L B K N M h"] | Apart
-    positions: Int[Array, "B N M"]
-    used: Bool[Array, "B N M"]
-    slot: Int[Array, ""]
-
-
-def unstack(tree) -> tuple:
-    """A tree of arrays stacked over layers as one tree a layer."""
-    leaves, structure = jax.tree.flatten(tree)
-    return tuple(structure.unflatten(of_layer) for of_layer in zip(*leaves, strict=True))
-
-
-def _write(cache, index, new, at):
-    """Write a layer's new keys or values [B ...] at `at` of its own cache; all layers' caches, and this layer's."""
-    if isinstance(cache, tuple):
-        of_layer = jax.lax.dynamic_update_slice(cache[index], new, at)
-        return (*cache[:index], of_layer, *cache[index + 1 :]), of_layer
-    cache = jax.lax.dynamic_update_slice(cache, new[None], (index, *at))
-    return cache, jax.lax.dynamic_index_in_dim(cache, index, keepdims=False)
+Angles = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cosine and sine of each token's position
 
 
 class RMSNorm(nnx.Module):
@@ -80,7 +42,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(fill(shape, dtype), axes=axes)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Normalise the last axis."""
+        """Normalize the last axis."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         if self.plus_one:
@@ -95,6 +57,10 @@ ACTIVATIONS = {
 }
 
 
+def _unchanged(x):
+    return x
+
+
 class Layer(nnx.Module):
     """One decoder layer, declared stacked over all L and called on one slice of itself."""
 
@@ -102,9 +68,11 @@ class Layer(nnx.Module):
         c, L, D = config, config.num_layers, config.embed_dim
         q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         linear = lambda name, i, o, axes, bias: Linear(name, c, i, o, axes, lora, dtype, rngs, bias)
-        norm = lambda size: RMSNorm(c, (L, size), ("layers", None), dtype)
+        norm = lambda size, wanted=True: RMSNorm(c, (L, size), ("layers", None), dtype) if wanted else _unchanged
         self.config = c
         self.attn_norm, self.mlp_norm = norm(D), norm(D)
+        self.post_attn_norm, self.post_mlp_norm = norm(D, c.post_norms), norm(D, c.post_norms)
+        self.q_norm, self.k_norm = norm(c.head_dim, c.qk_norm), norm(c.head_dim, c.qk_norm)
         self.q_proj = linear("q_proj", D, q_dim, ("embed", "heads"), c.qkv_bias)
         self.k_proj = linear("k_proj", D, kv_dim, ("embed", "heads"), c.qkv_bias)
         self.v_proj = linear("v_proj", D, kv_dim, ("embed", "heads"), c.qkv_bias)
@@ -112,33 +80,54 @@ class Layer(nnx.Module):
         self.gate_proj = linear("gate_proj", D, c.mlp_dim, ("embed", "mlp"), c.mlp_bias)
         self.up_proj = linear("up_proj", D, c.mlp_dim, ("embed", "mlp"), c.mlp_bias)
         self.down_proj = linear("down_proj", c.mlp_dim, D, ("mlp", "embed"), c.mlp_bias)
-        if c.qk_norm:
-            self.q_norm, self.k_norm = norm(c.head_dim), norm(c.head_dim)
-        if c.post_norms:
-            self.post_attn_norm, self.post_mlp_norm = norm(D), norm(D)
 
-    def qkv(self, x: Float[Array, "T D"], angles, key):
-        """Queries (scaled) [T, H, h], keys and values [T, K, h], rotated to their positions."""
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        angles: Angles,
+        *,
+        store: Callable,
+        attend: Callable,
+        dropout_key: Key[Array, ""] | None = None,
+        needs_output: Bool[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "T D"], Any]:
+        """The residual block: attention, then the MLP, each added to the residual stream.
+
+        Args:
+          store: takes this layer's new keys and values [T, K, h]; returns the keys and the values to attend to, and
+            what the caller keeps of them, which is returned.
+          attend: takes the scaled queries [T, H, h] and the keys and values to attend to; returns [T, H * h].
+          needs_output: where False, only the keys and values are computed and `x` is returned as it is.
+        """
+        q, k, v = self.qkv(self.attn_norm(x), angles, dropout_key)
+        k, v, kept = store(k, v)
+
+        def block(x):
+            attended = checkpoint_name(attend(q, k, v), "attended")
+            x += self.post_attn_norm(self.o_proj(attended, dropout_key))
+            x += self.post_mlp_norm(self.mlp(self.mlp_norm(x), dropout_key))
+            return x
+
+        x = block(x) if needs_output is None else jax.lax.cond(needs_output, block, _unchanged, x)
+        return x, kept
+
+    def qkv(
+        self, x: Float[Array, "T D"], angles: Angles, dropout_key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, "T H h"], Float[Array, "T K h"], Float[Array, "T K h"]]:
+        """Scaled queries, keys and values of normed tokens, rotated to their positions."""
         c, (cos, sin) = self.config, angles
-        x = self.attn_norm(x)
-        q = self.q_proj(x, key).reshape(-1, c.num_heads, c.head_dim)
-        k = self.k_proj(x, key).reshape(-1, c.num_kv_heads, c.head_dim)
-        v = self.v_proj(x, key).reshape(-1, c.num_kv_heads, c.head_dim)
-        if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        # In bfloat16 the scale itself would be rounded, where it is no power of two.
+        q = self.q_norm(self.q_proj(x, dropout_key).reshape(-1, c.num_heads, c.head_dim))
+        k = self.k_norm(self.k_proj(x, dropout_key).reshape(-1, c.num_kv_heads, c.head_dim))
+        v = self.v_proj(x, dropout_key).reshape(-1, c.num_kv_heads, c.head_dim)
+        # In bfloat16 the scale itself would be rounded, unless it is a power of two.
         scaled = (rope.rotate(q, cos, sin).astype(jnp.float32) * c.attention_scale).astype(q.dtype)
         return scaled, rope.rotate(k, cos, sin), v
 
-    def finish(self, x: Float[Array, "T D"], attended: Float[Array, "T Hh"], key) -> Float[Array, "T D"]:
-        """Output projection and MLP, each added to the residual stream."""
-        y = self.o_proj(attended, key)
-        x = x + (self.post_attn_norm(y) if self.config.post_norms else y)
-        y = self.mlp_norm(x)
+    def mlp(self, x: Float[Array, "T D"], dropout_key: Key[Array, ""] | None) -> Float[Array, "T D"]:
+        """Gated MLP of normed tokens."""
         # In float32, rounded once: in bfloat16 a backend may round between the steps of the activation.
-        gate, up = (project(y, key).astype(jnp.float32) for project in (self.gate_proj, self.up_proj))
-        y = self.down_proj((ACTIVATIONS[self.config.activation](gate) * up).astype(y.dtype), key)
-        return x + (self.post_mlp_norm(y) if self.config.post_norms else y)
+        gate, up = (proj(x, dropout_key).astype(jnp.float32) for proj in (self.gate_proj, self.up_proj))
+        return self.down_proj((ACTIVATIONS[self.config.activation](gate) * up).astype(x.dtype), dropout_key)
 
 
 _REMAT = {
@@ -155,14 +144,23 @@ _REMAT = {
 }
 
 
+class _Visible(NamedTuple):
+    """What the S new tokens of each branch attend to, windows aside."""
+
+    positions: Int[Array, "B N S"]
+    suffix_positions: Int[Array, "B N M"]
+    prefix_mask: Bool[Array, "B 1 1 P"]
+    suffix_mask: Bool[Array, "B N S M"]
+
+
 class Transformer(nnx.Module):
-    """Decoder-only language model with stacked, scanned layers.
+    """Decoder-only language model with stacked layers.
 
     Args:
       config: sizes and mathematics.
       lora: the adapter inside its linear layers; the default has none.
       dtype: of the frozen weights and the activations; adapters, softmax, norms and log-probabilities are float32.
-      rngs: for a random network; weights are otherwise loaded over an abstract one (`models.weights`).
+      rngs: for a random network; weights are otherwise loaded over an abstract one (`hub.weights`).
     """
 
     def __init__(self, config: ModelConfig, lora: LoRAConfig, dtype, rngs: nnx.Rngs):
@@ -179,7 +177,7 @@ class Transformer(nnx.Module):
         """The vocabulary projection, tied to the embedding or not."""
         return (self.embed if self.head is None else self.head)[...]
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits of normed hidden states, in float32 and soft-capped where the family does so."""
         logits = project(hidden.reshape(-1, hidden.shape[-1]), self.table, jnp.float32)
         logits = logits.reshape(*hidden.shape[:-1], -1)
@@ -193,8 +191,8 @@ class Transformer(nnx.Module):
         shared: PrefixCache | None = None,
         *,
         remat: str = "none",
-        dropout_key=None,
-        hidden: bool = False,
+        dropout_key: Key[Array, ""] | None = None,
+        return_hidden: bool = False,
     ) -> PrefixCache | tuple[PrefixCache, Float[Array, "B P D"]]:
         """Keys and values of right-padded prompts, each without its last token.
 
@@ -205,135 +203,171 @@ class Transformer(nnx.Module):
           remat: what the backward pass recomputes: 'none', 'layer' (all of a layer) or 'dots' (all but projections and
             attention's output).
           dropout_key: LoRA dropout, in training only.
-          hidden: return the normed hidden states as well.
+          return_hidden: return the normed hidden states as well.
         """
         c = self.config
         B, P = prompt.shape
-        C = 0 if shared is None else shared.v.shape[3]
+        C = 0 if shared is None else shared.k.shape[-1]
         positions = jnp.broadcast_to(C + jnp.arange(P), (B, P)).reshape(-1)
 
-        def body(x, layer, angles, window, key, xs):
-            number, before = xs
-            q, k, v = layer.qkv(x, angles, key)
-            q = q.reshape(B, P, c.num_heads, c.head_dim)
-            k, v = (a.reshape(B, P, c.num_kv_heads, c.head_dim) for a in (k, v))
-            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-            if before is not None:
-                join = lambda first, rest, axis: jnp.concatenate([jnp.repeat(first, B, axis=0), rest], axis)
-                k, v = join(before[0], k, 3), join(before[1], v, 2)
-            k, v = (constrain(a, "batch", "heads", None, None) for a in (k, v))
+        def step(x, layer, angles, window, key, xs):
+            number, prefix = xs
 
-            def finish(x):
+            def store(k, v):
+                k, v = (a.reshape(B, P, c.num_kv_heads, c.head_dim) for a in (k, v))
+                k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+                if prefix is not None:
+                    join = lambda first, rest, axis: jnp.concatenate([jnp.repeat(first, B, axis=0), rest], axis)
+                    k, v = join(prefix[0], k, 3), join(prefix[1], v, 2)
+                k, v = (constrain(a, "batch", "heads", None, None) for a in (k, v))
+                return k, v, (k, v)
+
+            def attend(q, k, v):
+                q = q.reshape(B, P, c.num_heads, c.head_dim)
                 with jax.named_scope("prompt_attention"):
                     out = prompt_attention(q, k, v, window=window, softcap=c.attention_softcap)
-                return layer.finish(x, checkpoint_name(out.reshape(B * P, -1), "attended"), key)
+                return out.reshape(B * P, -1)
 
-            if not hidden:  # then of the last layer only keys and values are wanted
-                finish = functools.partial(jax.lax.cond, number < c.num_layers - 1, finish, lambda x: x)
-            return finish(x), (k, v)
+            # Without hidden states, only keys and values of the last layer are needed.
+            needs_output = None if return_hidden else number < c.num_layers - 1
+            return layer(x, angles, store=store, attend=attend, dropout_key=key, needs_output=needs_output)
 
-        x = self._embed(prompt)
-        before = None if shared is None else (shared.k, shared.v)
-        xs = jnp.arange(c.num_layers), before
-        x, (k, v) = self._scan(body, x, positions, xs, remat, dropout_key)
+        xs = jnp.arange(c.num_layers), None if shared is None else (shared.k, shared.v)
+        x, (k, v) = self._scan(step, self._embed(prompt), positions, xs, remat, dropout_key)
         cache = PrefixCache(k, v, C + lengths)
-        return (cache, self.final_norm(x).reshape(B, P, -1)) if hidden else cache
+        return (cache, self.final_norm(x).reshape(B, P, -1)) if return_hidden else cache
 
     def extend(
-        self, branches: Int[Array, "B N S"], cache: PrefixCache, *, remat: str = "none", dropout_key=None
+        self,
+        branches: Int[Array, "B N S"],
+        cache: PrefixCache,
+        *,
+        remat: str = "none",
+        dropout_key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B N S D"]:
-        """Normed hidden states of N branches per prompt. A branch sees the prompt and itself, never a sibling.
+        """Normed hidden states of N branches per prompt. A branch attends to the prompt and itself, never a sibling.
 
         Right padding of a branch needs no mask: causality hides it from every real token.
         """
         B, N, S = branches.shape
         start = jnp.broadcast_to(cache.lengths[:, None, None], (B, N, 1))
         positions = start + jnp.arange(S)
-        own_seen = jnp.broadcast_to(jnp.tril(jnp.ones((S, S), bool)), (B, N, S, S))
-        hidden, _ = self._branches(
-            branches, positions, positions, own_seen, cache, remat=remat, dropout_key=dropout_key
-        )
-        return hidden
+        suffix_mask = jnp.broadcast_to(jnp.tril(jnp.ones((S, S), bool)), (B, N, S, S))
+        visible = _Visible(positions, positions, _prefix_mask(cache), suffix_mask)
+
+        def step(x, layer, angles, window, key, prefix):
+            keep_nothing = lambda k, v: (k, v, None)
+            return self._branch_layer(x, layer, angles, window, key, prefix, visible, keep_nothing)
+
+        prefix = cache.k, cache.v
+        x, _ = self._scan(step, self._embed(branches), positions.reshape(-1), prefix, remat, dropout_key)
+        return self.final_norm(x).reshape(B, N, S, -1)
 
     def extend_cached(
-        self, branches: Int[Array, "B N S"], real: Bool[Array, "B N S"], cache: PrefixCache, own: OwnCache, layers=None
-    ) -> tuple[Float[Array, "B N S D"], OwnCache]:
-        """`extend` that goes on from what each branch has already said, and remembers what it says now.
+        self, branches: Int[Array, "B N S"], real: Bool[Array, "B N S"], cache: PrefixCache, suffix: SuffixCache
+    ) -> tuple[Float[Array, "B N S D"], SuffixCache]:
+        """`extend` behind the tokens that each branch already has; the new ones are appended to its suffix cache.
 
         Args:
-          real: False for padding, which takes a slot but no position and is never seen.
-          own: its S slots from `own.slot` on are overwritten, and must not go over the end; donate it.
-          layers: the layers' parameters apart (`unstack`), if both caches are apart as well.
+          real: False for padding, which takes an entry of the cache but no position and is never attended to.
+          suffix: its S entries from `write_position` on are overwritten, and must not go over the end; donate it.
         """
-        S, M = branches.shape[2], own.used.shape[-1]
-        before = cache.lengths[:, None, None] + own.used.sum(-1, keepdims=True)
-        positions = before + jnp.maximum(jnp.cumsum(real, axis=-1) - 1, 0)
-        at = (0, 0, own.slot)
-        used = jax.lax.dynamic_update_slice(own.used, real, at)
-        slot_positions = jax.lax.dynamic_update_slice(own.positions, positions, at)
-        age = jnp.arange(M) - own.slot  # of the slots written now: 0 to S - 1
-        later = (age > jnp.arange(S)[:, None]) & (age < S)
-        own_seen = used[:, :, None, :] & ~later
-        hidden, (k, v) = self._branches(branches, positions, slot_positions, own_seen, cache, own, layers)
-        return hidden, OwnCache(k, v, slot_positions, used, (own.slot + S) % M)
+        appended, positions, suffix_mask = suffix.append(real, cache.lengths)
+        visible = _Visible(positions, appended.positions, _prefix_mask(cache), suffix_mask)
 
-    def own_cache(self, batch: int, branches: int, slots: int) -> OwnCache:
-        """An empty own cache of `slots` tokens for each branch."""
+        def step(carry, layer, angles, window, key, xs):
+            (x, all_k, all_v), (number, *prefix) = carry, xs
+
+            def write(k, v):  # into the caches of all layers, which are carried so that they are updated in place
+                k = jax.lax.dynamic_update_slice(all_k, k[None], (number, 0, 0, 0, 0, suffix.write_position))
+                v = jax.lax.dynamic_update_slice(all_v, v[None], (number, 0, 0, 0, suffix.write_position, 0))
+                of_layer = lambda a: jax.lax.dynamic_index_in_dim(a, number, keepdims=False)
+                return of_layer(k), of_layer(v), (k, v)
+
+            x, kept = self._branch_layer(x, layer, angles, window, key, prefix, visible, write)
+            return (x, *kept), None
+
+        xs = jnp.arange(self.config.num_layers), cache.k, cache.v
+        carry = self._embed(branches), suffix.k, suffix.v
+        (x, k, v), _ = self._scan(step, carry, positions.reshape(-1), xs)
+        return self.final_norm(x).reshape(*branches.shape, -1), dataclasses.replace(appended, k=k, v=v)
+
+    def extend_unstacked(
+        self,
+        layers: tuple[nnx.State, ...],
+        branches: Int[Array, "B N S"],
+        real: Bool[Array, "B N S"],
+        cache: PrefixCache,
+        suffix: SuffixCache,
+    ) -> tuple[Float[Array, "B N S D"], SuffixCache]:
+        """`extend_cached` with unstacked layers and caches, unrolled instead of scanned.
+
+        A scan copies each layer's weights and caches before it uses them, which on some platforms takes a third of a
+        decoding step (`distributed.mesh.prefers_unstacked_layers`).
+
+        Args:
+          layers: the layers' parameters, one state per layer (`unstack`); both caches are unstacked as well.
+        """
+        appended, positions, suffix_mask = suffix.append(real, cache.lengths)
+        visible = _Visible(positions, appended.positions, _prefix_mask(cache), suffix_mask)
+
+        def step(x, layer, angles, window, key, xs):
+            *prefix, suffix_k, suffix_v = xs
+
+            def write(k, v):
+                k = jax.lax.dynamic_update_slice(suffix_k, k, (0, 0, 0, 0, suffix.write_position))
+                v = jax.lax.dynamic_update_slice(suffix_v, v, (0, 0, 0, suffix.write_position, 0))
+                return k, v, (k, v)
+
+            return self._branch_layer(x, layer, angles, window, key, prefix, visible, write)
+
+        xs = cache.k, cache.v, suffix.k, suffix.v
+        x, kept = self._unroll(step, self._embed(branches), layers, positions.reshape(-1), xs)
+        k, v = zip(*kept, strict=True)
+        return self.final_norm(x).reshape(*branches.shape, -1), dataclasses.replace(appended, k=k, v=v)
+
+    def empty_suffix_cache(self, batch: int, branches: int, length: int) -> SuffixCache:
+        """An empty suffix cache of `length` tokens for each branch, stacked over the layers."""
         c, dtype = self.config, self.embed[...].dtype
-        rows, flat = (c.num_layers, batch, c.num_kv_heads, branches), (batch, branches, slots)
+        rows, flat = (c.num_layers, batch, c.num_kv_heads, branches), (batch, branches, length)
         empty = lambda *sizes: constrain(jnp.zeros(rows + sizes, dtype), None, "batch", "heads", None, None, None)
-        return OwnCache(
-            empty(c.head_dim, slots),
-            empty(slots, c.head_dim),
+        return SuffixCache(
+            empty(c.head_dim, length),
+            empty(length, c.head_dim),
             jnp.zeros(flat, jnp.int32),
             jnp.zeros(flat, bool),
             jnp.int32(0),
         )
 
-    def _branches(
-        self, branches, positions, key_positions, own_seen, cache, own=None, layers=None, remat="none", dropout_key=None
-    ):
-        """Shared body of `extend` and `extend_cached`: normed hidden states and the own keys and values."""
+    def _branch_layer(self, x, layer, angles, window, key, prefix, visible: _Visible, write):
+        """A layer on the branches' tokens, its new keys and values stored by `write(k, v)`; what that keeps of them."""
         c = self.config
-        B, N, S = branches.shape
-        P = cache.v[0].shape[-2]
-        prefix_seen = jnp.arange(P) < cache.lengths[:, None, None, None]
+        B, N, S = visible.positions.shape
 
-        def body(carry, layer, angles, window, key, xs):
-            (x, own_kv), (index, prefix_k, prefix_v) = carry, xs
-            q, k, v = layer.qkv(x, angles, key)
-            q = q.reshape(B, N, S, c.num_heads, c.head_dim)
+        def store(k, v):
             k, v = (a.reshape(B, N, S, c.num_kv_heads, c.head_dim) for a in (k, v))
             k, v = k.transpose(0, 3, 1, 4, 2), v.transpose(0, 3, 1, 2, 4)
-            k, v = (constrain(a, "batch", "heads", None, None, None) for a in (k, v))
-            if own_kv is not None:
-                own_k, k = _write(own_kv[0], index, k, (0, 0, 0, 0, own.slot))
-                own_v, v = _write(own_kv[1], index, v, (0, 0, 0, own.slot, 0))
-                own_kv = own_k, own_v
-            seen_prefix, seen_own = prefix_seen, own_seen
+            return write(*(constrain(a, "batch", "heads", None, None, None) for a in (k, v)))
+
+        def attend(q, k, v):
+            prefix_mask, suffix_mask = visible.prefix_mask, visible.suffix_mask
             if window is not None:
-                seen_prefix = seen_prefix & (positions[..., None] - jnp.arange(P) < window)
-                seen_own &= positions[..., None] - key_positions[:, :, None] < window
+                oldest = visible.positions[..., None] - window  # the last position that is too far back
+                prefix_mask = prefix_mask & (jnp.arange(prefix_mask.shape[-1]) > oldest)
+                suffix_mask = suffix_mask & (visible.suffix_positions[:, :, None] > oldest)
             with jax.named_scope("branch_attention"):
                 out = branch_attention(
-                    q,
-                    prefix_k,
-                    prefix_v,
+                    q.reshape(B, N, S, c.num_heads, c.head_dim),
+                    *prefix,
                     k,
                     v,
-                    prefix_seen=seen_prefix,
-                    own_seen=seen_own,
+                    prefix_mask=prefix_mask,
+                    suffix_mask=suffix_mask,
                     softcap=c.attention_softcap,
                 )
-            return (layer.finish(x, checkpoint_name(out.reshape(B * N * S, -1), "attended"), key), own_kv), None
+            return out.reshape(B * N * S, -1)
 
-        x = self._embed(branches)
-        carry = (x, None if own is None else (own.k, own.v))
-        numbers = jnp.arange(c.num_layers) if layers is None else range(c.num_layers)
-        (x, own_kv), _ = self._scan(
-            body, carry, positions.reshape(-1), (numbers, cache.k, cache.v), remat, dropout_key, layers
-        )
-        return self.final_norm(x).reshape(B, N, S, -1), own_kv
+        return layer(x, angles, store=store, attend=attend, dropout_key=key)
 
     def _embed(self, tokens: Int[Array, "..."]) -> Float[Array, "T D"]:
         x = self.embed[...][tokens]
@@ -341,36 +375,50 @@ class Transformer(nnx.Module):
             x *= jnp.asarray(self.config.embed_scale, x.dtype)
         return constrain(x.reshape(-1, x.shape[-1]), "batch", None)
 
-    def _scan(self, body, carry, positions, xs, remat, dropout_key, layers=None):
-        """Scan `body(carry, layer, angles, window, key, xs)` over the layers.
+    def _angles(self, positions: Int[Array, "T"]) -> tuple[Angles, Angles]:
+        """RoPE's angles in full-attention and in sliding layers."""
+        c = self.config
+        full = rope.tables(positions, rope.inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        if c.rope_local_theta is None:
+            return full, full
+        return full, rope.tables(positions, rope.inverse_frequencies(c.head_dim, c.rope_local_theta))
+
+    def _scan(self, step, carry, positions, xs, remat="none", dropout_key=None):
+        """Scan `step(carry, layer, angles, window, key, xs) -> (carry, out)` over the stacked layers.
 
         Layers that differ (sliding or full attention, and their RoPE base) differ in scanned data, not in code.
-
-        Args:
-          layers: the layers' parameters apart; nothing is scanned then, each of `xs` has an entry a layer, and what
-            the body returns beside the carry is dropped.
         """
         c = self.config
-        graph, state = nnx.split(self.layers)
-        angles = [rope.tables(positions, rope.inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))]
-        sliding = window = None
+        graph, layers = nnx.split(self.layers)
+        full, local = self._angles(positions)
+        slides = window = None
         if c.sliding_window is not None:
-            sliding = jnp.asarray(c.sliding_layers)
-            window = jnp.where(sliding, c.sliding_window, np.iinfo(np.int32).max)
-            if c.rope_local_theta is not None:
-                angles.append(rope.tables(positions, rope.inverse_frequencies(c.head_dim, c.rope_local_theta)))
+            slides = jnp.asarray(c.sliding_layers)
+            window = jnp.where(slides, c.sliding_window, np.iinfo(np.int32).max)
         keys = None if dropout_key is None else jax.random.split(dropout_key, c.num_layers)
 
-        def step(carry, scanned):
-            layer_state, slides, layer_window, key, layer_xs = scanned
-            of_layer = angles[0]
-            if len(angles) == 2:
-                of_layer = jax.tree.map(lambda full, local: jnp.where(slides, local, full), *angles)
-            return body(carry, nnx.merge(graph, layer_state), of_layer, layer_window, key, layer_xs)
+        def body(carry, scanned):
+            layer, slides, window, key, xs = scanned
+            angles = full
+            if local is not full:
+                angles = jax.tree.map(lambda full, local: jnp.where(slides, local, full), full, local)
+            return step(carry, nnx.merge(graph, layer), angles, window, key, xs)
 
-        if layers is None:
-            return jax.lax.scan(_REMAT[remat](step), carry, (state, sliding, window, keys, xs))
+        return jax.lax.scan(_REMAT[remat](body), carry, (layers, slides, window, keys, xs))
+
+    def _unroll(self, step, x, layers, positions, xs):
+        """Run `step` as `_scan` does, over unstacked layers; each of `xs` has an entry per layer."""
+        c = self.config
+        graph, _ = nnx.split(self.layers)
+        full, local = self._angles(positions)
+        kept = []
         for i, layer in enumerate(layers):
-            of_layer = [None if a is None else a[i] for a in (sliding, window, keys)]
-            carry, _ = step(carry, (layer, *of_layer, tuple(x[i] for x in xs)))
-        return carry, None
+            slides = c.sliding_window is not None and c.sliding_layers[i]
+            angles, window = (local, c.sliding_window) if slides else (full, None)
+            x, out = step(x, nnx.merge(graph, layer), angles, window, None, tuple(a[i] for a in xs))
+            kept.append(out)
+        return x, kept
+
+
+def _prefix_mask(cache: PrefixCache) -> Bool[Array, "B 1 1 P"]:
+    return jnp.arange(cache.k[0].shape[-1]) < cache.lengths[:, None, None, None]

@@ -65,7 +65,7 @@ def summed_logprobs(
     """
     keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
     prefix_cache, C = None, 0 if shared_prefix is None else shared_prefix.size
-    prefill = functools.partial(model.prefill, remat=remat, hidden=prompts)
+    prefill = functools.partial(model.prefill, remat=remat, return_hidden=prompts)
     if C:
         prefix_cache = prefill(shared_prefix[None], jnp.full(1, C), dropout_key=keys[2])
         prefix_cache, prefix_hidden = prefix_cache if prompts else (prefix_cache, None)
