@@ -161,8 +161,8 @@ def smollm_tokenizer(smollm_path):
     return tokenizer.read_tokenizer(smollm_path)
 
 
-# Small, but with every architecture feature of their family: an odd number of layers, grouped heads, a window shorter than the prompt,
-# a soft-cap that takes effect, scaled RoPE.
+# Small, but with every architecture feature of their family: an odd number of layers, grouped heads, a window shorter
+# than the prompt, a soft-cap that takes effect, scaled RoPE.
 SIZES = {
     "vocab_size": 131,
     "hidden_size": 48,
