@@ -3,7 +3,8 @@
     python -m roserag_jax.score --config configs/quickstart.py --input rows.jsonl [--output scores.jsonl]
 
 Reads rows of `{prompt, responses: [...]}`, where `prompt` is the whole text as the model sees it (with its chat
-template's tokens, as in `pairs.jsonl`), and writes rows of `{logprobs: [sum], tokens: [n]}` in the same order. The
+template's tokens, as in `pairs.jsonl`; with `plain_text: true` it is text that no template has written, and gets the
+tokenizer's BOS), and writes rows of `{logprobs: [sum], tokens: [n]}` in the same order. The
 end-of-turn token is not part of a response unless --end is given. Uses the workdir's adapter where there is one.
 """
 
@@ -40,13 +41,15 @@ def run(config) -> None:
             raise UserError(f"{where}: a row must be {{prompt, responses: [...]}}.")
         if not row["prompt"] or not all(isinstance(r, str) and (r or _END.value) for r in responses):
             raise UserError(f"{where}: the prompt and every response must be non-empty text.")
+        if not isinstance(row.get("plain_text", False), bool):
+            raise UserError(f"{where}: plain_text must be true or false.")
         rows.append(row)
     if not rows:
         raise UserError(f"{_INPUT.value} holds no rows.")
 
     session, workdir = Session(config), Workdir(config.workdir)
     end = [session.turn_end] if _END.value else []
-    prompts = [prompt_tokens(session.tokenizer, row["prompt"]) for row in rows]
+    prompts = [prompt_tokens(session.tokenizer, row["prompt"], row.get("plain_text", False)) for row in rows]
     tokens = [[response_tokens(session.tokenizer, r) + end for r in row["responses"]] for row in rows]
     engine = session.engine(adapter_in_use(config, workdir))
 

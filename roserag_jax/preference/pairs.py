@@ -3,40 +3,42 @@
 import collections
 from collections.abc import Mapping
 
-from etils import epath
-
-from roserag_jax.errors import UserError
-from roserag_jax.rag.files import HUB, hub_rows, read_rows
+from roserag_jax.errors import UserError, first_line
+from roserag_jax.rag.files import open_rows
+from roserag_jax.rag.layouts import as_text
 from roserag_jax.rag.prompts import render_chat
 
 
 def read_pairs(path: str, tokenizer, template_arguments: Mapping | None = None) -> list[dict]:
-    """Ready-made pairs `{id, prompt, chosen, rejected}` of a TRL preference file, as text.
+    """Read ready-made pairs `{id, prompt, chosen, rejected, plain_text?}` of a TRL preference file, as text.
 
     Rows are text or conversational, with a prompt or with it at the beginning of both responses (also where a text
     prompt stands beside conversations, as TRL takes it). A conversation is laid in the tokenizer's chat template; a
     text prompt is taken as it stands, and its row may say where passages stand in it, `passage_spans`, as in
-    `pairs.jsonl`.
+    `pairs.jsonl`. Other text prompts are marked as `plain_text` where the tokenizer has a chat template, so that they
+    get the special tokens (BOS) that the template writes into conversations.
 
     Raises:
-      UserError: a row is no pair, or no row can be used; it is named.
+      UserError: a row is not a pair, or no row can be used; it is named.
     """
     from jinja2 import TemplateError
 
     pairs, skipped = [], collections.Counter()
-    source = hub_rows(path, "train") if path.startswith(HUB) else read_rows(epath.Path(path).expanduser())
-    for number, (where, row) in enumerate(source, 1):
+    for number, (where, row) in enumerate(open_rows(path), 1):
         try:
             prompt, chosen, rejected = _pair(row, tokenizer, template_arguments)
-        except (KeyError, TypeError, ValueError, TemplateError) as error:
-            why = f"no {error}" if isinstance(error, KeyError) else error
+            name = as_text(row.get("id", number))
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, TemplateError) as error:
+            why = f"no {error}" if isinstance(error, KeyError) else first_line(error)
             raise UserError(f"{where}: a pair is {{prompt, chosen, rejected}}, text or messages ({why}).") from error
         if not chosen.strip() or not rejected.strip() or chosen == rejected:
             skipped["an empty response" if chosen != rejected else "two equal responses"] += 1
             continue
-        pair = {"id": str(row.get("id", number)), "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        pair = {"id": name, "prompt": prompt, "chosen": chosen, "rejected": rejected}
         if row.get("passage_spans"):
             pair["passage_spans"] = _spans(row, where)
+        elif isinstance(row["chosen"], str) and tokenizer.chat_template is not None:
+            pair["plain_text"] = True
         pairs.append(pair)
     if not pairs:
         raise UserError(f"{path} holds no pairs.")
@@ -65,8 +67,8 @@ def _pair(row: dict, tokenizer, template_arguments: Mapping | None) -> tuple[str
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("one response is text, the other is not")
     if prompt is None or isinstance(prompt, str) != isinstance(chosen, str):
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared, most = 0, min(len(chosen), len(rejected)) - (not isinstance(chosen, str))
+        while shared < most and chosen[shared] == rejected[shared]:
             shared += 1
         if isinstance(chosen, str) and chosen[:shared].endswith(" "):
             shared -= 1  # the space belongs to the responses
@@ -76,7 +78,7 @@ def _pair(row: dict, tokenizer, template_arguments: Mapping | None) -> tuple[str
             raise ValueError("the prompt is not text")
         return prompt, chosen, rejected
     if not prompt or not isinstance(prompt, list):
-        raise ValueError("the prompt is no conversation")
+        raise ValueError("the prompt is not a conversation")
     if tokenizer.chat_template is None:
         raise ValueError("messages need a model with a chat template")
     for response in (chosen, rejected):

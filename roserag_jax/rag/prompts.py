@@ -283,9 +283,19 @@ def _replaced(prompt: Prompt, passages: list[str]) -> tuple[str, tuple[Span, ...
     return text + prompt.text[behind:], tuple(spans)
 
 
-def prompt_tokens(tokenizer, text: str) -> list[int]:
-    """Tokens of a whole prompt. A chat template has written its special tokens already; plain text gets them here."""
-    return tokenizer(text, add_special_tokens=tokenizer.chat_template is None).input_ids
+def prompt_tokens(tokenizer, text: str, plain_text: bool = False) -> list[int]:
+    """Tokenize a whole prompt.
+
+    A chat template has written its special tokens already; plain text gets those that the tokenizer puts (BOS) here,
+    unless it begins with BOS as it is.
+
+    Args:
+      plain_text: whether the prompt is plain text although the tokenizer has a chat template.
+    """
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    if tokenizer.chat_template is not None and not plain_text or tokens[:1] == [tokenizer.bos_token_id]:
+        return tokens
+    return tokenizer(text).input_ids
 
 
 def response_tokens(tokenizer, response: str) -> list[int]:

@@ -43,7 +43,8 @@ def tokenize(tokenizer, stop_id: int, rows: list[dict], max_response: int, max_l
     """Pairs as tokens, made by Grain's workers, and what happened to those that are too long.
 
     Args:
-      rows: `{id, prompt, chosen, rejected, passage_spans?}`; the spans say where passages stand in the prompt.
+      rows: `{id, prompt, chosen, rejected, passage_spans?, plain_text?}`; the spans say where passages stand in the
+        prompt, and `plain_text` that no chat template has written it.
       max_response: longest response, end-of-turn token included; pairs with a longer one are left out.
       max_length: longest prompt with a response; passages are cut to fit. 0 is no limit.
 
@@ -52,7 +53,7 @@ def tokenize(tokenizer, stop_id: int, rows: list[dict], max_response: int, max_l
     """
 
     def read(row):
-        prompt = prompt_tokens(tokenizer, row["prompt"])
+        prompt = prompt_tokens(tokenizer, row["prompt"], row.get("plain_text", False))
         chosen, rejected = (response_tokens(tokenizer, row[side]) + [stop_id] for side in ("chosen", "rejected"))
         longest = max(len(chosen), len(rejected))
         if longest > max_response:
