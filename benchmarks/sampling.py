@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from benchmarks import common
-from roserag_jax.inference import decoder
-from roserag_jax.inference.decoder import Decode, Read, Room
-from roserag_jax.inference.sampling import Sampling
+from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
+from roserag_jax.inference.sampling import SamplingParams
+from roserag_jax.inference.scheduler import run_tasks
 
 _PASSAGE = 130  # tokens taken for a passage, and for what stands around all of them
 
@@ -28,13 +28,13 @@ def ours(args, engine, prompts, samples: int):
     """Seconds of prefill and of the whole."""
 
     def task(i):
-        yield Read(prompts[i])
-        yield Decode([prompts[i][-1:]] * samples, args.new, Sampling(1.0), str(i))
+        yield PrefillRequest(prompts[i])
+        yield DecodeRequest([prompts[i][-1:]] * samples, args.new, SamplingParams(1.0), str(i))
 
-    room, lengths = Room(len(prompts), samples, ((1, args.new),)), list(map(len, prompts))
-    read = lambda: jax.block_until_ready([engine.prefill([p]) for p in prompts])
-    everything = lambda: list(decoder.run(engine, {i: task(i) for i in range(len(prompts))}, lengths, room))
-    return common.fastest(read, args.repeats), common.fastest(everything, args.repeats)
+    capacity, lengths = DecoderCapacity(len(prompts), samples, ((1, args.new),)), list(map(len, prompts))
+    prefill = lambda: jax.block_until_ready([engine.prefill([p]) for p in prompts])
+    everything = lambda: list(run_tasks(engine, {i: task(i) for i in range(len(prompts))}, lengths, capacity))
+    return common.fastest(prefill, args.repeats), common.fastest(everything, args.repeats)
 
 
 def transformers_generate(args, prompts) -> float:

@@ -15,7 +15,8 @@ from absl import flags
 
 from roserag_jax import cli
 from roserag_jax.errors import UserError
-from roserag_jax.evaluate import adapter_in_use, respond
+from roserag_jax.evaluate import adapter_in_use
+from roserag_jax.inference.respond import respond
 from roserag_jax.rag import answers, corpora, documents, questions
 from roserag_jax.rag.prompts import PromptBuilder, opens_thoughts
 from roserag_jax.retrieval.bm25 import BM25
@@ -54,10 +55,17 @@ def run(config) -> None:
     builder = PromptBuilder(session.tokenizer, **config.prompt)
     prompts = [builder.plain(row) for row in rows]
     engine = session.engine(adapter_in_use(config, workdir))
-    limits = (config.evaluate.batch, config.evaluate.max_tokens, builder.stop)
-    said = {i: text for i, text, *_ in respond(engine, session.tokenizer, [p.tokens for p in prompts], *limits)}
+    responses = respond(
+        engine,
+        session.tokenizer,
+        [p.tokens for p in prompts],
+        slots=config.evaluate.batch,
+        max_new_tokens=config.evaluate.max_tokens,
+        stop_strings=builder.stop,
+    )
+    texts = {response.number: response.text for response in responses}
     for i, row in enumerate(rows):
-        rationale, answer, _ = answers.parse(said[i], opens_thoughts(prompts[i].text))
+        rationale, answer, _ = answers.parse(texts[i], opens_thoughts(prompts[i].text))
         shown = builder.shown(row)  # numbered as the rationale numbers them
         if file is not None:
             result = {"id": row["id"], "question": row["question"], "answer": answer, "rationale": rationale}

@@ -14,16 +14,14 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from etils import epath
 
 from roserag_jax import cli, options, retrieve
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.inference import decoder
-from roserag_jax.inference.decoder import Decode, Read, Room
-from roserag_jax.inference.engine import Engine
+from roserag_jax.inference.respond import respond
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, corpora, metrics
 from roserag_jax.rag.noise import Noise
@@ -110,36 +108,6 @@ def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict
     return [{**row, "contexts": made.passages(row, passages)} for row in rows]
 
 
-def respond(
-    engine: Engine,
-    tokenizer,
-    prompts: list[list[int]],
-    tasks: int,
-    max_tokens: int,
-    stop: tuple[str, ...],
-    only: list[int] | None = None,
-) -> Iterator[tuple[int, str, bool, int]]:
-    """Greedy responses to prompts, as `(number of the prompt, text, finished, tokens)` in the order they are finished.
-
-    Args:
-      tasks: prompts worked on at a time.
-      stop: texts that end a response.
-      only: the prompts to answer; None is all. The shapes are those of all either way.
-    """
-    shared = engine.read_shared(prompts)
-
-    def task(prompt):
-        yield Read(prompt, shared)
-        (branch,) = yield Decode([prompt[-1:]], max_tokens, ends=answers.ending(tokenizer, stop))
-        text, ended = answers.until(tokenizer.decode(branch.tokens), stop)
-        return text, branch.finished or ended, len(branch.tokens)
-
-    room = Room(tasks, 1, ((1, max_tokens),))
-    asked = {i: task(prompts[i]) for i in (range(len(prompts)) if only is None else only)}
-    for number, said in decoder.run(engine, asked, list(map(len, prompts)), room):
-        yield number, *said
-
-
 def make(session: Session, workdir: Workdir, system: str, passages: int | None = None, noise: str = "none") -> dict:
     """Bring one evaluation up to date and return its metrics.
 
@@ -174,24 +142,30 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     if missing:
         engine = session.own.engine(folder)
         progress.phase(f"answering {len(missing)} questions")
-        tokens, limits = [prompt.tokens for prompt in prompts], (config.evaluate.batch, config.evaluate.max_tokens)
+        responses = respond(
+            engine,
+            session.tokenizer,
+            [prompt.tokens for prompt in prompts],
+            slots=config.evaluate.batch,
+            max_new_tokens=config.evaluate.max_tokens,
+            stop_strings=builder.stop,
+            only=missing,
+        )
         clock = time.monotonic()
-        for number, response, finished, said in respond(
-            engine, session.tokenizer, tokens, *limits, builder.stop, missing
-        ):
-            row, prompt = rows[number], prompts[number]
-            rationale, prediction, parsed = answers.parse(response, opens_thoughts(prompt.text))
+        for response in responses:
+            row, prompt = rows[response.number], prompts[response.number]
+            rationale, prediction, parsed = answers.parse(response.text, opens_thoughts(prompt.text))
             example = {
                 "id": row["id"],
                 "question": row["question"],
                 "golden_answers": row["golden_answers"],
                 "prediction": prediction,
                 "rationale": rationale,
-                "response": response,
-                "finished": finished,
+                "response": response.text,
+                "finished": response.finished,
                 "scores": metrics.score_row(row, prediction, parsed),
                 "prompt_tokens": len(prompt.tokens),
-                "response_tokens": said,
+                "response_tokens": response.tokens,
                 "prompt_cut": prompt.cut,
                 "prompt": prompt.text,
                 "seconds": time.monotonic() - clock,

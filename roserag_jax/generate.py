@@ -7,15 +7,19 @@ rationale, answer, source, correct, logprob, tokens}], dropped}`. When stopped, 
 questions that are not finished.
 """
 
+import dataclasses
+from collections.abc import Iterator
+
 from etils import epath
 
 from roserag_jax import cli, options, retrieve
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.inference import decoder
-from roserag_jax.inference.decoder import Room
-from roserag_jax.inference.engine import shared_length
+from roserag_jax.inference.engine import shared_prefix_length
+from roserag_jax.inference.requests import DecoderCapacity
+from roserag_jax.inference.scheduler import run_tasks
 from roserag_jax.preference import candidates
+from roserag_jax.preference.candidates import QuestionInputs
 from roserag_jax.progress import Progress
 from roserag_jax.rag.files import read_rows
 from roserag_jax.rag.prompts import PromptBuilder
@@ -34,29 +38,29 @@ def recipe(config, workdir: Workdir) -> Recipe:
     return Recipe(options.subset(config, *names, without=("generate.batch", "generate.memory_gb")), inputs)
 
 
-def fitting(session: Session, room: Room, prompt: int) -> Room:
-    """Room for `config.generate.batch` questions, or for what `memory_gb` allows if that is less.
+def fit_to_memory(session: Session, capacity: DecoderCapacity, prompt_length: int) -> DecoderCapacity:
+    """The capacity with as many slots as `memory_gb` allows, at most `config.generate.batch`.
 
     Raises:
       UserError: not even one question fits.
     """
     limit = session.config.generate.memory_gb
     if not limit:
-        return room
-    each = room.memory(session.source.config, 4 if session.config.dtype == "float32" else 2, prompt)
+        return capacity
+    each = capacity.slot_bytes(session.source.config, 4 if session.config.dtype == "float32" else 2, prompt_length)
     fits = int(limit * 1e9 / each)
     if not fits:
         raise UserError(
-            f"config.generate.memory_gb={limit}: one question with {room.branches} rationales at a time takes "
+            f"config.generate.memory_gb={limit}: one question with {capacity.branches} rationales at a time takes "
             f"{each / 1e9:.2f} GB; raise it, or lower config.generate.plain_samples or config.prompt.max_tokens."
         )
-    room = room._replace(tasks=min(room.tasks, fits))
-    print(f"generate: {room.tasks} questions at a time, {each / 1e6:.0f} MB each, of {limit} GB.")
-    return room
+    capacity = dataclasses.replace(capacity, slots=min(capacity.slots, fits))
+    print(f"generate: {capacity.slots} questions at a time, {each / 1e6:.0f} MB each, of {limit} GB.")
+    return capacity
 
 
 def outside_samples(path: str, rows: list[dict]) -> list[list[str]]:
-    """Responses made elsewhere, as many for each row ('' fills up); ids of no training question are ignored.
+    """Responses generated elsewhere, by row; ids that are not training questions are ignored.
 
     Raises:
       UserError: a line is not `{id, samples: [text, ...]}`, or none belongs to a question.
@@ -72,8 +76,47 @@ def outside_samples(path: str, rows: list[dict]) -> list[list[str]]:
     if not known & found.keys():
         raise UserError(f"config.generate.samples={path}: no id in it is one of the training questions.")
     print(f"{path}: samples for {len(known & found.keys())} of {len(rows)} questions; {unknown} lines for others.")
-    most = max(len(found.get(row["id"], [])) for row in rows)
-    return [[*found.get(row["id"], []), *[""] * (most - len(found.get(row["id"], [])))] for row in rows]
+    return [found.get(row["id"], []) for row in rows]
+
+
+def question_inputs(session: Session, builder: PromptBuilder, rows: list[dict]) -> list[QuestionInputs]:
+    """Build the prompts of every question, and add the responses to it that were generated elsewhere."""
+    config, sampling = session.config, session.config.generate
+    plain, guided = [builder.plain(row) for row in rows], [builder.guided(row) for row in rows]
+    if cut := sum(p.cut > 0 for p in plain):
+        print(f"{cut} of {len(rows)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
+    outside = outside_samples(sampling.samples, rows) if sampling.samples else [[] for _ in rows]
+    shared = shared_prefix_length([g.tokens for g in guided])
+    reused = [
+        candidates.reusable_tokens(*of, sampling.guided_samples, shared) for of in zip(plain, guided, strict=True)
+    ]
+    return [QuestionInputs(*of) for of in zip(rows, plain, guided, reused, outside, strict=True)]
+
+
+def generate_rows(
+    session: Session,
+    builder: PromptBuilder,
+    questions: list[QuestionInputs],
+    capacity: DecoderCapacity,
+    missing: list[int],
+) -> Iterator[dict]:
+    """Generate the candidates of the questions numbered in `missing`; yields each row as soon as it is finished."""
+    engine, tokenizer = session.own.engine(), session.tokenizer
+    plain = [q.plain.tokens for q in questions]
+    guided = [q.guided.tokens if q.reused is None else [] for q in questions]  # those that are prefilled
+    generator = candidates.CandidateGenerator(
+        tokenizer,
+        session.config.generate,
+        shared_prefixes={
+            "plain": engine.prefill_shared_prefix(plain),
+            "guided": engine.prefill_shared_prefix([*filter(None, guided)]),
+        },
+        stop_strings=builder.stop,
+    )
+    tasks = {i: generator.task(questions[i]) for i in missing}
+    lengths = [max(map(len, of)) for of in zip(plain, guided, strict=True)]
+    for _, row in run_tasks(engine, tasks, lengths, capacity, candidates.newline_tokens(tokenizer)):
+        yield row
 
 
 def make(session: Session, workdir: Workdir) -> None:
@@ -86,36 +129,26 @@ def make(session: Session, workdir: Workdir) -> None:
         return
     rows = workdir.rows(retrieve.ARTIFACTS["train"])
     builder = PromptBuilder(session.tokenizer, **config.prompt)
-    plain, guided = [builder.plain(row) for row in rows], [builder.guided(row) for row in rows]
-    if cut := sum(p.cut > 0 for p in plain):
-        print(f"{cut} of {len(rows)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
-    outside = outside_samples(config.generate.samples, rows) if config.generate.samples else [[] for _ in rows]
-    sampling, read_once = config.generate, shared_length([g.tokens for g in guided])
-    hints = [candidates.hint_behind(*of, sampling.guided_samples, read_once) for of in zip(plain, guided, strict=True)]
-    apart = [g.tokens if hint is None else [] for g, hint in zip(guided, hints, strict=True)]  # read by themselves
-    lengths = [max(len(p.tokens), len(tokens)) for p, tokens in zip(plain, apart, strict=True)]
-    room = fitting(session, candidates.room(sampling, len(outside[0]), guided, hints), max(lengths))
-    parts = PartialResults(workdir, "generate", wanted.fingerprint(), [row["id"] for row in rows])
-    missing = parts.missing()
-    progress = Progress("generate", len(parts.done) + len(missing), "questions", len(parts.done))
+    questions = question_inputs(session, builder, rows)
+    longest = max(max(len(q.plain.tokens), len(q.guided.tokens) if q.reused is None else 0) for q in questions)
+    capacity = fit_to_memory(session, candidates.decoder_capacity(config.generate, questions), longest)
+    partial = PartialResults(workdir, "generate", wanted.fingerprint(), [row["id"] for row in rows])
+    missing = partial.missing()
+    progress = Progress("generate", len(partial.done) + len(missing), "questions", len(partial.done))
     if missing:
-        engine, newlines = session.own.engine(), candidates.newline_tokens(session.tokenizer)
-        shared = tuple(engine.read_shared(prompts) for prompts in ([p.tokens for p in plain], [*filter(None, apart)]))
-        progress.phase(f"{room.tasks} questions at a time, {room.branches} rationales of each")
-        of_row = lambda i: (rows[i], plain[i], guided[i], hints[i], outside[i])
-        task = lambda i: candidates.question(session.tokenizer, sampling, *of_row(i), shared, builder.stop)
-        found = [candidates.correct(row) for row in parts.done.values()]
-        correct, of = sum(c for c, _ in found), sum(n for _, n in found)
-        for _, made in decoder.run(engine, {i: task(i) for i in missing}, lengths, room, newlines):
-            parts.add(made)
-            here, made_here = candidates.correct(made)
-            correct, of = correct + here, of + made_here
-            progress.update(len(parts.done), f"{correct} of {of} candidates correct")
-    results = parts.gather()
+        progress.phase(f"{capacity.slots} questions at a time, {capacity.branches} rationales of each")
+        counts = [candidates.count_correct(row) for row in partial.done.values()]
+        correct, total = sum(c for c, _ in counts), sum(n for _, n in counts)
+        for row in generate_rows(session, builder, questions, capacity, missing):
+            partial.add(row)
+            correct_here, total_here = candidates.count_correct(row)
+            correct, total = correct + correct_here, total + total_here
+            progress.update(len(partial.done), f"{correct} of {total} candidates correct")
+    results = partial.gather()
     with processes.main_first():
         if processes.is_main():
             workdir.publish(ARTIFACT, wanted, to_jsonl(results), len(results))
-            parts.clear()
+            partial.clear()
             print(f"{ARTIFACT}: {len(results)} questions\n{candidates.summary(results)}")
 
 

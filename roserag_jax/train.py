@@ -22,6 +22,7 @@ from roserag_jax.distributed.mesh import matmul_rate
 from roserag_jax.distributed.sharding import devices
 from roserag_jax.errors import UserError
 from roserag_jax.hub import loading, peft_adapter
+from roserag_jax.inference.respond import respond
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, metrics
 from roserag_jax.report.comparison import comparison
@@ -284,11 +285,18 @@ class _HeldOut:
         model = loading.assemble(session.source.config, session.base, session.lora, state.adapter)
         engine = session.engine_of(model)
         rows, prompts = zip(*self.questions, strict=True)
-        limits = (config.evaluate.batch, config.evaluate.max_tokens, config.prompt.stop)
+        responses = respond(
+            engine,
+            session.tokenizer,
+            list(prompts),
+            slots=config.evaluate.batch,
+            max_new_tokens=config.evaluate.max_tokens,
+            stop_strings=config.prompt.stop,
+        )
         scores = []
-        for i, response, *_ in evaluate.respond(engine, session.tokenizer, list(prompts), *limits):
-            _, *answer = answers.parse(response)
-            scores.append(metrics.score_row(rows[i], *answer))
+        for response in responses:
+            _, *answer = answers.parse(response.text)
+            scores.append(metrics.score_row(rows[response.number], *answer))
         return {f"held_out_{name}": 100 * np.mean([s[name] for s in scores]) for name in ("em", "f1")}
 
     def finish(self, state: TrainState, keep: str) -> TrainState:

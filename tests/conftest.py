@@ -20,7 +20,10 @@ from flax import nnx
 from roserag_jax import generate, options, session, train
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.hub import loading, model_files
-from roserag_jax.inference import decoder
+from roserag_jax.inference.engine import Engine
+from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
+from roserag_jax.inference.sampling import SamplingParams
+from roserag_jax.inference.scheduler import run_tasks
 from roserag_jax.models.lora import LoRAConfig
 from roserag_jax.rag import synthetic
 from roserag_jax.training.pair_loader import Pair
@@ -39,7 +42,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Longest first, so that both processes end together.
-LONG = ("test_real_weights", "test_processes", "test_train_step", "test_decoder", "test_network", "test_commands")
+LONG = ("test_real_weights", "test_processes", "test_train_step", "test_scheduler", "test_network", "test_commands")
 
 
 def pytest_collection_modifyitems(items):
@@ -96,16 +99,34 @@ def cached_logits(model, prompts, lengths, branches, opening):
     return np.asarray(run(state, jnp.asarray(prompts), jnp.asarray(lengths), jnp.asarray(branches)))
 
 
-def decode(engine, prompts, wishes, tasks=4, branches=3, also_stop=()):
-    """What becomes of one `Decode` behind each prompt: its branches, prompt by prompt."""
+def decode(engine, prompts, requests, slots=4, branches=3, extra_stop_ids=()):
+    """The completions of one `DecodeRequest` behind each prompt, prompt by prompt."""
 
-    def task(prompt, wish):
-        yield decoder.Read(prompt)
-        return (yield wish)
+    def task(prompt, request):
+        yield PrefillRequest(prompt)
+        return (yield request)
 
-    turns = tuple((max(map(len, wish.openings)), wish.limit) for wish in wishes)
-    room, made = decoder.Room(tasks, branches, turns), dict(enumerate(map(task, prompts, wishes)))
-    return [said for _, said in sorted(decoder.run(engine, made, list(map(len, prompts)), room, also_stop))]
+    shapes = tuple((max(map(len, request.forced_prefixes)), request.max_new_tokens) for request in requests)
+    capacity, tasks = DecoderCapacity(slots, branches, shapes), dict(enumerate(map(task, prompts, requests)))
+    return [made for _, made in sorted(run_tasks(engine, tasks, list(map(len, prompts)), capacity, extra_stop_ids))]
+
+
+# Prompts for small random models, and the ids of their questions.
+PROMPTS = [np.random.default_rng(0).integers(3, 131, n).tolist() for n in (12, 30, 21, 5)]
+IDS = ["a", "b", "c", "d"]
+NUCLEUS = SamplingParams(temperature=1.0, top_p=0.9)
+
+
+def sample(engine, rows, samples=3, max_new_tokens=12, sampling=NUCLEUS, first_sample=0, **capacity):
+    """The completions of prompts `rows` of `PROMPTS`, `samples` of each."""
+    requests = [
+        DecodeRequest([PROMPTS[i][-1:]] * samples, max_new_tokens, sampling, IDS[i], first_sample) for i in rows
+    ]
+    return decode(engine, [PROMPTS[i] for i in rows], requests, **capacity)
+
+
+def tokens_of(completions):
+    return [[completion.tokens for completion in row] for row in completions]
 
 
 LORA = LoRAConfig(4, 8.0)
@@ -234,6 +255,13 @@ def tiny_llama(tiny_folder, one_device):
     """`(source, frozen parameters)` of the small Llama."""
     opened = model_files.open_model(str(tiny_folder("llama")[0]))
     return opened, loading.load_base(opened, jnp.dtype("float32"), one_device)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_llama, one_device):
+    """An engine over the small Llama on one device."""
+    opened, base = tiny_llama
+    return Engine(loading.assemble(opened.config, base), one_device, (2,), 0)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""The engine: a network that reads prompts once and scores responses behind them.
+"""The engine: a network that prefills prompts and scores responses behind them.
 
-Axes: B batch, N branches, P prompt, S response length, C shared beginning.
+Axes: B batch, N branches, P prompt, S response length, C shared prefix.
 """
 
 import functools
@@ -21,7 +21,7 @@ _SCORED_TOKENS, _SCORED_BYTES = 1 << 15, 1 << 31
 
 
 class Engine:
-    """A network on its mesh, ready to read prompts and score responses; `runtime.decoder` decodes with it.
+    """A network on its mesh, ready to prefill prompts and score responses; `inference.scheduler` decodes with it.
 
     The batch of every call is the caller's; each shape compiles once.
     """
@@ -31,52 +31,53 @@ class Engine:
         self.config, self.dtype = model.config, model.embed[...].dtype
         self.mesh, self.stop_ids, self.pad_id, self.seed = mesh, tuple(stop_ids), pad_id, seed
         self.on_cpu = mesh.devices.flat[0].platform == "cpu"
-        # Two decoders side by side use what one leaves idle: a CPU gives attention's batched products a single core.
-        self.lanes = 2 if self.on_cpu and mesh.size == 1 and (os.cpu_count() or 1) > 1 else 1
+        # Two threads that decode use what one leaves idle: a CPU gives attention's batched products a single core.
+        self.decoder_threads = 2 if self.on_cpu and mesh.size == 1 and (os.cpu_count() or 1) > 1 else 1
 
     @functools.cached_property
-    def layers(self) -> tuple | None:
-        """The layers' parameters apart, which decoding on a CPU wants; they take their memory once more."""
+    def unstacked_layers(self) -> tuple | None:
+        """The layers' parameters unstacked, which decoding on a CPU wants; they take their memory once more."""
         return jax.jit(unstack)(self.state["layers"]) if self.on_cpu else None
 
     def place(self, *arrays) -> list[jax.Array]:
-        """Host arrays on the devices, their first axis over the mesh's batch axes."""
+        """Put host arrays on the devices, their first axis over the mesh's batch axes."""
         batch = lambda a: sharding(a.shape, ("batch",) + (None,) * (a.ndim - 1), self.mesh)
         arrays = [*map(np.asarray, arrays)]
         return jax.device_put(arrays, [*map(batch, arrays)])
 
-    def read_shared(self, prompts: list[list[int]]) -> PrefixCache | None:
-        """Read what all prompts of a stage begin with (instructions, worked examples); None where it is short."""
-        C = shared_length(prompts)
+    def prefill_shared_prefix(self, prompts: list[list[int]]) -> PrefixCache | None:
+        """Prefill what all prompts begin with (instructions, few-shot demonstrations); None where that is short."""
+        C = shared_prefix_length(prompts)
         return self.prefill([prompts[0][: C + 1]], C) if C else None
 
     def prefill(self, prompts: list[list[int]], length: int | None = None) -> PrefixCache:
-        """Read prompts, all but their last token, padded to `length` or by default to the bucket of the longest."""
+        """Prefill prompts without their last token, padded to `length` or by default to the bucket of the longest."""
         rows = [p[:-1] for p in prompts]
         tokens, lengths = pad(rows, length or bucket(max(map(len, rows))), self.pad_id)
         with jax.set_mesh(self.mesh):
             return _prefill(self.graph, self.state, *self.place(tokens, lengths))
 
-    def score(self, cache: PrefixCache, prompts, responses: list[list[list[int]]], bucket: int) -> np.ndarray:
-        """Log-probabilities [B, N, bucket] of N responses (tokens, stop token included) per prompt; 0 past each end.
+    def score(self, cache: PrefixCache, prompts, responses: list[list[list[int]]], length: int) -> np.ndarray:
+        """Log-probabilities [B, N, length] of N responses (tokens, stop token included) per prompt; 0 past each end.
 
-        Many responses are scored in equal parts of N, so that the memory for their activations has a limit.
+        Many responses are scored in chunks of equally many branches, so that the memory for their activations is
+        limited.
         """
         N, B = len(responses[0]), len(prompts)
-        of_token = 4 * self.config.num_heads * cache.v.shape[3]
-        parts = -(-N * B * bucket // min(_SCORED_TOKENS, _SCORED_BYTES // of_token))
-        part = -(-N // min(parts, N))
-        flat = [r for row in responses for r in row + [[]] * (-N % part)]
-        targets, lengths = pad(flat, bucket, self.pad_id)
-        targets = targets.reshape(B, -1, bucket)
+        bytes_per_token = 4 * self.config.num_heads * cache.v.shape[3]
+        chunks = -(-N * B * length // min(_SCORED_TOKENS, _SCORED_BYTES // bytes_per_token))
+        chunk = -(-N // min(chunks, N))
+        flat = [r for row in responses for r in row + [[]] * (-N % chunk)]
+        targets, lengths = pad(flat, length, self.pad_id)
+        targets = targets.reshape(B, -1, length)
         first = np.broadcast_to(np.array([p[-1] for p in prompts])[:, None, None], (*targets.shape[:2], 1))
         branches = np.concatenate([first, targets[:, :, :-1]], axis=2)
         logprobs = []
         with jax.set_mesh(self.mesh):
-            for at in range(0, N, part):
-                placed = self.place(branches[:, at : at + part], targets[:, at : at + part])
+            for start in range(0, N, chunk):
+                placed = self.place(branches[:, start : start + chunk], targets[:, start : start + chunk])
                 logprobs.append(np.asarray(_score(self.graph, self.state, cache, *placed)))
-        real = np.arange(bucket) < lengths.reshape(B, -1)[..., None]
+        real = np.arange(length) < lengths.reshape(B, -1)[..., None]
         return np.where(real, np.concatenate(logprobs, axis=1), 0.0)[:, :N]
 
 
@@ -88,10 +89,10 @@ def bucket(length: int) -> int:
     return -(-length // 256) * 256
 
 
-def shared_length(prompts: list[list[int]]) -> int:
-    """How many tokens all prompts begin with; 0 where they are too few to be read apart.
+def shared_prefix_length(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with; 0 where they are too few to be worth a prefill of their own.
 
-    The last token of a prompt opens its branches and is never among them.
+    The last token of a prompt begins its branches and is never among them.
     """
     common = min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=0) - 1)
     return common if common >= 32 else 0

@@ -7,20 +7,50 @@ gives the log-probability of the whole response under the plain prompt, which is
 """
 
 import collections
+import dataclasses
 import os
 import re
 
 import numpy as np
 
-from roserag_jax.inference.decoder import Decode, Read, Room, Task
 from roserag_jax.inference.engine import bucket
-from roserag_jax.inference.sampling import Sampling
+from roserag_jax.inference.requests import Completion, DecoderCapacity, DecodeRequest, PrefillRequest, Task
+from roserag_jax.inference.sampling import SamplingParams
+from roserag_jax.models.cache import PrefixCache
 from roserag_jax.rag import answers
-from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, opens_thoughts, response_tokens
+from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, response_tokens
 
 # First sample index of each source, so that the draws of one do not move when the other's number changes.
 _FIRST_SAMPLE = {"plain": 0, "guided": 1 << 16}
 _SENTENCE_END = re.compile(r"^.*[.!?](?=\s|$)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionInputs:
+    """What the candidates of one question are made from.
+
+    Args:
+      row: the question's row of `retrieved.jsonl`.
+      plain: the prompt without the golden answer, on which candidates are verified.
+      guided: the prompt with the golden answer in view.
+      reused: from `reusable_tokens`.
+      outside: responses to the question that were generated elsewhere; empty ones are ignored.
+    """
+
+    row: dict
+    plain: Prompt
+    guided: Prompt
+    reused: int | None = None
+    outside: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rationale:
+    """A rationale to be verified: `answer` is the one sampled with it, empty where it is yet to be decoded."""
+
+    source: str
+    text: str
+    answer: str
 
 
 def rationale_of(text: str, finished: bool, thinking: bool = False) -> str | None:
@@ -35,149 +65,169 @@ def rationale_of(text: str, finished: bool, thinking: bool = False) -> str | Non
     return whole.group().strip() if whole else None
 
 
-def opening_limit(options) -> int:
+def max_forced_prefix(options) -> int:
     """The most tokens of a rationale and the words that ask for its answer, behind the prompt's last token."""
     return bucket(options.max_tokens + 8)
 
 
-def hint_behind(plain: Prompt, guided: Prompt, count: int, shared: int) -> int | None:
-    """How many tokens of the plain prompt the guided one begins with, if its branches go on from there; else None.
+def reusable_tokens(plain: Prompt, guided: Prompt, branches: int, shared_prefix: int) -> int | None:
+    """How many tokens of the plain prompt's cache the guided branches reuse; None if the guided prompt is prefilled.
 
-    A guided prompt goes its own way only at the hint, behind the passages and the question. Where it is less work that
-    each of the `count` branches reads the rest of it, what was read of the plain prompt serves up to there (worked
-    examples have hints of their own, near the beginning, so with them it does not).
+    A guided prompt differs from the plain one only from the hint on, behind the passages and the question. Where it is
+    less work that each of the `branches` branches puts the rest of it through the network as a forced prefix, the plain
+    prompt's cache serves up to there. Few-shot demonstrations have hints of their own, near the beginning, so with them
+    it does not.
 
     Args:
-      shared: tokens that all guided prompts begin with; they are read once in any case.
+      shared_prefix: tokens that all guided prompts begin with; they are prefilled once in any case.
     """
     common = len(os.path.commonprefix([plain.tokens[:-1], guided.tokens[:-1]]))
-    return common if count * (len(guided.tokens) - common) < len(guided.tokens) - shared else None
+    return common if branches * (len(guided.tokens) - common) < len(guided.tokens) - shared_prefix else None
 
 
-def room(options, outside: int, guided: list[Prompt], hints: list[int | None]) -> Room:
-    """What the decoder of `question` needs room for.
-
-    Args:
-      options: `config.generate`.
-      outside: responses to a question that were made elsewhere.
-      hints: from `hint_behind`, for each guided prompt.
-    """
-    sampled = max(options.guided_samples, options.plain_samples)
-    rests = [len(g.tokens) - hint for g, hint in zip(guided, hints, strict=True) if hint is not None]
-    sampling = (max([1, *rests]) if options.guided_samples else 1, options.max_tokens)
-    return Room(options.batch, sampled or outside, (sampling, (opening_limit(options), options.answer_tokens)))
-
-
-def question(
-    tokenizer,
-    options,
-    row: dict,
-    plain: Prompt,
-    guided: Prompt,
-    hint: int | None,
-    outside: list[str],
-    shared: tuple,
-    stop: tuple[str, ...],
-) -> Task:
-    """The task of one question: sample, verify, and return its candidates.
+def decoder_capacity(options, questions: list[QuestionInputs]) -> DecoderCapacity:
+    """What the decoder must have room for to generate the candidates of these questions.
 
     Args:
       options: `config.generate`.
-      hint: from `hint_behind`.
-      outside: responses to the question that were made elsewhere.
-      shared: what all plain and what all guided prompts that are read begin with, from `Engine.read_shared`.
-      stop: texts that end a response.
-
-    Returns:
-      `{id, prompt, passage_spans, golden_answers, candidates: [{response, rationale, answer, source, correct, logprob,
-      tokens}], dropped: {reason: count}}`. `logprob` is the sum over the response's `tokens` tokens under the
-      plain prompt, without the end-of-turn token.
     """
-    rationales = []  # (source, rationale, its sampled answer or '')
-    dropped = {"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0}
-    sampled_answer, thinking = options.answer == "sampled", opens_thoughts(plain.text)
-    if not sampled_answer:
-        stop = (*stop, ANSWER_PREFIX)  # the answer will be decoded on the plain prompt
+    outside = max(len(question.outside) for question in questions)
+    branches = max(options.guided_samples, options.plain_samples) or outside
+    forced = [len(q.guided.tokens) - q.reused for q in questions if q.reused is not None]
+    sampling = (max([1, *forced]) if options.guided_samples else 1, options.max_tokens)
+    verifying = (max_forced_prefix(options), options.answer_tokens)
+    return DecoderCapacity(options.batch, branches, (sampling, verifying))
 
-    def keep(source, text, finished):
-        rationale, answer = rationale_of(text, finished, thinking), ""
-        if sampled_answer:
-            _, answer, parsed = answers.parse(text, thinking)
-            answer = answer if parsed and finished else ""
-            if not answer:
-                dropped["no answer"] += 1
-                return
-        if rationale is None:
-            dropped["no whole sentence"] += 1
-        elif (rationale, answer) in [found[1:] for found in rationales]:
-            dropped["repeated"] += 1
-        else:
-            rationales.append((source, rationale, answer))
 
-    def sample(source, opening, count, length=None):
-        knobs = (options[f"{source}_temperature"], options.top_p, options.top_k, options.min_p)
-        branches = yield Decode(
-            [opening] * count,
-            options.max_tokens,
-            Sampling(*knobs),
-            row["id"],
-            _FIRST_SAMPLE[source],
-            ends=answers.ending(tokenizer, stop),
-            length=length,
+class CandidateGenerator:
+    """Generates candidates: `task` is what the scheduler runs for one question.
+
+    Args:
+      options: `config.generate`.
+      shared_prefixes: what all plain and what all guided prompts that are prefilled begin with, by source, from
+        `Engine.prefill_shared_prefix`.
+      stop_strings: texts that end a response.
+    """
+
+    def __init__(
+        self, tokenizer, options, *, shared_prefixes: dict[str, PrefixCache | None], stop_strings: tuple[str, ...] = ()
+    ):
+        self.tokenizer, self.options, self.shared_prefixes = tokenizer, options, shared_prefixes
+        self.answer_is_sampled = options.answer == "sampled"
+        # Else the rationale is all that is wanted: the answer will be decoded on the plain prompt.
+        self.stop_strings = stop_strings if self.answer_is_sampled else (*stop_strings, ANSWER_PREFIX)
+
+    def task(self, question: QuestionInputs) -> Task:
+        """Sample rationales, verify them on the plain prompt, and return the question's row of `candidates.jsonl`.
+
+        Returns:
+          `{id, prompt, passage_spans, golden_answers, candidates: [{response, rationale, answer, source, correct,
+          logprob, tokens}], dropped: {reason: count}}`. `logprob` is the sum over the response's `tokens` tokens under
+          the plain prompt, without the end-of-turn token.
+        """
+        dropped = {"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0}
+        rationales = yield from self._sample_rationales(question, dropped)
+        candidates = yield from self._verify(question, rationales, dropped)
+        return {
+            "id": question.row["id"],
+            "prompt": question.plain.text,
+            "passage_spans": question.plain.passage_spans,
+            "golden_answers": question.row["golden_answers"],
+            "candidates": candidates,
+            "dropped": {reason: count for reason, count in dropped.items() if count},
+        }
+
+    def _sample_rationales(self, question: QuestionInputs, dropped: dict[str, int]):
+        """Sample from the guided and the plain prompt, which is prefilled last; returns the rationales [Rationale]."""
+        plain, guided, reused = question.plain.tokens, question.guided.tokens, question.reused
+        with_hint = self.options.guided_samples
+        texts = []  # (source, text, finished)
+        if with_hint and reused is None:
+            yield PrefillRequest(guided, self.shared_prefixes["guided"])
+            texts += yield from self._sample(question, "guided", guided[-1:])
+        yield PrefillRequest(plain, self.shared_prefixes["plain"])
+        if with_hint and reused is not None:
+            texts += yield from self._sample(question, "guided", guided[reused:], reused)
+        texts += yield from self._sample(question, "plain", plain[-1:])
+        texts += [("outside", text, True) for text in question.outside if text]
+
+        rationales: list[Rationale] = []
+        thinking = opens_thoughts(question.plain.text)
+        for source, text, finished in texts:
+            rationale, answer = rationale_of(text, finished, thinking), ""
+            if self.answer_is_sampled:
+                _, answer, parsed = answers.parse(text, thinking)
+                if not (answer and parsed and finished):
+                    dropped["no answer"] += 1
+                    continue
+            if rationale is None:
+                dropped["no whole sentence"] += 1
+            elif (rationale, answer) in [(known.text, known.answer) for known in rationales]:
+                dropped["repeated"] += 1
+            else:
+                rationales.append(Rationale(source, rationale, answer))
+        return rationales
+
+    def _sample(
+        self, question: QuestionInputs, source: str, forced_prefix: list[int], prompt_length: int | None = None
+    ):
+        """Sample responses behind the prompt prefilled last; returns them as `(source, text, finished)`."""
+        o = self.options
+        completions = yield DecodeRequest(
+            [forced_prefix] * o[f"{source}_samples"],
+            o.max_tokens,
+            sampling=SamplingParams(o[f"{source}_temperature"], o.top_p, o.top_k, o.min_p),
+            question_id=question.row["id"],
+            first_sample=_FIRST_SAMPLE[source],
+            stop_function=answers.ending(self.tokenizer, self.stop_strings),
+            prompt_length=prompt_length,
         )
-        for branch in branches:
-            text, ended = answers.until(tokenizer.decode(branch.tokens), stop)
-            keep(source, text, branch.finished or ended)
+        texts = []
+        for completion in completions:
+            text, stopped = answers.until(self.tokenizer.decode(completion.tokens), self.stop_strings)
+            texts.append((source, text, completion.finished or stopped))
+        return texts
 
-    if options.guided_samples and hint is None:
-        yield Read(guided.tokens, shared[1])
-        yield from sample("guided", guided.tokens[-1:], options.guided_samples)
-    yield Read(plain.tokens, shared[0])
-    if options.guided_samples and hint is not None:
-        yield from sample("guided", guided.tokens[hint:], options.guided_samples, hint)
-    yield from sample("plain", plain.tokens[-1:], options.plain_samples)
-    for text in filter(None, outside):
-        keep("outside", text, True)
+    def _verify(self, question: QuestionInputs, rationales: list[Rationale], dropped: dict[str, int]):
+        """Lay each rationale on the plain prompt, decode its answer and score the response; returns the candidates.
 
-    # Every branch is a rationale and the words that ask for its answer, behind the plain prompt's last token; or the
-    # answer too, and then nothing is left to decode.
-    openings, verified = [], []
-    for found in rationales:
-        _, rationale, answer = found
-        tokens = response_tokens(tokenizer, f"{rationale}{ANSWER_PREFIX} {answer}".strip("\n "))
-        if len(tokens) < opening_limit(options):
-            openings.append(plain.tokens[-1:] + tokens)
-            verified.append(found)
-        else:  # only one that was made elsewhere can be
-            dropped["too long"] += 1
-    limit = 0 if sampled_answer else options.answer_tokens
-    branches = yield Decode(openings, limit, also_stop=True)
+        Every branch is forced through a rationale and the words that ask for its answer, behind the plain prompt's last
+        token; or through the sampled answer too, and then nothing is left to decode.
+        """
+        forced_prefixes, verified = [], []
+        for rationale in rationales:
+            text = f"{rationale.text}{ANSWER_PREFIX} {rationale.answer}".strip("\n ")
+            tokens = response_tokens(self.tokenizer, text)
+            if len(tokens) < max_forced_prefix(self.options):
+                forced_prefixes.append(question.plain.tokens[-1:] + tokens)
+                verified.append(rationale)
+            else:  # only one that was generated elsewhere can be
+                dropped["too long"] += 1
+        limit = 0 if self.answer_is_sampled else self.options.answer_tokens
+        completions = yield DecodeRequest(forced_prefixes, limit, use_extra_stop_ids=True)
 
-    candidates = []
-    for branch, opening, (source, rationale, answer) in zip(branches, openings, verified, strict=True):
-        if not sampled_answer:
-            answer = tokenizer.decode(branch.tokens).strip()
-            if not answer or not branch.finished:
-                dropped["no answer"] += 1
-                continue
-        candidates.append(
-            {
-                "response": f"{rationale}{ANSWER_PREFIX} {answer}".lstrip("\n"),
-                "rationale": rationale,
-                "answer": answer,
-                "source": source,
-                "correct": bool(answers.exact_match(answer, row["golden_answers"])),
-                "logprob": round(float(branch.opening_logprobs.sum() + branch.logprobs.sum()), 4),
-                "tokens": len(opening) - 1 + len(branch.tokens),
-            }
-        )
+        candidates = []
+        for rationale, completion in zip(verified, completions, strict=True):
+            answer = rationale.answer
+            if not self.answer_is_sampled:
+                answer = self.tokenizer.decode(completion.tokens).strip()
+                if not answer or not completion.finished:
+                    dropped["no answer"] += 1
+                    continue
+            candidates.append(_candidate(rationale, answer, completion, question.row["golden_answers"]))
+        return candidates
+
+
+def _candidate(rationale: Rationale, answer: str, completion: Completion, golden_answers: list[str]) -> dict:
+    """A candidate as a row of `candidates.jsonl` has it."""
     return {
-        "id": row["id"],
-        "prompt": plain.text,
-        "passage_spans": plain.passage_spans,
-        "golden_answers": row["golden_answers"],
-        "candidates": candidates,
-        "dropped": {k: v for k, v in dropped.items() if v},
+        "response": f"{rationale.text}{ANSWER_PREFIX} {answer}".lstrip("\n"),
+        "rationale": rationale.text,
+        "answer": answer,
+        "source": rationale.source,
+        "correct": bool(answers.exact_match(answer, golden_answers)),
+        "logprob": round(float(completion.forced_logprobs.sum() + completion.logprobs.sum()), 4),
+        "tokens": len(completion.forced_logprobs) + len(completion.tokens),
     }
 
 
@@ -188,25 +238,25 @@ def newline_tokens(tokenizer) -> tuple[int, ...]:
     return tuple(int(i) for i, text in zip(ids, texts, strict=True) if "\n" in text)
 
 
-def correct(row: dict) -> tuple[int, int]:
+def count_correct(row: dict) -> tuple[int, int]:
     """How many candidates of a question are correct, and how many there are."""
     return sum(c["correct"] for c in row["candidates"]), len(row["candidates"])
 
 
 def summary(rows: list[dict]) -> str:
-    """What came out, in a few lines: candidates by source, how many were right, and what was dropped."""
+    """A summary in a few lines: candidates by source, how many are correct, and how many samples were dropped."""
     lines = []
     for source in ("guided", "plain", "outside"):
         found = [c for row in rows for c in row["candidates"] if c["source"] == source]
         if found:
-            right = sum(c["correct"] for c in found)
-            lines.append(f"  {source}: {len(found)} candidates, {right} correct ({right / len(found):.0%})")
-    if reasons := lost(rows):
+            correct = sum(c["correct"] for c in found)
+            lines.append(f"  {source}: {len(found)} candidates, {correct} correct ({correct / len(found):.0%})")
+    if reasons := dropped_samples(rows):
         lines.append(f"  dropped: {reasons}")
     return "\n".join(lines)
 
 
-def lost(rows: list[dict]) -> str:
+def dropped_samples(rows: list[dict]) -> str:
     """How many samples became no candidates, by reason, as a phrase; empty where all did."""
     counts = sum((collections.Counter(row["dropped"]) for row in rows), collections.Counter())
     return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))

@@ -9,7 +9,7 @@ import random
 import statistics
 
 from roserag_jax.errors import UserError
-from roserag_jax.preference.candidates import lost
+from roserag_jax.preference.candidates import dropped_samples
 from roserag_jax.rag import answers
 
 # Words of four letters and more that a rationale can have in common with any passage without having read it.
@@ -152,7 +152,7 @@ def summary(pairs: list[dict], rows: list[dict], counts: dict, kind: str) -> str
         lines.append(f"  {source}: {right} of {of} candidates correct ({right / of:.0%})")
     if counts["no_evidence"]:
         lines.append(f"  dropped: {counts['no_evidence']} correct ones that name nothing the passages say")
-    if reasons := lost(rows):
+    if reasons := dropped_samples(rows):
         lines.append(f"  dropped while generating: {reasons}")
     quarters = lambda name: "/".join(f"{v:.2f}" for v in _quartiles([pair[name] for pair in pairs]))
     lines.append(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from roserag_jax.inference.engine import bucket, pad, shared_length
+from roserag_jax.inference.engine import bucket, pad, shared_prefix_length
 from roserag_jax.rag.prompts import Prompt, cut_passages, prompt_tokens, response_tokens
 
 
@@ -104,7 +104,7 @@ class Stream:
     def __init__(self, pairs: list[Pair], *, batch: int, pad_id: int, epochs: int = 1, seed: int = 0):
         self.pairs, self.batch, self.pad_id = pairs, batch, pad_id
         prompts = [pair.prompt for pair in pairs]
-        self.shared_prefix = np.array(prompts[0][: shared_length(prompts)], np.int32)
+        self.shared_prefix = np.array(prompts[0][: shared_prefix_length(prompts)], np.int32)
         lengths = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs]
         self.order = [rows for epoch in range(epochs) for rows in epoch_order(lengths, batch, seed, epoch)]
 

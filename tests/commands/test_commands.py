@@ -18,8 +18,9 @@ from conftest import decode
 from roserag_jax import evaluate, export, generate, inspect, options, select, session, train
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.errors import UserError
-from roserag_jax.inference.decoder import Decode
-from roserag_jax.inference.sampling import Sampling
+from roserag_jax.inference.requests import DecodeRequest
+from roserag_jax.inference.respond import respond
+from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.report import comparison
 from roserag_jax.training.log import TrainingLog, verdict
 from roserag_jax.training.train_step import TrainStep
@@ -132,9 +133,9 @@ def test_a_merged_adapter_says_the_same(finished):
     for merge in (False, True):
         run.config.merge = merge
         engine = run.engine(folder)
-        knobs = [Sampling(), Sampling(1.0, 0.9)]
-        wishes = [Decode([p[-1:]] * 2, 12, s, q) for p, s, q in zip(prompts, knobs, "ab", strict=True)]
-        said.append([branch for row in decode(engine, prompts, wishes, branches=2) for branch in row])
+        params = [SamplingParams(), SamplingParams(1.0, 0.9)]
+        requests = [DecodeRequest([p[-1:]] * 2, 12, s, q) for p, s, q in zip(prompts, params, "ab", strict=True)]
+        said.append([branch for row in decode(engine, prompts, requests, branches=2) for branch in row])
     run.config.merge = False
     for beside, merged in zip(*said, strict=True):
         assert beside.tokens == merged.tokens
@@ -146,15 +147,18 @@ def test_a_text_ends_a_response(finished):
     """`prompt.stop`: what stands before the text is the response, and it counts as finished."""
     run = session.Session(finished)
     prompts = [list(f"What is {name}?".encode()) for name in "abcdefgh"]
-    respond = lambda stop: evaluate.respond(run.engine(), run.tokenizer, prompts, 3, 24, stop)
-    answers = lambda *stop: {i: said for i, *said in respond(stop)}
+
+    def answers(*stop):
+        options = {"slots": 3, "max_new_tokens": 24, "stop_strings": stop}
+        return {response.number: response for response in respond(run.engine(), run.tokenizer, prompts, **options)}
+
     free = answers()
-    longest = max((text for text, *_ in free.values()), key=len)
+    longest = max((response.text for response in free.values()), key=len)
     for stop in (longest[len(longest) // 2 :][:2], longest[-2:]):  # in the middle, and where the limit is reached
         assert stop
-        for i, (text, finished_too, _) in answers(stop, "never said").items():
-            whole, found, _ = free[i][0].partition(stop)
-            assert text == whole and (finished_too if found else finished_too == free[i][1])
+        for i, response in answers(stop, "never said").items():
+            before, found, _ = free[i].text.partition(stop)
+            assert response.text == before and response.finished == (bool(found) or free[i].finished)
 
 
 def test_a_row_cut_off_while_writing_is_made_again(tmp_path):

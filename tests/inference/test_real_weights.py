@@ -10,9 +10,9 @@ from conftest import branch_logits, cached_logits, decode, hf_logits
 from roserag_jax.errors import UserError
 from roserag_jax.hub import gguf, loading, model_files
 from roserag_jax.hub.tokenizer import stop_ids, turn_end
-from roserag_jax.inference import decoder
-from roserag_jax.inference.decoder import Decode
 from roserag_jax.inference.engine import Engine
+from roserag_jax.inference.requests import DecodeRequest
+from roserag_jax.inference.scheduler import run_tasks
 from roserag_jax.rag import synthetic
 from roserag_jax.rag.prompts import PromptBuilder
 
@@ -77,12 +77,12 @@ def assert_same_greedy_tokens(model, stop, reference, prompts, mesh):
     Each token must be the likeliest by transformers after those before it, which is what its greedy decoding would say.
     """
     engine = Engine(model, mesh, (stop,), 0)
-    said = decode(engine, prompts, [Decode([p[-1:]], 64) for p in prompts], tasks=10, branches=1)
-    for i, (prompt, (branch,)) in enumerate(zip(prompts, said, strict=True)):
-        ours = branch.tokens + [stop] * branch.finished
+    completions = decode(engine, prompts, [DecodeRequest([p[-1:]], 64) for p in prompts], slots=10, branches=1)
+    for i, (prompt, (completion,)) in enumerate(zip(prompts, completions, strict=True)):
+        tokens = completion.tokens + [stop] * completion.finished
         with torch.no_grad():
-            logits = reference(torch.tensor([prompt + ours[:-1]]), logits_to_keep=len(ours)).logits
-        assert ours == logits[0].argmax(-1).tolist(), i
+            logits = reference(torch.tensor([prompt + tokens[:-1]]), logits_to_keep=len(tokens)).logits
+        assert tokens == logits[0].argmax(-1).tolist(), i
 
 
 def test_greedy_decoding_equals_transformers(smollm, reference, prompts, one_device):
@@ -132,27 +132,26 @@ def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_token
 
     rows = list(synthetic.generate(2, "train", passages=2))
     builder = PromptBuilder(smollm_tokenizer, 512, 2, 2)
-    plain, guided = [builder.plain(r) for r in rows], [builder.guided(r) for r in rows]
+    questions = [candidates.QuestionInputs(row, builder.plain(row), builder.guided(row)) for row in rows]
     generate = options.defaults().generate
     generate.guided_samples, generate.plain_samples, generate.max_tokens = 2, 2, 40
     generate.batch = 1
     engine = Engine(smollm, one_device, (2,), 0)
     newlines = candidates.newline_tokens(smollm_tokenizer)
-    # Every guided prompt is read; nothing from elsewhere, nothing read before, no text that ends a response.
-    rest = (None, [], (None, None), ())
-    tasks = [
-        candidates.question(smollm_tokenizer, generate, *of, *rest) for of in zip(rows, plain, guided, strict=True)
-    ]
-    room, lengths = candidates.room(generate, 0, guided, [None, None]), [len(p.tokens) for p in guided]
-    made = [row for _, row in sorted(decoder.run(engine, dict(enumerate(tasks)), lengths, room, newlines))]
+    shared_prefixes = {"plain": None, "guided": None}
+    generator = candidates.CandidateGenerator(smollm_tokenizer, generate, shared_prefixes=shared_prefixes)
+    tasks, lengths = dict(enumerate(map(generator.task, questions))), [len(q.guided.tokens) for q in questions]
+    capacity = candidates.decoder_capacity(generate, questions)
+    made = [row for _, row in sorted(run_tasks(engine, tasks, lengths, capacity, newlines))]
     compared = 0
-    for row, prompt in zip(made, plain, strict=True):
+    for row, question in zip(made, questions, strict=True):
         assert {c["source"] for c in row["candidates"]} == {"guided", "plain"}
+        prompt = question.plain.tokens
         tokens = [smollm_tokenizer(c["response"], add_special_tokens=False).input_ids for c in row["candidates"]]
-        sums = engine.score(engine.prefill([prompt.tokens]), [prompt.tokens], [tokens], 80)[0].sum(-1)
-        for candidate, said, logprob in zip(row["candidates"], tokens, sums, strict=True):
+        sums = engine.score(engine.prefill([prompt]), [prompt], [tokens], 80)[0].sum(-1)
+        for candidate, response, logprob in zip(row["candidates"], tokens, sums, strict=True):
             assert candidate["response"].endswith(f"Answer: {candidate['answer']}")
-            if len(said) == candidate["tokens"]:
+            if len(response) == candidate["tokens"]:
                 assert candidate["logprob"] == pytest.approx(float(logprob), abs=2e-3)
                 compared += 1
     assert compared >= 4

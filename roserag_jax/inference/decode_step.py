@@ -1,0 +1,201 @@
+"""The decoder's device side: prefill into a slot, put in forced prefixes, and decode steps of all slots.
+
+`decode_step` is one step, from top to bottom; `decode_chunk` runs up to `CHUNK` of them in one program. What is run
+when is decided on the host, in `scheduler`.
+
+Axes: B slots, X devices that slots are split over, N branches, P prompt, S tokens of a branch (new ones, or its forced
+prefix), M suffix-cache length, R rows (B * N), V vocabulary, L layers.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int, UInt
+
+from roserag_jax.inference.kv_cache import PREFIX_AXES, SUFFIX_AXES, put_slot, take_slot
+from roserag_jax.inference.sampling import SamplingParams, sample_tokens
+from roserag_jax.models.cache import PrefixCache, SuffixCache
+from roserag_jax.models.logprobs import token_logprobs
+
+CHUNK = 16  # steps between two polls of the host, if no slot finishes before
+
+Array = jax.Array | np.ndarray  # on the devices in a chunk; the host edits its copies between two
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cache", "last_token", "tokens", "logprobs", "num_tokens", "active", "stopped"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What a decode step changes, for every branch of every slot.
+
+    Args:
+      cache: the branches' own keys and values, a ring of M positions that all branches write at the same place.
+      last_token: the token that the next step puts in; its keys and values are not in the cache yet.
+      tokens: new tokens, the first `num_tokens` of S; the stop token is not among them.
+      logprobs: of `tokens`, at temperature 1 over the whole vocabulary.
+      num_tokens: how many new tokens there are; also the step of the branch's random key.
+      active: whether the branch is still decoding.
+      stopped: whether it ended with a stop token or by its stop function, not at its limit.
+    """
+
+    cache: SuffixCache
+    last_token: Int[Array, "B N"]
+    tokens: Int[Array, "B N S"]
+    logprobs: Float[Array, "B N S"]
+    num_tokens: Int[Array, "B N"]
+    active: Bool[Array, "B N"]
+    stopped: Bool[Array, "B N"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["prompt_length", "max_new_tokens", "sampling", "question_seed", "first_sample", "use_extra_stop_ids"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class RequestParams:
+    """What the running request of each slot asks for. All of it is traced: no change of it compiles anything.
+
+    Args:
+      prompt_length: how many tokens of the prefix cache the slot's branches see.
+      max_new_tokens: the most new tokens of a branch.
+      sampling: sampling parameters, each of shape [B].
+      question_seed: the request's question, from `question_seed`.
+      first_sample: the sample number of the slot's first branch.
+      use_extra_stop_ids: the row of the stop mask in use: 0 has the model's own stop token ids, 1 the extra ones too.
+    """
+
+    prompt_length: Int[Array, "B"]
+    max_new_tokens: Int[Array, "B"]
+    sampling: SamplingParams
+    question_seed: UInt[Array, "B"]
+    first_sample: UInt[Array, "B"]
+    use_extra_stop_ids: Int[Array, "B"]
+
+
+def branch_keys(params: RequestParams, seed: Array, branches: int) -> Array:
+    """Random keys [R]: a branch's is a function of (seed, question, sample), whatever slot it is in."""
+    samples = params.first_sample[:, None] + jnp.arange(branches, dtype=jnp.uint32)
+    fold = lambda question, sample: jax.random.fold_in(jax.random.fold_in(seed, question), sample)
+    return jax.vmap(jax.vmap(fold, (None, 0)))(params.question_seed, samples).reshape(-1)
+
+
+def decode_step(
+    model, layers, prompts: PrefixCache, state: DecodeState, params: RequestParams, keys, stop_mask: Bool[Array, "2 V"]
+) -> DecodeState:
+    """Decode one token of every active branch.
+
+    1. Put each branch's last token through the network. It attends to its slot's prompt and to its own tokens; its keys
+       and values are written into the suffix cache. Branches that are not active compute too, but are never seen.
+    2. Sample the next token from the logits with the branch's key folded with its number of tokens, so that the draw
+       depends on (seed, question, sample, step) and on nothing else.
+    3. A stop token ends the branch and is dropped; any other is appended with its log-probability.
+    4. A branch that has its `max_new_tokens` is no longer active.
+    """
+    B, N, S = state.tokens.shape
+    active, num_tokens = state.active, state.num_tokens
+    extend = model.extend_cached if layers is None else functools.partial(model.extend_unstacked, layers)
+    hidden, cache = extend(state.last_token[..., None], active[..., None], prompts, state.cache)
+    logits = model.logits(hidden).reshape(B * N, -1)
+
+    step_keys = jax.vmap(jax.random.fold_in)(keys, num_tokens.reshape(-1))
+    of_branch = jax.tree.map(lambda of_slot: jnp.repeat(of_slot, N), params.sampling)
+    token = sample_tokens(logits, step_keys, of_branch)
+    logprob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    token, logprob = token.reshape(B, N).astype(jnp.int32), logprob.reshape(B, N)
+
+    stopped = active & stop_mask[params.use_extra_stop_ids[:, None], token]
+    appends = active & ~stopped
+    position = appends[..., None] & (jnp.arange(S) == num_tokens[..., None])
+    num_tokens = num_tokens + appends
+    return DecodeState(
+        cache=cache,
+        last_token=token,
+        tokens=jnp.where(position, token[..., None], state.tokens),
+        logprobs=jnp.where(position, logprob[..., None], state.logprobs),
+        num_tokens=num_tokens,
+        active=appends & (num_tokens < params.max_new_tokens[:, None]),
+        stopped=state.stopped | stopped,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def decode_chunk(graph, weights, layers, prompts, state: DecodeState, params: RequestParams, stop_mask, seed):
+    """Run up to `CHUNK` decode steps of all slots; fewer if one of them finishes.
+
+    Args:
+      graph, weights, layers: the network, and its layers' parameters unstacked if the caches are.
+      prompts: keys and values of the prefix cache.
+    """
+    model = nnx.merge(graph, weights)
+    keys = branch_keys(params, seed, state.tokens.shape[1])
+    prompts = PrefixCache(*prompts, params.prompt_length)
+    busy = state.active.any(-1)
+
+    def goes_on(carry):
+        step, state = carry
+        return (step < CHUNK) & state.active.any() & (state.active.any(-1) == busy).all()
+
+    def advance(carry):
+        step, state = carry
+        return step + 1, decode_step(model, layers, prompts, state, params, keys, stop_mask)
+
+    return jax.lax.while_loop(goes_on, advance, (jnp.int32(0), state))[1]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def prefill_slots(graph, weights, prompts, tokens: Int[Array, "X P"], lengths, slots, served, shared_prefix):
+    """Prefill a prompt into one slot of each device.
+
+    Args:
+      prompts: keys and values of the prefix cache.
+      tokens, lengths: what follows the shared prefix of each prompt, right-padded, and its length [X].
+      slots, served: the slot of each device and whether it has a prompt, [X].
+    """
+    cache = nnx.merge(graph, weights).prefill(tokens, lengths, shared_prefix)
+    new = cache.k, cache.v
+    return tuple(put_slot(a, PREFIX_AXES, rows, slots, served) for a, rows in zip(prompts, new, strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def extend_slots(
+    graph,
+    weights,
+    prompts,
+    suffix,
+    tokens: Int[Array, "X N S"],
+    targets: Int[Array, "X N S"],
+    lengths: Int[Array, "X N"],
+    prompt_length: Int[Array, "X"],
+    slots: Int[Array, "X"],
+    served: Bool[Array, "X"],
+    first: Int[Array, ""],
+):
+    """Put forced prefixes through the network, into the suffix cache of one slot of each device from `first` on.
+
+    Returns:
+      Keys and values of the suffix cache, and the log-probabilities [X N S] of `targets`, the tokens that follow.
+    """
+    model = nnx.merge(graph, weights)
+    X, N, S = tokens.shape
+    M = jax.tree.leaves(suffix)[0].shape[-1]
+    cache = PrefixCache(*(take_slot(a, PREFIX_AXES, slots) for a in prompts), prompt_length)
+    hidden, new = model.extend_cached(
+        tokens, jnp.arange(S) < lengths[..., None], cache, model.empty_suffix_cache(X, N, S)
+    )
+    logprobs = token_logprobs(hidden, targets, model.table, model.config.final_softcap)
+
+    def ring(a, axis):
+        widths = [(0, M - S if i == axis else 0) for i in range(a.ndim)]
+        return jnp.roll(jnp.pad(a, widths), first, axis)
+
+    rows = ring(new.k, 5), ring(new.v, 4)
+    put = lambda a, row: put_slot(a, SUFFIX_AXES, row, slots, served)
+    return tuple(map(put, suffix, rows)), logprobs

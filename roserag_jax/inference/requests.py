@@ -1,0 +1,108 @@
+"""What a task asks of the decoder, what it gets back, and how much the decoder must have room for.
+
+A task is a generator: it yields a `PrefillRequest` (a prompt) or a `DecodeRequest` (branches behind the prompt that was
+prefilled last), is sent the outcome, and returns its result.
+"""
+
+import dataclasses
+from collections.abc import Callable, Generator
+from typing import Any
+
+import numpy as np
+
+from roserag_jax.inference.engine import bucket
+from roserag_jax.inference.sampling import SamplingParams
+from roserag_jax.models.cache import PrefixCache
+from roserag_jax.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillRequest:
+    """Prefill a prompt into the task's slot; the task is sent None.
+
+    Args:
+      tokens: the whole prompt. Its last token is not prefilled: it is the first one of every branch.
+      shared_prefix: the cache of what all prompts of this kind begin with, from `Engine.prefill_shared_prefix`.
+    """
+
+    tokens: list[int]
+    shared_prefix: PrefixCache | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRequest:
+    """Decode branches behind the prompt that was prefilled last; the task is sent a list of `Completion`, one a branch.
+
+    There may be more branches than a slot holds at a time: they are then decoded in several rounds.
+
+    Args:
+      forced_prefixes: what each branch begins with: the prompt's last token, then tokens of the completion that are
+        given instead of sampled.
+      max_new_tokens: the most tokens sampled for a branch; 0 asks for the forced prefixes' log-probabilities only.
+      sampling: how tokens are drawn.
+      question_id, first_sample: branch n draws with the random key of this question's sample `first_sample + n`.
+      use_extra_stop_ids: the scheduler's extra stop token ids end a branch too.
+      stop_function: tells from a branch's new tokens whether it is finished. It is called now and then, so it may see
+        tokens past the end.
+      prompt_length: how many of the prefilled tokens the branches see; None is all of them.
+    """
+
+    forced_prefixes: list[list[int]]
+    max_new_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    question_id: str = ""
+    first_sample: int = 0
+    use_extra_stop_ids: bool = False
+    stop_function: Callable[[list[int]], bool] | None = None
+    prompt_length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a branch generated. Log-probabilities are of temperature 1, over the whole vocabulary.
+
+    Args:
+      tokens: the new tokens, without the stop token.
+      logprobs: [tokens] of the new tokens.
+      finished: False where the branch ran into `max_new_tokens`.
+      forced_logprobs: [forced tokens] of the forced prefix, without the prompt's last token.
+    """
+
+    tokens: list[int]
+    logprobs: np.ndarray
+    finished: bool
+    forced_logprobs: np.ndarray
+
+
+Task = Generator[PrefillRequest | DecodeRequest, Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderCapacity:
+    """How much a decoder holds at a time.
+
+    Args:
+      slots: sequence slots; each holds one task.
+      branches: branches of a slot that are decoded at a time.
+      request_shapes: for each kind of `DecodeRequest`, the most tokens of a forced prefix and the most new tokens.
+    """
+
+    slots: int
+    branches: int
+    request_shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The most new tokens of a branch."""
+        return max(new for _, new in self.request_shapes)
+
+    @property
+    def suffix_length(self) -> int:
+        """M, the length of the suffix cache; the last token of a forced prefix is the first that is decoded."""
+        return max(new + (bucket(prefix - 1) if prefix > 1 else 0) for prefix, new in self.request_shapes)
+
+    def slot_bytes(self, config: ModelConfig, itemsize: int, prompt_length: int) -> int:
+        """Bytes that one slot takes, weights aside: its prompt, its branches and three arrays of their logits."""
+        token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+        cached = token * (bucket(prompt_length) + self.branches * self.suffix_length)
+        return cached + 3 * 4 * self.branches * config.vocab_size

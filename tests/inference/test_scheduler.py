@@ -1,0 +1,94 @@
+"""The scheduler: each task's result once and by its number, the same samples whatever is decoded beside them."""
+
+import copy
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+from conftest import PROMPTS, decode, sample, tokens_of
+
+from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
+from roserag_jax.inference.sampling import SamplingParams
+from roserag_jax.inference.scheduler import length_classes, run_tasks
+
+pytest.importorskip("torch")
+
+
+def with_threads(engine, threads):
+    engine = copy.copy(engine)
+    engine.decoder_threads = threads
+    return engine
+
+
+@pytest.mark.parametrize("slots, branches", [(1, 3), (3, 3), (4, 2)])
+def test_samples_in_any_order_and_batch_are_the_same(tiny_engine, slots, branches):
+    """Another order, fewer slots (so that questions wait for one another), fewer branches at a time: the same draws."""
+    together = tokens_of(sample(tiny_engine, [0, 1, 2, 3]))
+    reordered = tokens_of(sample(tiny_engine, [3, 1, 2, 0], slots=slots, branches=branches))
+    assert reordered == [together[i] for i in (3, 1, 2, 0)]
+    fewer = tokens_of(sample(tiny_engine, [0, 1], samples=1, first_sample=2, slots=slots))
+    assert fewer == [[row[2]] for row in together[:2]]
+    assert together[0][0] != together[0][1]
+
+
+def test_branches_end_at_stop_tokens_limits_and_stop_functions(tiny_engine):
+    """A stop token ends a branch and is not part of it; one that hits the limit says so; a function can end one too."""
+    free = tokens_of(sample(tiny_engine, [0, 1, 2], samples=1, sampling=SamplingParams(), max_new_tokens=40))
+    stop = free[0][0][4]
+    requests = [DecodeRequest([PROMPTS[i][-1:]], 40, use_extra_stop_ids=i != 2) for i in range(3)]
+    completions = decode(tiny_engine, PROMPTS[:3], requests, extra_stop_ids=(stop,))
+    for i, (completion,) in enumerate(completions):
+        whole = free[i][0]
+        cut = whole.index(stop) if stop in whole and i != 2 else 40
+        assert completion.tokens == whole[:cut] and completion.finished == (cut < 40)
+    requests = [
+        dataclasses.replace(r, use_extra_stop_ids=False, stop_function=lambda tokens: stop in tokens) for r in requests
+    ]
+    early = decode(tiny_engine, PROMPTS[:3], requests)[0][0]
+    assert early.finished and 5 <= len(early.tokens) < 40 and early.tokens == free[0][0][: len(early.tokens)]
+
+
+def test_an_error_in_one_decoder_thread_ends_both(tiny_engine):
+    """What goes wrong in a thread is raised by `run_tasks`, and so is an interruption; no thread is left behind."""
+    engine = with_threads(tiny_engine, 2)
+
+    def task(i):
+        yield PrefillRequest(PROMPTS[i])
+        yield DecodeRequest([PROMPTS[i][-1:]] * 3, 12)
+        if i == 3:
+            raise ValueError("no answer")
+
+    running, capacity = threading.active_count(), DecoderCapacity(2, 3, ((1, 12),))
+    with pytest.raises(ValueError, match="no answer"):
+        list(run_tasks(engine, dict(enumerate(map(task, range(4)))), list(map(len, PROMPTS)), capacity))
+    assert threading.active_count() == running
+    results = run_tasks(engine, dict(enumerate(map(task, (0, 1, 2, 0)))), list(map(len, PROMPTS)), capacity)
+    next(results)
+    results.close()
+    assert threading.active_count() == running
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_task_returns_once(tiny_engine, threads):
+    """Tasks of several requests, lengths in three classes, some without any branch: each result once, by its number."""
+    rng = np.random.default_rng(1)
+    lengths = [5, 300, 30, 700, 290, 12, 600, 40]
+    prompts = [rng.integers(3, 131, n).tolist() for n in lengths]
+
+    def task(i):
+        yield PrefillRequest(prompts[i])
+        first = yield DecodeRequest([prompts[i][-1:]] * (i % 3), 3 + i)
+        yield PrefillRequest(prompts[0])
+        then = yield DecodeRequest([prompts[0][-1:] + completion.tokens for completion in first], 4)
+        return i, [len(completion.tokens) for completion in (*first, *then)]
+
+    capacity, tasks = DecoderCapacity(2, 2, ((1, 10), (11, 4))), dict(enumerate(map(task, range(8))))
+    found = dict(run_tasks(with_threads(tiny_engine, threads), tasks, lengths, capacity))
+    assert found == {i: (i, [3 + i] * (i % 3) + [4] * (i % 3)) for i in range(8)}
+
+
+def test_length_classes_with_few_members_join_the_next():
+    lengths = [5, 300, 30, 700, 290, 12, 600, 40]
+    assert length_classes(lengths, 2) == [[0, 2, 5, 7], [1, 4], [3, 6]]
+    assert length_classes(lengths, 3) == [[0, 2, 5, 7], [1, 3, 4, 6]]
