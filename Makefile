@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-launch lint clean
+.PHONY: quickstart test test-compat test-launch lint clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m roserag_jax.train --config configs/quickstart.py
@@ -13,6 +13,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# What is written for other programs, read by transformers 4 and its PEFT in an environment of theirs.
+test-compat: $(VENV)/.test .venv-compat/.installed
+	COMPAT_PYTHON=$(CURDIR)/.venv-compat/bin/python $(BIN)/python -m pytest -n 0 -q tests/compat
 
 # The files of launch/, each checked by its own tool, without any cloud.
 test-launch: .venv-launch/.installed
@@ -37,5 +41,10 @@ $(VENV)/.test: $(VENV)/.core
 	.venv-launch/bin/python -m pip --disable-pip-version-check install -q -r launch/requirements.txt
 	touch $@
 
+.venv-compat/.installed: tests/compat/requirements.txt
+	test -x .venv-compat/bin/pip || $(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip --disable-pip-version-check install -q -r tests/compat/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-launch *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat .venv-launch *.egg-info .pytest_cache .ruff_cache

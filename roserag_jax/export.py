@@ -1,4 +1,4 @@
-"""Merge the adapter into the base model and write a Hugging Face folder that transformers and vLLM load.
+"""Merge the adapter into the base model and write a Hugging Face folder that transformers (4 and 5) and vLLM load.
 
 python -m roserag_jax.export --config configs/quickstart.py [--config.export.folder=FOLDER]
 """
@@ -13,6 +13,7 @@ from roserag_jax import cli
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import adapter_folder
 from roserag_jax.hub import merged_export
+from roserag_jax.hub.tokenizer import tokenizer_path
 from roserag_jax.session import Session
 from roserag_jax.workdir import Workdir, is_remote
 
@@ -21,8 +22,6 @@ ORIGIN = "merged_from.json"  # says what a folder was made from, and that it may
 
 def run(config) -> None:
     """The command."""
-    import transformers
-
     workdir, session = Workdir(config.workdir), Session(config)
     asked = epath.Path(config.export.folder).expanduser() if config.export.folder else workdir / "merged"
     if is_remote(asked):
@@ -38,11 +37,11 @@ def run(config) -> None:
         building = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-        merged_export.save_merged(session.model(adapter), session.source, building)
-        session.tokenizer.save_pretrained(building)
-        if not (building / "generation_config.json").exists():  # a GGUF file has none, and a turn must end
-            ends = transformers.GenerationConfig(eos_token_id=list(session.stop_ids), pad_token_id=session.pad_id)
-            ends.save_pretrained(building)
+        names = config.model, config.tokenizer, config.revision or None
+        merged_export.save_weights(session.model(adapter), building)
+        merged_export.save_config(session.source, config.dtype, building)
+        merged_export.save_generation_config(session.source, session.stop_ids, session.pad_id, building)
+        merged_export.save_tokenizer(tokenizer_path(*names), building)
         (building / ORIGIN).write_text(json.dumps({"base": config.model, "adapter": str(adapter)}, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)

@@ -19,11 +19,12 @@ from flax import nnx
 
 from roserag_jax import generate, options, session, train
 from roserag_jax.distributed.mesh import make_mesh
-from roserag_jax.hub import loading, model_files
+from roserag_jax.hub import gguf, loading, model_files
 from roserag_jax.inference.engine import Engine
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
 from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.inference.scheduler import run_tasks
+from roserag_jax.models import rope
 from roserag_jax.models.lora import LoRAConfig
 from roserag_jax.rag import synthetic
 from roserag_jax.training.pair_loader import Pair
@@ -223,6 +224,91 @@ FAMILIES = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
 }
+
+
+GGUF_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+GGUF_CHANGES = {
+    "llama": {"rope_parameters": GGUF_LLAMA3, "tie_word_embeddings": False},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": False},
+    "gemma2": {"sliding_window": 12, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+    "gemma3": {"sliding_window": 12, "query_pre_attn_scalar": 16, "num_hidden_layers": 7},
+}
+
+
+def write_gguf(arch, folder, early=False, **header):
+    """A small random model as a GGUF file, and its transformers configuration; `header` adds or replaces fields.
+
+    Early files of Gemma 2 say nothing of its window and soft-caps.
+    """
+    import torch
+    import transformers
+    from gguf import GGUFWriter
+
+    torch.manual_seed(0)
+    exact = {"rms_norm_eps": 2.0**-20, "max_position_embeddings": 16384}  # a header keeps floats of 32 bits
+    hf = transformers.AutoConfig.for_model(gguf.FAMILIES[arch][0], **(SIZES | exact | GGUF_CHANGES[arch]))
+    model = transformers.AutoModelForCausalLM.from_config(hf)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{arch}.gguf"
+    writer = GGUFWriter(path, arch)
+    writer.add_context_length(hf.max_position_embeddings)
+    writer.add_embedding_length(hf.hidden_size)
+    writer.add_block_count(hf.num_hidden_layers)
+    writer.add_feed_forward_length(hf.intermediate_size)
+    writer.add_head_count(hf.num_attention_heads)
+    writer.add_head_count_kv(hf.num_key_value_heads)
+    writer.add_key_length(hf.head_dim)
+    writer.add_layer_norm_rms_eps(hf.rms_norm_eps)
+    writer.add_vocab_size(hf.vocab_size)
+    rotary = hf.rope_parameters.get("full_attention", hf.rope_parameters)
+    writer.add_rope_freq_base(rotary["rope_theta"])
+    if arch.startswith("gemma") and not early:
+        writer.add_sliding_window(hf.sliding_window)
+    if arch == "gemma2" and not early:
+        writer.add_attn_logit_softcapping(hf.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(hf.final_logit_softcapping)
+    add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+    for key, value in header.items():
+        add[type(value)](key if key.startswith(("general.", "split.")) else f"{arch}.{key}", value)
+    if arch == "llama":
+        plain = rope.inverse_frequencies(hf.head_dim, 5e5)
+        scaled = rope.inverse_frequencies(hf.head_dim, 5e5, tuple(GGUF_LLAMA3.items()))
+        writer.add_tensor("rope_freqs.weight", plain / scaled)
+    names = {"token_embd": "embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+    parts = "attn_norm attn_q attn_k attn_v attn_output attn_q_norm attn_k_norm ffn_norm ffn_gate ffn_up ffn_down "
+    parts = (parts + "post_attention_norm post_ffw_norm").split()
+    layers = [f"blk.{i}.{part}" for i in range(hf.num_hidden_layers) for part in parts]
+    state = {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    for name in [f"{stem}.{kind}" for stem in (*names, *layers) for kind in ("weight", "bias")]:
+        value = state.get(gguf.hf_name(name, arch))
+        if value is None or (name.startswith("output.") and hf.tie_word_embeddings):
+            continue
+        if arch == "llama" and (".attn_q." in name or ".attn_k." in name):
+            heads = hf.num_attention_heads if ".attn_q." in name else hf.num_key_value_heads
+            value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        if arch.startswith("gemma") and "norm" in name:
+            value = value + 1
+        writer.add_tensor(name, np.ascontiguousarray(value, np.float32))
+    finish_gguf(writer)
+    return path, hf
+
+
+def finish_gguf(writer):
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @pytest.fixture(scope="session")

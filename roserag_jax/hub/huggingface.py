@@ -8,6 +8,7 @@ from roserag_jax.models import config as model_config
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# What is read of a tokenizer, and so downloaded, copied and identified.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -20,6 +21,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def read_transformers_config(folder: Path):
@@ -65,6 +67,12 @@ class HuggingFaceFolder:
     def transformers_config(self):
         """The configuration as it was saved."""
         return self._hf
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """List the files of a folder's tokenizer."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return files + sorted(folder.glob(f"{CHAT_TEMPLATES}/*.jinja"))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -52,7 +52,7 @@ def resolve_path(model: str, revision: str | None = None, weights: bool = True) 
     import huggingface_hub
 
     small = (huggingface.CONFIG, huggingface.GENERATION_CONFIG, *huggingface.TOKENIZER_FILES)
-    patterns = [*small, "additional_chat_templates/*"]
+    patterns = [*small, f"{huggingface.CHAT_TEMPLATES}/*.jinja"]
     patterns += [huggingface.WEIGHTS_INDEX, "*.safetensors"] if weights else []
     try:
         # Mistral's repositories hold the weights a second time.
@@ -102,9 +102,8 @@ def fingerprint(model: str, revision: str | None = None, weights: bool = True) -
         return f"{model}@{path.name}"
     small, large = [], part_files(path)
     if path.is_dir():
-        names = (huggingface.CONFIG, huggingface.GENERATION_CONFIG, *huggingface.TOKENIZER_FILES)
-        small = [path / name for name in names if (path / name).is_file()]
-        small += sorted(path.glob("additional_chat_templates/*.jinja"))
+        settings = (path / huggingface.CONFIG, path / huggingface.GENERATION_CONFIG)
+        small = [file for file in settings if file.is_file()] + huggingface.tokenizer_files(path)
         large = huggingface.weight_files(path) if weights else []
     digest = hashlib.sha256()
     for file in (*small, *large):

@@ -51,6 +51,11 @@ def check_ids(ids: Iterable[int], name: str, vocab_size: int) -> None:
         )
 
 
+def tokenizer_path(model: str, tokenizer: str = "", revision: str | None = None) -> Path:
+    """Find the folder or GGUF file that `config.tokenizer`, or where that is empty `config.model`, names."""
+    return resolve_path(tokenizer or model, None if tokenizer else revision, weights=False)
+
+
 def load_tokenizer(model: str, tokenizer: str = "", revision: str | None = None) -> ModelTokenizer:
     """Load the tokenizer of `config.model`, or `config.tokenizer` where that is given, for use with the model.
 
@@ -60,7 +65,7 @@ def load_tokenizer(model: str, tokenizer: str = "", revision: str | None = None)
     path, config = read_config(model, revision)
     if not tokenizer:
         return ModelTokenizer(read_tokenizer(path), f"The tokenizer of {model}", config.vocab_size)
-    named = read_tokenizer(resolve_path(tokenizer, weights=False))
+    named = read_tokenizer(tokenizer_path(model, tokenizer))
     if path.suffix == ".gguf":
         _compare(named, tokenizer, path)
     return ModelTokenizer(named, f"config.tokenizer={tokenizer}", config.vocab_size)

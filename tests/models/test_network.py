@@ -121,7 +121,9 @@ def test_adapter_in_peft_and_back(rslora, tiny_folder, tiny_llama, one_device, t
     assert loaded_lora == lora
     jax.tree.map(np.testing.assert_array_equal, loaded, state)
 
-    merged_export.save_merged(model, opened, tmp_path / "merged", shard_bytes=20_000)
+    (tmp_path / "merged").mkdir()
+    merged_export.save_weights(model, tmp_path / "merged", shard_bytes=20_000)
+    merged_export.save_config(opened, "float32", tmp_path / "merged")
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     np.testing.assert_allclose(ours, hf_logits(merged, TOKENS[0]), atol=1e-5, rtol=0)
