@@ -111,7 +111,7 @@ def _paragraphs(file: epath.Path) -> dict:
         found = read_json(file)
     except UserError:  # more than one value; what is wrong with a row is told where rows are read
         return {}
-    return found if isinstance(found, dict) and "contents" not in found else {}
+    return found if isinstance(found, dict) and not {"contents", "text"} & found.keys() else {}
 
 
 def split_contents(contents: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from roserag_jax.errors import UserError
 from roserag_jax.preference import pairs
 from roserag_jax.rag import layouts, questions
 from roserag_jax.retrieval.cache import Cache
-from roserag_jax.workdir import Workdir
+from roserag_jax.workdir import Workdir, to_jsonl
 
 DATA = Path(__file__).parents[3] / "shared/data"
 HOTPOT = {
@@ -76,6 +76,87 @@ def test_layouts_are_told_by_their_keys(row, lines, tmp_path):
     assert found["contexts"] == CONTEXTS
     assert found.get("metadata", {}).get("type") == (None if row is IRCOT else "bridge")
     assert "context" not in found.get("metadata", {})
+
+
+def test_2wikimultihopqa_as_the_hub_holds_it(tmp_path):
+    """Its table holds lists as JSON text, and null where a row has nothing."""
+    row = {**TWO_WIKI, **{name: json.dumps(TWO_WIKI[name]) for name in ("context", "supporting_facts", "evidences")}}
+    (found,) = questions.read_questions(write(tmp_path / "q.json", row))
+    assert found["contexts"] == CONTEXTS
+    (hidden,) = questions.read_questions(write(tmp_path / "q.json", {**row, "supporting_facts": "null"}))
+    assert hidden["contexts"] == [{name: c[name] for name in ("title", "text")} for c in CONTEXTS]
+    with pytest.raises(UserError, match=r"row of 2wikimultihopqa \(JSON within the row: not valid JSON"):
+        questions.read_questions(write(tmp_path / "q.json", {**row, "context": "[["}))
+
+
+@pytest.mark.parametrize("row", [HOTPOT, HUB, TWO_WIKI, FLASHRAG, DPR, IRCOT])
+def test_null_columns_are_absent_columns(row, tmp_path):
+    """A table has every column in every row; those of other layouts are null there."""
+    others = {key for other in (HOTPOT, HUB, TWO_WIKI, FLASHRAG, DPR, IRCOT) for key in other} - set(row)
+    plain = questions.read_questions(write(tmp_path / "q.json", row))
+    assert questions.read_questions(write(tmp_path / "q.json", {**row, **dict.fromkeys(others)})) == plain
+    gaps = {**row, **dict.fromkeys(others, float("nan"))}
+    assert questions.read_questions(write(tmp_path / "q.json", gaps)) == plain
+
+
+@pytest.mark.parametrize(
+    ("given", "golden"),
+    [
+        ([["Paris", "City of Paris"]], ["Paris", "City of Paris"]),
+        ([[["Paris"], "City of Paris"], None, float("nan"), [], "Paris"], ["Paris", "City of Paris"]),
+        ("Paris", ["Paris"]),
+        ([1801, 1801.0, 3.5, True, False, 0, -7], ["1801", "3.5", "yes", "no", "0", "-7"]),
+        (["nan", "None", "['Paris']", " "], ["nan", "None", "['Paris']"]),
+        ([10**20, 1e15], [str(10**20), "1000000000000000.0"]),
+    ],
+)
+@pytest.mark.parametrize("layout", ["unified", "hotpotqa", "dpr", "flashrag"])
+def test_golden_answers_stay_the_texts_that_they_are(layout, given, golden, tmp_path):
+    rows = {"unified": FLASHRAG | {"metadata": None, "contexts": CONTEXTS}, "flashrag": FLASHRAG}
+    rows |= {"hotpotqa": HOTPOT, "dpr": DPR}
+    name = {"hotpotqa": "answer", "dpr": "answers"}.get(layout, "golden_answers")
+    (found,) = questions.read_questions(write(tmp_path / "q.json", {**rows[layout], name: given}))
+    assert found["golden_answers"] == golden
+
+
+@pytest.mark.parametrize("given", [{"text": "Paris"}, [{"text": "Paris"}], [["Paris", {}]]])
+def test_golden_answers_that_are_objects_are_refused_by_row(given, tmp_path):
+    with pytest.raises(UserError, match=r"line 2: not a row of unified \(text or a number is expected"):
+        questions.read_questions(write(tmp_path / "q.json", FLASHRAG, {**FLASHRAG, "id": 2, "golden_answers": given}))
+
+
+@pytest.mark.parametrize("none", [None, float("nan")])
+def test_titles_and_scores_that_are_nan_are_absent(none, tmp_path):
+    row = {"question": "Who?", "golden_answers": ["Ada", none], "id": none, "metadata": none}
+    row["contexts"] = [{"title": none, "text": "Ada.", "score": none, "is_supporting": none}]
+    row["contexts"] += [{"title": 1984, "text": "A novel.", "score": "2.5", "is_supporting": 1.0}]
+    (found,) = questions.read_questions(write(tmp_path / "q.json", row))
+    assert found["id"] == "1" and found["golden_answers"] == ["Ada"] and found["metadata"] == {}
+    assert found["contexts"] == [
+        {"title": "", "text": "Ada."},
+        {"title": "1984", "text": "A novel.", "score": 2.5, "is_supporting": True},
+    ]
+    assert "NaN" not in to_jsonl([found])
+
+
+@pytest.mark.parametrize(
+    "context",
+    ["text", {"text": 5}, {"text": ["a"]}, {"text": "a", "title": ["t"]}, {"text": "a", "score": "high"}]
+    + [{"text": "a", "score": True}, {"text": "a", "score": 10**400}, {"text": "a", "is_supporting": "yes"}],
+)
+def test_contexts_of_other_types_are_refused_by_row(context, tmp_path):
+    with pytest.raises(UserError, match=r"line 1 \(id '1'\): a context"):
+        questions.read_questions(write(tmp_path / "q.json", {**FLASHRAG, "id": 1, "contexts": [context]}))
+
+
+def test_a_text_in_place_of_sentences_is_the_text(tmp_path):
+    """Also a long one, which is not joined letter by letter."""
+    text = "Ada made it. " * 30_000
+    row = {**HOTPOT, "context": [["It", text], ["Other", ["Not", "this."]]]}
+    (found,) = questions.read_questions(write(tmp_path / "q.json", row))
+    assert [c["text"] for c in found["contexts"]] == [text, "Not this."]
+    with pytest.raises(UserError, match="a list of titles"):
+        questions.read_questions(write(tmp_path / "q.json", {**HUB, "context": {"title": "It", "sentences": "It is"}}))
 
 
 def test_dpr_keeps_scores_and_every_answer(tmp_path):
