@@ -10,6 +10,7 @@ page of each passage; a file of questions prints one JSON object a line: {id, qu
 """
 
 import json
+import sys
 
 from absl import flags
 
@@ -20,6 +21,7 @@ from roserag_jax.inference.respond import respond
 from roserag_jax.rag import answers, corpora, documents, questions
 from roserag_jax.rag.prompts import PromptBuilder, opens_thoughts
 from roserag_jax.retrieval.bm25 import BM25
+from roserag_jax.retrieval.registry import found_nothing
 from roserag_jax.session import Session
 from roserag_jax.workdir import Workdir
 
@@ -48,6 +50,8 @@ def run(config) -> None:
             )
         index = BM25(corpora.read_corpus(config.retrieve.corpus))
         found = index.search([row["question"] for row in without], config.prompt.passages)
+        if nothing := found_nothing(found):
+            print(nothing, file=sys.stderr)
         for row, contexts in zip(without, found, strict=True):
             row["contexts"] = contexts
 

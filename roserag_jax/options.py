@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from roserag_jax.errors import UserError
+from roserag_jax.preference.selection import STRATEGIES
 from roserag_jax.rag import noise
 from roserag_jax.rag.layouts import READERS
 from roserag_jax.rag.prompts import TEMPLATE_ARGUMENTS, check_template_arguments
+from roserag_jax.retrieval.registry import RETRIEVERS
 from roserag_jax.training import losses
 
 
@@ -125,9 +127,9 @@ DATA = {
 RETRIEVE = {
     "retriever": Option(
         "given",
-        "where passages come from: 'given' keeps those of the questions' rows, 'bm25' searches the corpus, 'cache' "
-        "looks each question up in a file",
-        ("given", "bm25", "cache"),
+        "where passages come from: 'given' keeps those of the questions' rows, "
+        + ", ".join(f"'{name}' {spec.help}" for name, spec in RETRIEVERS.items()),
+        ("given", *RETRIEVERS),
     ),
     "corpus": Option(
         "",
@@ -143,12 +145,13 @@ RETRIEVE = {
 @together
 def _retriever_has_its_source(config) -> Faults:
     retrieve = config.retrieve
-    if retrieve.retriever == "bm25" and not retrieve.corpus:
-        yield "retrieve.corpus", "bm25 needs a corpus: a .jsonl file or a folder"
-    if retrieve.retriever == "cache" and not retrieve.cache:
-        yield "retrieve.cache", "name FlashRAG's retrieval_cache.json"
-    if retrieve.cache and retrieve.retriever != "cache":
-        yield "retrieve.cache", "is read with config.retrieve.retriever=cache only"
+    for name, spec in RETRIEVERS.items():
+        for option in spec.needs if name == retrieve.retriever else ():
+            if not retrieve[option]:
+                yield f"retrieve.{option}", f"{name} needs it: {RETRIEVE[option].help}"
+        for option in spec.only if name != retrieve.retriever else ():
+            if retrieve[option]:
+                yield f"retrieve.{option}", f"is read with config.retrieve.retriever={name} only"
 
 
 @together
@@ -240,9 +243,9 @@ def _a_pair_needs_two_candidates(config) -> Faults:
 SELECT = {
     "strategy": Option(
         "hard",
-        "which correct and which incorrect candidate make the pair: the least sure correct and the surest incorrect "
-        "(hard), the reverse (easy), any (random), or every combination (all)",
-        ("hard", "easy", "random", "all"),
+        "which correct and which incorrect candidate make the pair: "
+        + ", ".join(f"{strategy.help} ({name})" for name, strategy in STRATEGIES.items()),
+        (*STRATEGIES,),
     ),
     "match": Option(
         "em", "whether a correct answer equals a golden one (em) or contains it (contains)", ("em", "contains")
@@ -428,8 +431,7 @@ EVALUATE = {
     ),
     "noise": Option(
         ("none",),
-        "noise conditions to compare: none, no_gold, shuffled, or passages added: random<n>, same_topic<n> (BM25's "
-        "best for the question), counterfactual<n> (that state a wrong answer)",
+        f"noise conditions to compare: {noise.describe()}",
         check=_noise_conditions,
     ),
     "max_tokens": Option(160, "most tokens of a response", at_least=1),

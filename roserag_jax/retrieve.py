@@ -15,9 +15,9 @@ from etils import epath
 from roserag_jax import cli, options
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.rag import corpora, documents, files, questions
-from roserag_jax.retrieval.bm25 import BM25
-from roserag_jax.retrieval.cache import Cache, cache_files
+from roserag_jax.rag import documents, files, questions
+from roserag_jax.retrieval.cache import cache_files
+from roserag_jax.retrieval.registry import RETRIEVERS, found_nothing
 from roserag_jax.workdir import Recipe, Workdir, digest, to_jsonl
 
 ARTIFACTS = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
@@ -35,9 +35,9 @@ def recipe(config, split: str) -> Recipe:
     names.append("retrieve.retriever")
     if config.retrieve.retriever != "given":
         names.append("retrieve.k")
-    if config.retrieve.retriever == "cache":
-        names.append("retrieve.cache")
-        inputs |= file_digest(config, "retrieve.cache")
+        for option in RETRIEVERS[config.retrieve.retriever].needs:
+            names.append(f"retrieve.{option}")
+            inputs |= file_digest(config, f"retrieve.{option}")
     if config.retrieve.corpus:  # to search, or to look StrategyQA's paragraphs up
         names.append("retrieve.corpus")
         inputs |= file_digest(config, "retrieve.corpus")
@@ -71,15 +71,6 @@ def _digest_or_error(file) -> str:
         return str(error.strerror)
 
 
-def _retriever(config):
-    """The retriever to search with; None keeps the passages of the rows."""
-    if config.retrieve.retriever == "cache":
-        return Cache(config.retrieve.cache)
-    if config.retrieve.retriever == "bm25":
-        return BM25(corpora.read_corpus(config.retrieve.corpus))
-    return None
-
-
 def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
     """Bring the retrieved rows of the splits up to date.
 
@@ -99,9 +90,11 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
         if workdir.is_up_to_date(name, wanted):
             continue
         rows = questions.questions(config, split)
-        index = index or _retriever(config)
-        if index:
+        if config.retrieve.retriever != "given":
+            index = index or RETRIEVERS[config.retrieve.retriever].build(config.retrieve)
             found = index.search([row["question"] for row in rows], config.retrieve.k)
+            if nothing := found_nothing(found):
+                print(nothing)
             rows = _flagged(rows, found)
         workdir.publish(name, wanted, to_jsonl(rows), len(rows))
         print(f"{name}: {len(rows)} questions, {sum(len(r['contexts']) for r in rows) / len(rows):.1f} passages each.")

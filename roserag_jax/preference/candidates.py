@@ -6,7 +6,6 @@ the plain prompt, where no golden answer is in sight, and the model decodes its 
 gives the log-probability of the whole response under the plain prompt, which is the confidence that selection needs.
 """
 
-import collections
 import dataclasses
 import os
 import re
@@ -17,12 +16,13 @@ from roserag_jax.inference.engine import bucket
 from roserag_jax.inference.requests import Completion, DecoderCapacity, DecodeRequest, PrefillRequest, Task
 from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.models.cache import PrefixCache
+from roserag_jax.preference.selection import dropped_samples
 from roserag_jax.rag import answers
 from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, response_tokens
 
 # First sample index of each source, so that the draws of one do not move when the other's number changes.
 _FIRST_SAMPLE = {"plain": 0, "guided": 1 << 16}
-_SENTENCE_END = re.compile(r"^.*[.!?](?=\s|$)", re.DOTALL)
+_SENTENCE_END = re.compile(r"^.*(?:[.!?\u0964\u06d4\u061f](?=\s|$)|[\u3002\uff01\uff1f\uff61])", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _candidate(rationale: Rationale, answer: str, completion: Completion, golden
         "rationale": rationale.text,
         "answer": answer,
         "source": rationale.source,
-        "correct": bool(answers.exact_match(answer, golden_answers)),
+        "correct": bool(answers.HOTPOTQA.exact_match(answer, golden_answers)),
         "logprob": round(float(completion.forced_logprobs.sum() + completion.logprobs.sum()), 4),
         "tokens": len(completion.forced_logprobs) + len(completion.tokens),
     }
@@ -254,9 +254,3 @@ def summary(rows: list[dict]) -> str:
     if reasons := dropped_samples(rows):
         lines.append(f"  dropped: {reasons}")
     return "\n".join(lines)
-
-
-def dropped_samples(rows: list[dict]) -> str:
-    """How many samples became no candidates, by reason, as a phrase; empty where all did."""
-    counts = sum((collections.Counter(row["dropped"]) for row in rows), collections.Counter())
-    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))

@@ -4,60 +4,110 @@ RoseRAG (arXiv 2502.10993), section 3: chosen is the correct rationale that the 
 incorrect one that it is surest of. Confidence is the log-probability under the plain prompt.
 """
 
+import collections
 import itertools
 import random
 import statistics
+from collections.abc import Callable
+from typing import NamedTuple
 
 from roserag_jax.errors import UserError
-from roserag_jax.preference.candidates import dropped_samples
 from roserag_jax.rag import answers
+from roserag_jax.rag.words import is_unspaced, runs, words
 
 # Words of four letters and more that a rationale can have in common with any passage without having read it.
-_STOCK = set(
+_COMMON = set(
     "about according also answer answered answers because been being both correct final first from given have here "
     "into last more most only other over passage passages question questions relevant said same says short should "
     "since some statement states such than that their them then there therefore these they this thus under very was "
     "were what when where which while with would".split()
 )
-_MATCHES = {"em": answers.exact_match, "contains": answers.contains}
+
+Picked = list[tuple[dict, dict]]
+
+
+class Strategy(NamedTuple):
+    """A way to choose pairs; `pick` gets correct and incorrect candidates, a confidence, and a random generator."""
+
+    help: str
+    pick: Callable[[list[dict], list[dict], Callable[[dict], tuple], random.Random], Picked]
+
+
+STRATEGIES = {
+    "hard": Strategy(
+        "the least sure correct and the surest incorrect one",
+        lambda right, wrong, sure, _: [(min(right, key=sure), max(wrong, key=sure))],
+    ),
+    "easy": Strategy("the reverse", lambda right, wrong, sure, _: [(max(right, key=sure), min(wrong, key=sure))]),
+    "random": Strategy("any", lambda right, wrong, _, rng: [(rng.choice(right), rng.choice(wrong))]),
+    "all": Strategy("every combination", lambda right, wrong, *_: list(itertools.product(right, wrong))),
+}
 
 
 def confidence(candidate: dict, kind: str) -> float:
-    """Log-probability of a response, per token ('mean') or in all ('sum')."""
+    """Log-probability of a response, per token ('mean') or in total ('sum')."""
     return candidate["logprob"] / candidate["tokens"] if kind == "mean" else candidate["logprob"]
 
 
 def evidence(rationale: str, golden_answers: list[str], passages: list[dict]) -> int:
-    """How many different words of the passages a rationale holds, beyond the golden answers' words and stock words.
+    """Count the different words of the passages that a rationale contains, other than the golden answers' and common
+    ones.
 
     The guided prompt's hint is "The answer is ...". A rationale that only restates it leads to the right answer,
     because it contains it, and has the lowest log-probability of all, because nothing supports it: hard selection would
     choose it before any real reading. Such a rationale has no word in common with the passages that it did not get from
-    the hint, in whatever phrase it is put; one that reads them names at least what it reads about. Words are compared
-    after normalisation; those of three letters and less count only as numbers.
+    the hint, however it is phrased; one that reads them names at least what it reads about.
     """
-    words = lambda text: {w for w in answers.normalize(text).split() if len(w) > 3 or w.isdigit()}
-    known = set().union(*(words(answer) for answer in golden_answers)) | _STOCK
-    seen = set().union(*(words(f"{p['title']} {p['text']}") for p in passages))
-    return len((words(rationale) & seen) - known)
+    golden = {"".join(run) for answer in golden_answers for run in runs(answer)}
+    known = set().union(*(_content_words(answer, set()) for answer in golden_answers)) | _COMMON
+    read = set().union(*(_content_words(f"{p['title']} {p['text']}", golden) for p in passages))
+    return len((_content_words(rationale, golden) & read) - known)
 
 
-def supported(golden_answers: list[str], passages: list[dict]) -> bool:
-    """Whether a passage holds a golden answer as whole words, or the question is one of yes or no.
+def _content_words(text: str, golden: set[str]) -> set[str]:
+    """Words that say what a text is about.
+
+    Short words do not: those of three letters and less count only as numbers. Where characters are words, a few in a
+    row count as one: three of Chinese and Japanese, not all hiragana (endings and particles), the first three of a
+    Korean word, eight of the alphabets of Southeast Asia. Golden answers are taken out of such rows first.
+    """
+    found = set()
+    for run in runs(text):
+        if not is_unspaced(run[0]):
+            found |= {w for w in run if len(w) > 3 or w.isdigit()}
+            continue
+        joined, korean = "".join(run), "\uac00" <= run[0] <= "\ud7a3"
+        for answer in golden:
+            joined = joined.partition(answer)[0] if korean else joined.replace(answer, " ")
+        size = 3 if joined[:1] >= "\u2e80" else 8
+        for row in joined.split():
+            pieces = {row[i : i + size] for i in range(1 if korean else len(row)) if len(row) >= i + size}
+            found |= {piece for piece in pieces if not all("\u3040" <= c <= "\u309f" for c in piece)}
+    return found
+
+
+def is_supported(golden_answers: list[str], passages: list[dict]) -> bool:
+    """Whether a passage contains a golden answer as complete words, or the question is a yes/no question.
 
     Where none does, a rationale that leads to the answer took it from the hint or made it up.
     """
-    return answers.closed(golden_answers[0]) or any(answers.holds(p, golden_answers) for p in passages)
+    return answers.is_yes_no(golden_answers[0]) or any(answers.is_answered_by(p, golden_answers) for p in passages)
 
 
-def judged(row: dict, match: str) -> list[dict]:
+def judged(row: dict, match: str, measure: answers.Measure = answers.HOTPOTQA) -> list[dict]:
     """A row's candidates, `correct` by the given match ('em' or 'contains') of their answers."""
-    verdict = _MATCHES[match]
+    verdict = {"em": measure.exact_match, "contains": answers.contains}[match]
     return [{**c, "correct": bool(verdict(c["answer"], row["golden_answers"]))} for c in row["candidates"]]
 
 
-def select(rows: list[dict], passages: dict[str, list[dict]], options, seed: int) -> tuple[list[dict], dict]:
-    """Pairs from candidates, and what became of questions and candidates.
+def select(
+    rows: list[dict],
+    passages: dict[str, list[dict]],
+    options,
+    seed: int,
+    measure: answers.Measure = answers.HOTPOTQA,
+) -> tuple[list[dict], dict]:
+    """Select pairs from candidates, and count what became of questions and candidates.
 
     Args:
       rows: as `generate` writes them.
@@ -68,7 +118,7 @@ def select(rows: list[dict], passages: dict[str, list[dict]], options, seed: int
     Returns:
       Pairs `{id, prompt, passage_spans, chosen, rejected, chosen_logprob, rejected_logprob, margin}`; log-probabilities
       are of the given kind and margin is chosen minus rejected. And counts: `{questions: {reason: dropped},
-      no_evidence, accepted: {source: [correct, of so many]}}`.
+      no_evidence, accepted: {source: [correct, total]}}`.
 
     Raises:
       UserError: no question has both kinds of candidates.
@@ -77,60 +127,23 @@ def select(rows: list[dict], passages: dict[str, list[dict]], options, seed: int
     pairs, dropped = [], dict.fromkeys(reasons, 0)
     counts = {"questions": dropped, "no_evidence": 0, "accepted": {}}
     for row in rows:
-        candidates = judged(row, options.match)
-        for c in candidates:
+        row = {**row, "candidates": judged(row, options.match, measure)}
+        for c in row["candidates"]:
             tally = counts["accepted"].setdefault(c["source"], [0, 0])
             tally[0] += c["correct"]
             tally[1] += 1
         if options.rejection:
-            correct = [c for c in candidates if c["correct"]]
-            wrong = [c for c in candidates if not c["correct"]]
-            shown = passages[row["id"]]
-            bare = lambda c: evidence(c["rationale"], row["golden_answers"], shown) < options.evidence  # noqa: B023
-            right = [c for c in correct if not bare(c)] if options.evidence and shown else correct
-            counts["no_evidence"] += len(correct) - len(right)
-            unsupported = bool(options.supported and right and not supported(row["golden_answers"], shown))
-            right = [] if unsupported else right
+            right, wrong, reason, bare = _checked(row, passages[row["id"]], options)
+            counts["no_evidence"] += bare
         else:
-            right, wrong = ([c for c in candidates if c["source"] == s] for s in ("guided", "plain"))
-            correct, unsupported = right, False
-        if not right or not wrong:
-            if not candidates:
-                reason = "no candidate"
-            elif not options.rejection:
-                reason = "one source only"
-            elif not wrong:
-                reason = "all correct"
-            elif unsupported:
-                reason = "no support"
-            else:
-                reason = "no evidence" if correct else "none correct"
+            right, wrong, reason = _unchecked(row)
+        if reason:
             dropped[reason] += 1
             continue
         sure = lambda c: (confidence(c, options.confidence), c["response"])
-        if options.strategy == "hard":
-            picked = [(min(right, key=sure), max(wrong, key=sure))]
-        elif options.strategy == "easy":
-            picked = [(max(right, key=sure), min(wrong, key=sure))]
-        elif options.strategy == "random":
-            rng = random.Random(f"{seed}/{row['id']}")
-            picked = [(rng.choice(right), rng.choice(wrong))]
-        else:
-            picked = list(itertools.product(right, wrong))
-        for chosen, rejected in picked:
-            ours, theirs = confidence(chosen, options.confidence), confidence(rejected, options.confidence)
-            pairs.append(
-                {
-                    "id": row["id"],
-                    "prompt": row["prompt"],
-                    "passage_spans": row.get("passage_spans", []),
-                    "chosen": chosen["response"],
-                    "rejected": rejected["response"],
-                    "chosen_logprob": round(ours, 4),
-                    "rejected_logprob": round(theirs, 4),
-                    "margin": round(ours - theirs, 4),
-                }
-            )
+        rng = random.Random(f"{seed}/{row['id']}")
+        picked = STRATEGIES[options.strategy].pick(right, wrong, sure, rng)
+        pairs += [_pair(row, chosen, rejected, options.confidence) for chosen, rejected in picked]
     if not pairs:
         raise UserError(
             f"No pair survived selection: of {len(rows)} questions {describe(dropped)}. A pair needs a correct and an "
@@ -138,6 +151,54 @@ def select(rows: list[dict], passages: dict[str, list[dict]], options, seed: int
             "more questions."
         )
     return pairs, counts
+
+
+def _checked(row: dict, shown: list[dict], options) -> tuple[list[dict], list[dict], str, int]:
+    """Candidates that may be chosen and rejected, why there is no pair ('' if there is), and how many correct ones name
+    nothing that the passages say."""
+    golden = row["golden_answers"]
+    correct = [c for c in row["candidates"] if c["correct"]]
+    wrong = [c for c in row["candidates"] if not c["correct"]]
+    right, reason = correct, ""
+    if options.evidence and shown:
+        right = [c for c in correct if evidence(c["rationale"], golden, shown) >= options.evidence]
+    if not row["candidates"]:
+        reason = "no candidate"
+    elif not wrong:
+        reason = "all correct"
+    elif right and options.supported and not is_supported(golden, shown):
+        reason = "no support"
+    elif not right:
+        reason = "no evidence" if correct else "none correct"
+    return right, wrong, reason, len(correct) - len(right)
+
+
+def _unchecked(row: dict) -> tuple[list[dict], list[dict], str]:
+    """Guided and plain candidates, and why there is no pair ('' if there is)."""
+    guided, plain = ([c for c in row["candidates"] if c["source"] == source] for source in ("guided", "plain"))
+    if not row["candidates"]:
+        return guided, plain, "no candidate"
+    return guided, plain, "" if guided and plain else "one source only"
+
+
+def _pair(row: dict, chosen: dict, rejected: dict, kind: str) -> dict:
+    high, low = confidence(chosen, kind), confidence(rejected, kind)
+    return {
+        "id": row["id"],
+        "prompt": row["prompt"],
+        "passage_spans": row.get("passage_spans", []),
+        "chosen": chosen["response"],
+        "rejected": rejected["response"],
+        "chosen_logprob": round(high, 4),
+        "rejected_logprob": round(low, 4),
+        "margin": round(high - low, 4),
+    }
+
+
+def dropped_samples(rows: list[dict]) -> str:
+    """How many samples became no candidates, by reason, as a phrase; empty where all did."""
+    counts = sum((collections.Counter(row["dropped"]) for row in rows), collections.Counter())
+    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
 
 
 def describe(dropped: dict[str, int]) -> str:
@@ -185,7 +246,7 @@ def length_warning(pairs: list[dict]) -> str | None:
 
 
 def _words(pairs: list[dict], side: str) -> list[int]:
-    return [len(pair[side].split()) for pair in pairs]
+    return [len(words(pair[side])) for pair in pairs]
 
 
 def _quartiles(values: list[float]) -> list[float]:

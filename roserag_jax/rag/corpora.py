@@ -11,6 +11,7 @@ from roserag_jax.rag import documents
 from roserag_jax.rag.documents import Paragraph, Unreadable
 from roserag_jax.rag.files import HUB, open_rows, read_json
 from roserag_jax.rag.layouts import as_text
+from roserag_jax.rag.words import pieces as word_pieces
 
 CHUNK_WORDS = 120
 
@@ -121,7 +122,7 @@ def split_contents(contents: str) -> tuple[str, str]:
     return title.strip().strip('"'), text.strip()
 
 
-_WORD = re.compile(r"\S+\s*")
+_FULL_STOP = re.compile(r"[\u3002\uff01\uff1f\uff61]")
 
 
 def chunks(paragraphs: Iterable[Paragraph], words: int, overlap: int = 0) -> Iterator[tuple[str, dict]]:
@@ -133,7 +134,7 @@ def chunks(paragraphs: Iterable[Paragraph], words: int, overlap: int = 0) -> Ite
     chunk, place, only_headings = [], {}, True
     text = lambda: "".join(chunk).strip()
     for paragraph in paragraphs:
-        pieces = _WORD.findall(f"{paragraph.text} ")
+        pieces = word_pieces(f"{paragraph.text} ")
         if paragraph.place != place:
             if not only_headings:
                 yield text(), place
@@ -143,7 +144,7 @@ def chunks(paragraphs: Iterable[Paragraph], words: int, overlap: int = 0) -> Ite
             yield text(), place
             chunk, only_headings = chunk[max(0, len(chunk) - overlap) :], True
         while len(pieces) > 2 * words:
-            room = max(1, words - len(chunk))
+            room = _until_sentence(pieces, max(1, words - len(chunk)))
             chunk, pieces = chunk + pieces[:room], pieces[room:]
             yield text(), place
             chunk = chunk[max(0, len(chunk) - overlap) :]
@@ -151,3 +152,9 @@ def chunks(paragraphs: Iterable[Paragraph], words: int, overlap: int = 0) -> Ite
         only_headings = only_headings and paragraph.is_heading
     if chunk:
         yield text(), place
+
+
+def _until_sentence(pieces: list[str], most: int) -> int:
+    """How many of the first pieces to take so that a sentence of a script without spaces is not cut, at most `most`."""
+    ends = (n for n in range(most, most // 2, -1) if _FULL_STOP.search(pieces[n - 1]))
+    return next(ends, most)

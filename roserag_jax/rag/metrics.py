@@ -7,7 +7,7 @@ import numpy as np
 from roserag_jax.rag import answers
 
 
-def score_row(row: dict, prediction: str, parsed: bool) -> dict:
+def score_row(row: dict, prediction: str, parsed: bool, measure: answers.Measure = answers.HOTPOTQA) -> dict:
     """Scores of one prediction, and what the summary groups by.
 
     Args:
@@ -16,8 +16,8 @@ def score_row(row: dict, prediction: str, parsed: bool) -> dict:
     golden = row["golden_answers"]
     flags = [c.get("is_supporting") for c in row.get("contexts", [])]
     return {
-        "em": answers.exact_match(prediction, golden),
-        "f1": answers.f1(prediction, golden),
+        "em": measure.exact_match(prediction, golden),
+        "f1": measure.f1(prediction, golden),
         "contains": answers.contains(prediction, golden),
         "parsed": float(parsed),
         "accuracy": answers.yes_no_accuracy(prediction, golden),
@@ -29,8 +29,12 @@ def score_row(row: dict, prediction: str, parsed: bool) -> dict:
 def interval(values: list[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95% percentile bootstrap interval of a mean."""
     values = np.asarray(values)
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+    rng, means = np.random.default_rng(seed), []
+    rows = max(1, 10**6 // len(values))  # draws at a time, for their memory; the generator's stream is the same
+    for first in range(0, draws, rows):
+        picks = rng.integers(0, len(values), (min(rows, draws - first), len(values)))
+        means.append(values[picks].mean(axis=1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -65,7 +69,7 @@ def distraction_ratio(closed_book: float, rag: float) -> float | None:
     return max(0.0, (closed_book - rag) / closed_book) if closed_book else None
 
 
-def paired(ours: list[float], theirs: list[float], draws: int = 10_000, seed: int = 0) -> dict:
+def paired(scores: list[float], others: list[float], draws: int = 10_000, seed: int = 0) -> dict:
     """Two runs on the same questions, compared question by question.
 
     Returns:
@@ -75,7 +79,7 @@ def paired(ours: list[float], theirs: list[float], draws: int = 10_000, seed: in
     """
     from scipy import stats
 
-    difference = np.asarray(ours) - np.asarray(theirs)
+    difference = np.asarray(scores) - np.asarray(others)
     changed = difference[difference != 0]  # a swap changes nothing on the others
     p = 1.0  # also of a single change, which a swap makes no smaller
     if len(changed) > 1:

@@ -14,10 +14,10 @@ from pathlib import Path
 from etils import epath
 
 from roserag_jax.errors import UserError
+from roserag_jax.rag.noise import CONDITIONS, parse
 from roserag_jax.report.comparison import load
 
 _LABELS = {"em": "EM (%)", "f1": "F1 (%)"}
-_NOISE = ("none", "shuffled", "no_gold", "random", "same_topic", "counterfactual")
 
 
 def curves(results: dict[str, dict], over: str, noise: str = "none", passages: int = 0) -> tuple[list, dict]:
@@ -40,8 +40,14 @@ def curves(results: dict[str, dict], over: str, noise: str = "none", passages: i
     lines = collections.defaultdict(dict)
     for result in found:
         lines[result["system"]][result[over]] = result
-    kind = lambda name: name.rstrip("0123456789")
-    order = lambda v: v if over == "passages" else (_NOISE.index(kind(v)), int(v[len(kind(v)) :] or 0))
+    kinds = list(CONDITIONS)
+
+    def order(value):
+        if over == "passages":
+            return value
+        kind, number = parse(value)
+        return kinds.index(kind), number
+
     axis = sorted({value for line in lines.values() for value in line}, key=order)
     if len(axis) < 2:
         raise UserError(f"There are {len(axis)} values of {over} to draw; evaluate more (config.evaluate.{over}).")

@@ -21,7 +21,7 @@ PASSAGES = [{"title": "Cabin", "text": "The cabin of 1850 stands in Bath, Maine,
         ("The year is 1850.", 1),
     ],
 )
-def test_evidence_is_what_the_hint_did_not_say(rationale, named):
+def test_evidence_is_what_the_hint_does_not_give(rationale, named):
     assert selection.evidence(rationale, ["Bath, Maine"], PASSAGES) == named
 
 
@@ -52,7 +52,7 @@ WRONG, WORSE = candidate("No idea.", "Rome", -15.0, "plain"), candidate("None at
 ALL = [HINTED, SURE, UNSURE, LONG, WRONG, WORSE]
 
 
-def test_a_restated_hint_is_not_chosen():
+def test_select_never_chooses_a_restated_hint():
     pairs, counts = chosen_and_rejected(ALL)
     assert pairs == [("Kennebec runs by it.", "No idea.")] and counts["no_evidence"] == 1
     assert chosen_and_rejected(ALL, evidence=0)[0] == [("The answer is Bath.", "No idea.")]
@@ -60,10 +60,10 @@ def test_a_restated_hint_is_not_chosen():
         chosen_and_rejected([HINTED, WRONG])
 
 
-def test_an_answer_that_no_passage_holds_may_be_left_out():
+def test_select_leaves_out_unsupported_answers():
     """`select.supported`: what leads to such an answer came from the hint. Yes and no stand nowhere and are kept."""
-    assert selection.supported(["Oslo", "bath"], PASSAGES) and selection.supported(["Yes"], PASSAGES)
-    assert not selection.supported(["Ba"], PASSAGES) and not selection.supported(["Rome"], [])
+    assert selection.is_supported(["Oslo", "bath"], PASSAGES) and selection.is_supported(["Yes"], PASSAGES)
+    assert not selection.is_supported(["Ba"], PASSAGES) and not selection.is_supported(["Rome"], [])
     assert chosen_and_rejected(ALL, supported=True)[0] == chosen_and_rejected(ALL)[0]
     made_up = [candidate("The Kennebec runs by it.", "Rome", -5.0), SURE]
     assert len(chosen_and_rejected(made_up, golden=["Rome"])[0]) == 1
@@ -71,7 +71,7 @@ def test_an_answer_that_no_passage_holds_may_be_left_out():
         chosen_and_rejected(made_up, golden=["Rome"], supported=True)
 
 
-def test_strategies_and_matches():
+def test_select_strategies_and_matches():
     assert chosen_and_rejected(ALL, strategy="easy")[0] == [("The cabin stands there.", "None at all.")]
     assert len(chosen_and_rejected(ALL, strategy="all")[0]) == 2 * 3  # 'Bath, Maine' is not exactly 'Bath'
     pairs, counts = chosen_and_rejected(ALL, strategy="all", match="contains")
@@ -79,7 +79,7 @@ def test_strategies_and_matches():
     assert chosen_and_rejected(ALL, strategy="random")[0] == chosen_and_rejected(ALL, strategy="random")[0]
 
 
-def test_without_rejection_nothing_is_checked():
+def test_select_without_rejection_checks_nothing():
     """Any guided candidate may be chosen, also a wrong one or a restated hint, and any plain one rejected."""
     right = candidate("The cabin is in Bath.", "Bath", -1.0, "plain")
     wrong = candidate("The cabin is in Rome.", "Rome", -50.0)
@@ -94,7 +94,7 @@ def test_without_rejection_nothing_is_checked():
         options.validate(config)
 
 
-def test_what_is_said():
+def test_summary_counts_candidates_and_pairs():
     select = options.defaults().select
     row = {"prompt": "p", "golden_answers": ["Bath"], "candidates": ALL, "dropped": {"repeated": 2}}
     rows = [{**row, "id": str(i)} for i in range(4)] + [{**row, "id": "x", "candidates": [SURE]}]
@@ -106,8 +106,54 @@ def test_what_is_said():
     assert "dropped while generating: 10 repeated" in said and "words, median: chosen 6, rejected 4" in said
 
 
-def test_a_difference_of_mere_length_is_told():
+def test_length_warning_of_pairs_told_apart_by_length():
     pair = lambda chosen, rejected: {"chosen": "w " * chosen, "rejected": "w " * rejected}
     assert selection.length_warning([pair(20, 18), pair(15, 16), pair(30, 9)]) is None
     assert "chosen response is the longer one in 100%" in selection.length_warning([pair(30, 10)] * 5)
     assert "the rejected response" in selection.length_warning([pair(10, 30)] * 4 + [pair(20, 10)])
+
+
+# A museum founded by Lady Lund; rationales that restate the hint, and rationales that read the passage.
+READINGS = {
+    "Chinese": (
+        "燕鸥博物馆由伦德女士于1901年创办，位于下谷镇。",
+        "伦德女士",
+        [
+            "答案是伦德女士。",
+            "因此，根据段落，正确的答案是伦德女士。",
+        ],
+        ["段落一说燕鸥博物馆由伦德女士创办。"],
+    ),
+    "Japanese": (
+        "伝説によると、カモメ博物館はランド夫人が設立しました。",
+        "ランド夫人",
+        ["段落によると、答えはランド夫人です。"],
+        ["段落1は、カモメ博物館の創設者がランド夫人だと述べている。"],
+    ),
+    "Korean": (
+        "갈매기 박물관은 1901년에 런드 여사가 설립했습니다.",
+        "런드 여사",
+        ["정답은 런드 여사입니다."],
+        ["런드 여사가 박물관을 세웠습니다."],
+    ),
+    "Thai": (
+        "พิพิธภัณฑ์นกนางนวลก่อตั้งโดยเลดี้ลุนด์",
+        "เลดี้ลุนด์",
+        ["คำตอบคือเลดี้ลุนด์"],
+        ["พิพิธภัณฑ์นี้ก่อตั้งโดยเลดี้ลุนด์"],
+    ),
+    "Russian": (
+        "Музе\u0301й основала леди Лунд.",
+        "леди Лунд",
+        ["The answer is леди Лунд."],
+        ["В первом отрывке: музей основала леди Лунд."],
+    ),
+}
+
+
+@pytest.mark.parametrize("language", READINGS)
+def test_evidence_in_languages(language):
+    passage, golden, restated, read = READINGS[language]
+    passages = [{"title": "", "text": passage}]
+    assert [selection.evidence(text, [golden], passages) for text in restated] == [0] * len(restated)
+    assert all(selection.evidence(text, [golden], passages) >= 1 for text in read)

@@ -20,8 +20,8 @@ from roserag_jax.rag import answers
     ],
 )
 def test_scores_equal_the_official_ones(prediction, golden, em, f1):
-    assert answers.exact_match(prediction, golden) == em
-    assert answers.f1(prediction, golden) == pytest.approx(f1)
+    assert answers.HOTPOTQA.exact_match(prediction, golden) == em
+    assert answers.HOTPOTQA.f1(prediction, golden) == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,87 @@ def test_parse(response, expected):
 )
 def test_parse_reads_behind_thoughts(response, thinking, expected):
     assert answers.parse(response, thinking) == expected
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        (
+            "在北方。\nAnswer：北京。",
+            ("在北方。", "北京", True),
+        ),
+        (
+            "在北方。Answer：「北京」。",
+            ("在北方。", "北京", True),
+        ),
+        ("It is so! Answer: “Bath.”", ("It is so!", "Bath", True)),
+        (
+            "है। Answer: दिल्ली।",
+            ("है।", "दिल्ली", True),
+        ),
+        ("So.\n\ufeffAnswer: Bath", ("So.", "Bath", True)),
+        ("So.\nAn\u200bswer: Bath", ("So.", "Bath", True)),
+        ("北京。", ("北京。", "北京", False)),
+    ],
+)
+def test_parse_of_other_scripts(response, expected):
+    assert answers.parse(response) == expected
+
+
+# The values of the official scripts (facebookresearch/MLQA, apple/ml-mkqa).
+@pytest.mark.parametrize(
+    ("metric", "language", "prediction", "golden", "em", "f1"),
+    [
+        ("mlqa", "zh", "《燕鸥博物馆》。", "燕鸥博物馆", 1, 1),
+        ("mlqa", "zh", "北京市", "北京", 0, 0.8),
+        ("mlqa", "zh", "NASA总部", "NASA 总部", 1, 1),
+        ("mlqa", "es", "El Río Grande", "río grande", 1, 1),
+        ("mlqa", "de", "“Der Kaiser”", "Kaiser", 1, 1),
+        ("mlqa", "ar", "الكتاب", "كتاب", 1, 1),
+        ("mlqa", "vi", "của Hà Nội", "Hà Nội", 1, 1),
+        ("mlqa", "hi", "दिल्ली।", "दिल्ली", 1, 1),
+        ("mlqa", "en", "yes indeed", "yes", 0, 2 / 3),
+        ("mlqa", "en", "the", "a", 1, 0),
+        ("mkqa", "ja", "東京都", "東京", 0, 0.8),
+        ("mkqa", "ja", "東京。", "東京", 0, 0.8),
+        (
+            "mkqa",
+            "th",
+            "กรุงเทพมหานคร",
+            "กรุงเทพ",
+            0,
+            0.7,
+        ),
+        ("mkqa", "fr", "les Alpes du Nord", "Alpes Nord", 0, 0.8),
+        ("mkqa", "ko", "서울 은", "서울", 0, 2 / 3),
+        ("mkqa", "zh_tw", "101 大樓", "101大樓", 1, 1),
+        ("mkqa", "hu", "a Duna", "Duna", 1, 1),
+        ("mkqa", "en", "the", "a", 1, 1),
+    ],
+)
+def test_scores_of_languages_equal_the_official_ones(metric, language, prediction, golden, em, f1):
+    measure = answers.Measure(metric, language)
+    assert measure.exact_match(prediction, ["x", golden]) == em
+    assert measure.f1(prediction, ["x", golden]) == pytest.approx(f1)
+
+
+def test_measure_of_an_unknown_language_is_refused():
+    for metric, language in (("mlqa", "ja"), ("mkqa", ""), ("mkqa", "zh")):
+        with pytest.raises(ValueError, match=f"{metric} is defined for ar, "):
+            answers.Measure(metric, language)
+
+
+@pytest.mark.parametrize(
+    ("text", "golden", "expected"),
+    [
+        ("首都是北京。", "北京", 1),
+        ("東京は首都です。", "東京", 1),
+        ("수도는 서울이다.", "서울", 1),
+        ("م\u064fتحف", "متحف", 1),
+        ("Paris–Dakar", "Paris", 1),
+        ("Parisian", "Paris", 0),
+    ],
+)
+def test_contains_answers_of_scripts(text, golden, expected):
+    assert answers.contains(text, [golden]) == expected
+    assert answers.is_answered_by({"title": "", "text": text}, [golden]) == bool(expected)

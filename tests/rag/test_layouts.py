@@ -279,7 +279,7 @@ def test_gold_is_flagged_where_the_corpus_has_it(tmp_path, capsys):
     flags = {}
     for name, text in (("same", "It is old. Ada made it."), ("other", "It is old, and Ada made it.")):
         config.workdir = str(tmp_path / name)
-        rows = [{"id": "1", "contents": f'"It"\n{text}'}, {"id": "2", "contents": '"Other"\nNot this.'}]
+        rows = [{"id": "1", "contents": f'"It"\n{text}'}, {"id": "2", "contents": '"Other"\nNot made.'}]
         config.retrieve.corpus = write(tmp_path / f"{name}.json", *rows)
         retrieve.make(config, Workdir(config.workdir), ("eval",))
         (row,) = Workdir(config.workdir).rows("retrieved_eval.jsonl")

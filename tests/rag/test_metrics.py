@@ -37,3 +37,18 @@ def test_paired_of_right_and_wrong_is_mcnemars():
     assert metrics.paired([1.0, 0.0, 1.0], [0.0, 0.0, 1.0])["p"] == 1.0
     surer = metrics.paired(np.tile(ours, 5), np.tile(theirs, 5))
     assert surer["p"] < found["p"] and surer == metrics.paired(np.tile(ours, 5), np.tile(theirs, 5))
+
+
+def test_interval_of_many_values_is_bounded_in_memory():
+    """The same as of all draws at once, in a fraction of the memory: a million values would take 30 GB."""
+    import tracemalloc
+
+    values = np.random.default_rng(1).random(1237)
+    picks = np.random.default_rng(3).integers(0, 1237, (501, 1237))
+    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
+    assert metrics.interval(values, 501, 3) == (low, high)
+    values = np.random.default_rng(2).random(10**6)
+    tracemalloc.start()
+    low, high = metrics.interval(values, 20)
+    assert low < values.mean() < high and tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()

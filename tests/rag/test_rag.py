@@ -7,7 +7,7 @@ import pytest
 from conftest import write_lines as write
 
 from roserag_jax.errors import UserError
-from roserag_jax.rag import corpora, questions
+from roserag_jax.rag import corpora, documents, questions, words
 
 ROW = {
     "id": "q1",
@@ -61,7 +61,18 @@ def test_corpora(tmp_path):
     best = BM25(passages).search(["Which colour is moss?"], 2)[0]
     assert "green" in best[0]["text"] and best[0]["score"] > best[1]["score"]
     with pytest.raises(UserError, match="None of the 1 passages has a word"):
-        BM25([{"title": "", "text": "The and of."}])
+        BM25([{"title": "", "text": "\u2026!"}])
     for bad in ("", str(tmp_path / "none"), write(tmp_path / "x.jsonl", {"id": 1})):
         with pytest.raises(UserError):
             corpora.read_corpus(bad)
+
+
+def test_chunks_of_text_without_spaces():
+    """A book in Chinese is many passages, cut behind sentences, with nothing lost."""
+    sentence = "燕鸥博物馆由伦德女士于1901年创办，位于下谷镇。"
+    made = [text for text, _ in corpora.chunks([documents.Paragraph(sentence * 60)], 120)]
+    assert "".join(made) == sentence * 60
+    assert all(text.endswith("。") and 60 <= len(words.words(text)) <= 240 for text in made) and len(made) > 8
+    thai = "พิพิธภัณฑ์นกนางนวลก่อตั้งโดยเลดี้ลุนด์" * 60
+    made = [text for text, _ in corpora.chunks([documents.Paragraph(thai)], 120)]
+    assert "".join(made) == thai and all(len(words.words(text)) <= 240 for text in made)
