@@ -118,8 +118,8 @@ def report(arguments, names: set[str]) -> None:
     write_atomic(arguments.workdir / "table.md", "\n\n".join(tables) + "\n")
     in_curves = {name: r for name, r in results.items() if r["system"] in ("closed_book", "base", *CURVES)}
     made = [arguments.workdir / "table.md"]
-    for over, asked, known in (("passages", arguments.passages, arguments.at), ("noise", arguments.noise, "none")):
-        if {*asked} - {known}:
+    for over, requested, known in (("passages", arguments.passages, arguments.at), ("noise", arguments.noise, "none")):
+        if {*requested} - {known}:
             made.append(arguments.workdir / f"{over}.svg")
             plot.draw(in_curves, made[-1], over, passages=arguments.noise_at)
     print(f"Wrote {', '.join(map(str, made))}.")
@@ -145,15 +145,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     command("generate", arguments, shared)
-    asked = [name for name in ROWS if name in ("roserag", *arguments.rows)]
+    requested = [name for name in ROWS if name in ("roserag", *arguments.rows)]
     budget = 0
-    for name in asked:
+    for name in requested:
         budget = train(arguments, name, budget)
 
-    drawn = [name for name in CURVES if name in asked]
+    drawn = [name for name in CURVES if name in requested]
     evaluated = {"closed_book"}
     for names, passages, noise in (
-        (asked, (arguments.at,), ("none",)),
+        (requested, (arguments.at,), ("none",)),
         (drawn, tuple(arguments.passages), ("none",)),
         (drawn, (arguments.noise_at,), ("none", *arguments.noise) if arguments.noise else ()),
     ):

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from roserag_jax import signals
 from roserag_jax.errors import UserError, disk_error
 from roserag_jax.options import defaults, describe, validate, walk
+from roserag_jax.workdir import to_json
 
 
 def get_config() -> ConfigDict:
@@ -111,6 +112,11 @@ def messages_on_stderr() -> Iterator[TextIO]:
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         yield stdout
+
+
+def json_line(row: dict, file: TextIO) -> str:
+    """A row as a line of JSON that a stream can encode, whatever its encoding."""
+    return to_json(row, ascii_only="utf" not in (file.encoding or "utf-8").lower())
 
 
 def print_help(doc: str) -> None:

@@ -12,7 +12,6 @@ import functools
 import json
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -22,46 +21,37 @@ from roserag_jax import cli, options, retrieve
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
 from roserag_jax.inference.respond import respond
+from roserag_jax.inputs import input_digest
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, corpora, metrics
 from roserag_jax.rag.noise import Noise
 from roserag_jax.rag.prompts import PromptBuilder, opens_thoughts
 from roserag_jax.report.comparison import summary
 from roserag_jax.retrieval.bm25 import BM25
-from roserag_jax.session import Session
-from roserag_jax.workdir import PartialResults, Recipe, Workdir, digest, resolve_path, to_jsonl
+from roserag_jax.session import Session, adapter_digest, adapter_folder, checked_adapter
+from roserag_jax.workdir import RETRIEVED, PartialResults, Recipe, Workdir, resolve_path, to_json, to_jsonl
+
+# What follows a system's name in that of an evaluation; see `artifact`.
+_ENDS_LIKE_AN_EVALUATION = re.compile(r"-(k\d+|none|no_gold|shuffled|(random|same_topic|counterfactual)\d+)$")
 
 
-def adapter_folder(config, workdir: Workdir) -> epath.Path:
-    """The adapter that the configuration names, or the workdir's own."""
-    return epath.Path(config.adapter).expanduser() if config.adapter else workdir / "adapter"
-
-
-def adapter_in_use(config, workdir: Workdir) -> epath.Path | None:
-    """The adapter to answer with: the one that is named, else the workdir's if it has one; the choice is shown."""
-    folder = adapter_folder(config, workdir)
-    found = config.adapter or workdir.manifest("adapter") is not None
-    print(f"Model: {config.model}, {f'adapter: {folder}' if found else 'no adapter'}", file=sys.stderr)
-    return folder if found else None
-
-
-def systems(config, workdir: Workdir) -> dict[str, epath.Path | None]:
-    """The systems to compare by name, each with its adapter; those of `evaluate.adapters` go by their folder's name.
+def systems(config) -> dict[str, epath.Path | None]:
+    """The systems to compare by name; those of `evaluate.adapters`, with their folder, are called by its name.
 
     Raises:
-      UserError: two adapters have one name, or one is not there.
+      UserError: two adapters have one name, one's name could be that of an evaluation, or one is absent or damaged.
     """
-    found = {name: adapter_folder(config, workdir) if name == "adapter" else None for name in config.evaluate.systems}
+    found = dict.fromkeys(config.evaluate.systems)
     for folder in map(resolve_path, config.evaluate.adapters):
         name = folder.parent.name if folder.name == "adapter" else folder.name
-        name = re.sub(r"[^\w-]+", "_", name)
-        if name in (*found, "closed_book", "base", "adapter"):
-            raise UserError(f"config.evaluate.adapters: {folder} would be called {name!r}, which is taken; rename it.")
-        found[name] = folder
-    for name, folder in found.items():
-        own = name == "adapter" and not config.adapter  # the workdir's, which may be yet to come
-        if folder is not None and not own and not folder.exists():
-            raise UserError(f"There is no adapter {folder}.")
+        name = re.sub(r"[^\w-]+", "_", name) or "root"
+        taken = {other.lower() for other in (*found, "closed_book", "base", "adapter")}  # some file systems ignore case
+        if name.lower() in taken or _ENDS_LIKE_AN_EVALUATION.search(name):
+            why = "is taken" if name.lower() in taken else "is how an evaluation with other passages or noise is called"
+            raise UserError(f"config.evaluate.adapters: {folder} would be called {name!r}, which {why}; rename it.")
+        found[name] = checked_adapter(folder)
+    if config.adapter and "adapter" in found:  # the workdir's own may be yet to come
+        checked_adapter(config.adapter)
     return found
 
 
@@ -72,16 +62,17 @@ def artifact(system: str, passages: int | None, noise: str) -> str:
     return f"eval/{system}" + (f"-k{passages}" if passages else "") + (f"-{noise}" if noise != "none" else "")
 
 
-def recipe(config, workdir: Workdir, folder: epath.Path | None, passages: int, noise: str) -> Recipe:
+def recipe(session: Session, workdir: Workdir, folder: epath.Path | None, passages: int, noise: str) -> Recipe:
     """What an evaluation is made from."""
+    config = session.config
     names = [*Session.model_options, "prompt", "evaluate.max_tokens"]
-    inputs = {"retrieved_eval.jsonl": workdir.verify(retrieve.ARTIFACTS["eval"])}
+    inputs = {RETRIEVED["eval"]: workdir.verify(RETRIEVED["eval"])} | session.model_inputs
     if folder is not None:
-        inputs["adapter"] = digest(folder)
+        inputs["adapter"] = adapter_digest(folder)
     changed = {"prompt.passages": passages, "evaluate.noise": noise}
     if noise != "none":
         names += ["seed", "retrieve.corpus"]
-        inputs |= retrieve.file_digest(config, "retrieve.corpus")
+        inputs |= input_digest(config, "retrieve.corpus")
     return Recipe(options.subset(config, *names) | changed, inputs)
 
 
@@ -119,16 +110,12 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     config, name = session.config, artifact(system, passages, noise)
     with processes.main_first():
         retrieve.make(config, workdir, ("eval",))
-    folder = systems(config, workdir).get(system)
-    if system == "adapter":
-        folder = adapter_folder(config, workdir)
-        if not config.adapter:
-            workdir.verify("adapter")
+    folder = adapter_folder(config, workdir) if system == "adapter" else systems(config).get(system)
     K = 0 if system == "closed_book" else passages or config.prompt.passages
-    wanted = recipe(config, workdir, folder, K, noise)
+    wanted = recipe(session, workdir, folder, K, noise)
     if workdir.is_up_to_date(name, wanted):
         return json.loads((workdir / name / "metrics.json").read_text())
-    rows = workdir.rows(retrieve.ARTIFACTS["eval"])
+    rows = workdir.rows(RETRIEVED["eval"])
     if passages and passages > (most := max(len(row.get("contexts", [])) for row in rows)):
         raise UserError(f"config.evaluate.passages: no question has {passages} passages, at most {most}.")
     rows = shown_rows(config, rows, K, noise)
@@ -140,7 +127,7 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     missing, em = parts.missing(), sum(example["scores"]["em"] for example in parts.done.values())
     progress = Progress(f"evaluate {label}", len(parts.done) + len(missing), "questions", len(parts.done))
     if missing:
-        engine = session.own.engine(folder)
+        engine = session.decoding_session.engine(folder)
         progress.phase(f"answering {len(missing)} questions")
         responses = respond(
             engine,
@@ -191,7 +178,7 @@ def _publish(workdir: Workdir, name: str, wanted: Recipe, examples: list[dict], 
     result |= {field: mean(field) for field in ("prompt_tokens", "response_tokens")}
     result |= {"prompts_cut": sum(e["prompt_cut"] > 0 for e in examples), "seconds_per_question": round(seconds, 4)}
     files = {
-        "metrics.json": json.dumps(result, indent=2) + "\n",
+        "metrics.json": to_json(result, indent=2),
         "examples.jsonl": to_jsonl(examples),
         **_official(examples),
     }
@@ -209,7 +196,7 @@ def _official(examples: list[dict]) -> dict[str, str]:
     if all(example["scores"]["accuracy"] is not None for example in examples):
         truth = lambda text: {"answer": answers.yes_no(text), "decomposition": [], "paragraphs": []}
         files["predictions_strategyqa.json"] = {i: truth(text) for i, text in said.items()}
-    return {name: json.dumps(content, ensure_ascii=False, indent=1) + "\n" for name, content in files.items()}
+    return {name: to_json(content, indent=1) for name, content in files.items()}
 
 
 def check_questions(config) -> None:
@@ -234,7 +221,7 @@ def run(config) -> None:
     check_questions(config)
     with workdir.lock():
         results = {}
-        for system in systems(config, workdir):
+        for system in systems(config):
             every = [(K, noise) for K in config.evaluate.passages or [None] for noise in config.evaluate.noise]
             for passages, noise in [(None, "none")] if system == "closed_book" else every:
                 name = artifact(system, passages, noise).removeprefix("eval/")

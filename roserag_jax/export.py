@@ -7,15 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
-from etils import epath
-
 from roserag_jax import cli
 from roserag_jax.errors import UserError
-from roserag_jax.evaluate import adapter_folder
 from roserag_jax.hub import merged_export
 from roserag_jax.hub.tokenizer import tokenizer_path
-from roserag_jax.session import Session
-from roserag_jax.workdir import Workdir, is_remote
+from roserag_jax.session import Session, adapter_folder
+from roserag_jax.workdir import Workdir, is_remote, resolve_path
 
 ORIGIN = "merged_from.json"  # says what a folder was made from, and that it may be made again
 
@@ -23,16 +20,14 @@ ORIGIN = "merged_from.json"  # says what a folder was made from, and that it may
 def run(config) -> None:
     """The command."""
     workdir, session = Workdir(config.workdir), Session(config)
-    asked = epath.Path(config.export.folder).expanduser() if config.export.folder else workdir / "merged"
-    if is_remote(asked):
-        raise UserError(f"config.export.folder: {asked} is not local; name a local folder, and copy that.")
-    folder = Path(asked)
+    target = resolve_path(config.export.folder) if config.export.folder else workdir / "merged"
+    if is_remote(target):
+        raise UserError(f"config.export.folder: {target} is not local; name a local folder, and copy that.")
+    folder = Path(target)
     if folder.exists() and not (folder / ORIGIN).exists():
         raise UserError(f"{folder} exists and was not made by this command; name another config.export.folder.")
     with workdir.lock():
         adapter = adapter_folder(config, workdir)
-        if not config.adapter:
-            workdir.verify("adapter")
         # Built beside its place and then renamed, so that a half-written model is never found there.
         building = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(building, ignore_errors=True)

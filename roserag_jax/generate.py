@@ -18,23 +18,23 @@ from roserag_jax.errors import UserError
 from roserag_jax.inference.engine import shared_prefix_length
 from roserag_jax.inference.requests import DecoderCapacity
 from roserag_jax.inference.scheduler import run_tasks
+from roserag_jax.inputs import input_digest
 from roserag_jax.preference import candidates
 from roserag_jax.preference.candidates import QuestionInputs
 from roserag_jax.progress import Progress
 from roserag_jax.rag.files import read_rows
 from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.session import Session
-from roserag_jax.workdir import PartialResults, Recipe, Workdir, to_jsonl
-
-ARTIFACT = "candidates.jsonl"
+from roserag_jax.workdir import CANDIDATES, RETRIEVED, PartialResults, Recipe, Workdir, to_jsonl
 
 
-def recipe(config, workdir: Workdir) -> Recipe:
+def recipe(session: Session, workdir: Workdir) -> Recipe:
     """What the candidates are made from."""
+    config = session.config
     names = [*Session.model_options, "seed", "prompt", "generate"]
-    inputs = {"retrieved.jsonl": workdir.verify(retrieve.ARTIFACTS["train"])}
+    inputs = {RETRIEVED["train"]: workdir.verify(RETRIEVED["train"])} | session.model_inputs
     if config.generate.samples:
-        inputs |= retrieve.file_digest(config, "generate.samples")
+        inputs |= input_digest(config, "generate.samples")
     return Recipe(options.subset(config, *names, without=("generate.batch", "generate.memory_gb")), inputs)
 
 
@@ -101,7 +101,7 @@ def generate_rows(
     missing: list[int],
 ) -> Iterator[dict]:
     """Generate the candidates of the questions numbered in `missing`; yields each row as soon as it is finished."""
-    engine, tokenizer = session.own.engine(), session.tokenizer
+    engine, tokenizer = session.decoding_session.engine(), session.tokenizer
     plain = [q.plain.tokens for q in questions]
     guided = [q.guided.tokens if q.reused is None else [] for q in questions]  # those that are prefilled
     generator = candidates.CandidateGenerator(
@@ -124,10 +124,10 @@ def make(session: Session, workdir: Workdir) -> None:
     config = session.config
     with processes.main_first():
         retrieve.make(config, workdir, ("train",))
-    wanted = recipe(config, workdir)
-    if workdir.is_up_to_date(ARTIFACT, wanted):
+    wanted = recipe(session, workdir)
+    if workdir.is_up_to_date(CANDIDATES, wanted):
         return
-    rows = workdir.rows(retrieve.ARTIFACTS["train"])
+    rows = workdir.rows(RETRIEVED["train"])
     builder = PromptBuilder(session.tokenizer, **config.prompt)
     questions = question_inputs(session, builder, rows)
     longest = max(max(len(q.plain.tokens), len(q.guided.tokens) if q.reused is None else 0) for q in questions)
@@ -147,9 +147,9 @@ def make(session: Session, workdir: Workdir) -> None:
     results = partial.gather()
     with processes.main_first():
         if processes.is_main():
-            workdir.publish(ARTIFACT, wanted, to_jsonl(results), len(results))
+            workdir.publish(CANDIDATES, wanted, to_jsonl(results), len(results))
             partial.clear()
-            print(f"{ARTIFACT}: {len(results)} questions\n{candidates.summary(results)}")
+            print(f"{CANDIDATES}: {len(results)} questions\n{candidates.summary(results)}")
 
 
 def run(config) -> None:
@@ -157,7 +157,7 @@ def run(config) -> None:
     workdir = Workdir(config.workdir)
     with workdir.lock():
         make(Session(config), workdir)
-        print(f"Wrote {workdir / ARTIFACT}. Next: roserag_jax.select.")
+        print(f"Wrote {workdir / CANDIDATES}. Next: roserag_jax.select.")
 
 
 if __name__ == "__main__":

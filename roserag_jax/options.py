@@ -7,6 +7,7 @@ section, which yields `(option, what is wrong)`.
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,13 @@ from roserag_jax.rag.layouts import READERS
 from roserag_jax.rag.prompts import TEMPLATE_ARGUMENTS, check_template_arguments
 from roserag_jax.retrieval.registry import RETRIEVERS
 from roserag_jax.training import losses
+
+
+def not_utf8(value: Any) -> str | None:
+    """What is wrong with a text that has bytes which are not UTF-8; JSON and most libraries cannot name such a file."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    found = [text for text in texts if isinstance(text, str) and re.search("[\ud800-\udfff]", text)]
+    return "is not UTF-8 text; rename the file or folder" if found else None
 
 
 class Option(NamedTuple):
@@ -39,6 +47,8 @@ class Option(NamedTuple):
 
     def fault(self, value: Any) -> str | None:
         """What is wrong with a value, as a phrase; None if it is allowed."""
+        if why := not_utf8(value):
+            return why
         if self.choices and value not in self.choices:
             return f"choose one of {', '.join(map(str, self.choices))}"
         if isinstance(value, float) and not math.isfinite(value):

@@ -6,21 +6,13 @@ Writes `retrieved.jsonl` (training questions) and `retrieved_eval.jsonl` (held-o
 `{id, question, golden_answers, contexts: [{title, text, score?, is_supporting?}]}`.
 """
 
-import hashlib
-import json
-from pathlib import Path
-
-from etils import epath
-
 from roserag_jax import cli, options
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.rag import documents, files, questions
-from roserag_jax.retrieval.cache import cache_files
+from roserag_jax.inputs import input_digest
+from roserag_jax.rag import questions
 from roserag_jax.retrieval.registry import RETRIEVERS, found_nothing
-from roserag_jax.workdir import Recipe, Workdir, digest, to_jsonl
-
-ARTIFACTS = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
+from roserag_jax.workdir import RETRIEVED, Recipe, Workdir, to_jsonl
 
 
 def recipe(config, split: str) -> Recipe:
@@ -31,44 +23,17 @@ def recipe(config, split: str) -> Recipe:
         names += [name for name, _ in options.walk() if name.startswith("data.synthetic")]
     else:
         names.append("data.format")
-        inputs |= file_digest(config, f"data.{split}")
+        inputs |= input_digest(config, f"data.{split}")
     names.append("retrieve.retriever")
     if config.retrieve.retriever != "given":
         names.append("retrieve.k")
         for option in RETRIEVERS[config.retrieve.retriever].needs:
             names.append(f"retrieve.{option}")
-            inputs |= file_digest(config, f"retrieve.{option}")
+            inputs |= input_digest(config, f"retrieve.{option}")
     if config.retrieve.corpus:  # to search, or to look StrategyQA's paragraphs up
         names.append("retrieve.corpus")
-        inputs |= file_digest(config, "retrieve.corpus")
+        inputs |= input_digest(config, "retrieve.corpus")
     return Recipe(options.subset(config, *names), inputs)
-
-
-def file_digest(config, option: str) -> dict[str, str]:
-    """The digest of the file or folder that an option names, if any; a Hub data set goes by its name.
-
-    Of a folder, the files that are read count, and no others.
-    """
-    value = options.get(config, option)
-    # An empty path would be the current folder.
-    path = epath.Path(value).expanduser() if value and not value.startswith(files.HUB) else None
-    if path is None or not path.exists():
-        found = ""
-    elif path.is_dir():
-        read = cache_files(path) if option == "retrieve.cache" else documents.find(Path(path)).files
-        names = {documents.name_below(Path(path), Path(file)): _digest_or_error(file) for file in read}
-        found = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    else:
-        found = digest(path)
-    return {f"config.{option}={value}": found}
-
-
-def _digest_or_error(file) -> str:
-    """The digest of a file, or why it cannot be read, which does not keep the others from being read."""
-    try:
-        return digest(epath.Path(file))
-    except OSError as error:
-        return str(error.strerror)
 
 
 def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
@@ -79,7 +44,7 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
     """
     index = None
     for split in splits:
-        name = ARTIFACTS[split]
+        name = RETRIEVED[split]
         before = workdir.manifest(name)
         if before and config.data[split] == "synthetic" != before["options"][f"data.{split}"]:
             raise UserError(
@@ -123,7 +88,7 @@ def run(config) -> None:
     with workdir.lock():
         with processes.main_first():
             make(config, workdir)
-        print(f"Wrote {workdir / ARTIFACTS['train']} and {workdir / ARTIFACTS['eval']}. Next: roserag_jax.generate.")
+        print(f"Wrote {workdir / RETRIEVED['train']} and {workdir / RETRIEVED['eval']}. Next: roserag_jax.generate.")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ from etils import epath
 
 from roserag_jax import cli
 from roserag_jax.errors import UserError
-from roserag_jax.evaluate import adapter_in_use
 from roserag_jax.inference.engine import bucket
 from roserag_jax.progress import Progress
 from roserag_jax.rag.files import read_rows
 from roserag_jax.rag.prompts import prompt_tokens, response_tokens
-from roserag_jax.session import Session
+from roserag_jax.session import Session, find_adapter
 from roserag_jax.workdir import Workdir, to_jsonl, write_atomic
 
 _INPUT = flags.DEFINE_string("input", None, "a .jsonl of {prompt, responses}")
@@ -27,15 +26,14 @@ _OUTPUT = flags.DEFINE_string("output", None, "file to write the scores to; stan
 _END = flags.DEFINE_bool("end", False, "count the end-of-turn token as part of each response")
 
 
-def run(config) -> None:
-    """The command."""
-    if _INPUT.value is None:
-        raise UserError("--input FILE is missing: a .jsonl of {prompt, responses}.")
+def _read(file: str) -> list[dict]:
+    """The rows to score.
+
+    Raises:
+      UserError: there are none, or one is not `{prompt, responses}`.
+    """
     rows = []
-    output = epath.Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None
-    if output and not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}.")
-    for where, row in read_rows(epath.Path(_INPUT.value).expanduser()):
+    for where, row in read_rows(epath.Path(file).expanduser()):
         responses = row.get("responses")
         if not isinstance(row.get("prompt"), str) or not isinstance(responses, list) or not responses:
             raise UserError(f"{where}: a row must be {{prompt, responses: [...]}}.")
@@ -45,36 +43,61 @@ def run(config) -> None:
             raise UserError(f"{where}: plain_text must be true or false.")
         rows.append(row)
     if not rows:
-        raise UserError(f"{_INPUT.value} holds no rows.")
+        raise UserError(f"{file} holds no rows.")
+    return rows
 
-    session, workdir = Session(config), Workdir(config.workdir)
-    end = [session.turn_end] if _END.value else []
-    prompts = [prompt_tokens(session.tokenizer, row["prompt"], row.get("plain_text", False)) for row in rows]
-    tokens = [[response_tokens(session.tokenizer, r) + end for r in row["responses"]] for row in rows]
-    engine = session.engine(adapter_in_use(config, workdir))
 
-    # Rows of like shape share a batch, and so a compilation.
-    shape = lambda i: (bucket(len(prompts[i]) - 1), len(tokens[i]), bucket(max(map(len, tokens[i]))))
-    order = sorted(range(len(rows)), key=lambda i: (shape(i), i))
-    progress, results = Progress("score", len(rows), "rows"), {}
+def _score(engine, prompts: list[list[int]], responses: list[list[list[int]]], batch: int) -> list[list[float]]:
+    """Summed log-probabilities of each prompt's responses, in order.
+
+    Rows of like shape share a batch, and so a compilation.
+    """
+    shape = lambda i: (bucket(len(prompts[i]) - 1), len(responses[i]), bucket(max(map(len, responses[i]))))
+    order = sorted(range(len(prompts)), key=lambda i: (shape(i), i))
+    progress, sums = Progress("score", len(prompts), "rows"), {}
     while order:
         P, N, S = shape(order[0])
-        group = [i for i in order[: config.evaluate.batch] if shape(i) == (P, N, S)]
+        group = [i for i in order[:batch] if shape(i) == (P, N, S)]
         order = order[len(group) :]
-        fill = config.evaluate.batch - len(group) if len(rows) > config.evaluate.batch else 0
-        batch = [prompts[i] for i in group] + [[session.pad_id]] * fill
-        cache = engine.prefill(batch, length=P)
-        logprobs = engine.score(cache, batch, [tokens[i] for i in group] + [[[]] * N] * fill, S)
+        padding = batch - len(group) if len(prompts) > batch else 0
+        of_group = [prompts[i] for i in group] + [[engine.pad_id]] * padding
+        cache = engine.prefill(of_group, length=P)
+        logprobs = engine.score(cache, of_group, [responses[i] for i in group] + [[[]] * N] * padding, S)
         for i, row in zip(group, logprobs, strict=False):
-            sums = np.sum(row, axis=-1, dtype=np.float64)
-            results[i] = {"logprobs": [round(float(s), 5) for s in sums], "tokens": [len(t) for t in tokens[i]]}
-        progress.update(len(results))
-    lines = to_jsonl(results[i] for i in range(len(rows)))
+            sums[i] = [round(float(total), 5) for total in np.sum(row, axis=-1, dtype=np.float64)]
+        progress.update(len(sums))
+    return [sums[i] for i in range(len(prompts))]
+
+
+def run(config) -> None:
+    """The command."""
+    if _INPUT.value is None:
+        raise UserError("--input FILE is missing: a .jsonl of {prompt, responses}.")
+    output = epath.Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None
+    if output and not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}.")
+    if output and output.is_dir():
+        raise UserError(f"--output {output} is a folder; name a file.")
+    rows = _read(_INPUT.value)
+    with cli.messages_on_stderr() as stdout:
+        session, workdir = Session(config), Workdir(config.workdir)
+        end = [session.turn_end] if _END.value else []
+        prompts = [prompt_tokens(session.tokenizer, row["prompt"], row.get("plain_text", False)) for row in rows]
+        tokens = [[response_tokens(session.tokenizer, r) + end for r in row["responses"]] for row in rows]
+        engine = session.engine(find_adapter(config, workdir))
+        sums = _score(engine, prompts, tokens, config.evaluate.batch)
+        results = [{"logprobs": s, "tokens": [*map(len, t)]} for s, t in zip(sums, tokens, strict=True)]
+    for number, result in enumerate(results, 1):
+        if not np.isfinite(result["logprobs"]).all():
+            raise UserError(
+                f"{_INPUT.value}, row {number}: a log-probability is not finite (NaN or Inf): {result['logprobs']}. "
+                "The model's weights or adapter give such numbers; try config.dtype=float32."
+            )
     if output:
-        write_atomic(output, lines)
+        write_atomic(output, to_jsonl(results))
         print(f"Wrote {output}: {len(rows)} rows.")
     else:
-        print(lines, end="")
+        stdout.writelines(cli.json_line(result, stdout) for result in results)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,24 @@ chosen_logprob, rejected_logprob, margin}`. With `config.data.pairs` the pairs a
 is generated.
 """
 
-from roserag_jax import cli, generate, options, retrieve
+from roserag_jax import cli, generate, options
 from roserag_jax.distributed import processes
 from roserag_jax.preference import pairs, selection
 from roserag_jax.session import Session
-from roserag_jax.workdir import Recipe, Workdir, to_jsonl
-
-ARTIFACT = "pairs.jsonl"
+from roserag_jax.workdir import CANDIDATES, PAIRS, RETRIEVED, Recipe, Workdir, to_jsonl
 
 
-def recipe(config, workdir: Workdir) -> Recipe:
+def recipe(session: Session, workdir: Workdir) -> Recipe:
     """What the pairs are made from."""
+    config = session.config
     if config.data.pairs:
         names = [
             "data.pairs",
             "prompt.template_arguments",
             *Session.model_options,
         ]  # the chat template is the tokenizer's
-        return Recipe(options.subset(config, *names), retrieve.file_digest(config, "data.pairs"))
-    inputs = {"candidates.jsonl": workdir.verify(generate.ARTIFACT)}
+        return Recipe(options.subset(config, *names)(config, "data.pairs") | session.model_inputs)
+    inputs = {CANDIDATES: workdir.verify(CANDIDATES)}
     names = ["select", "seed"] if config.select.strategy == "random" else ["select"]
     return Recipe(options.subset(config, *names), inputs)
 
@@ -40,22 +39,19 @@ def make(session: Session, workdir: Workdir) -> None:
 
 
 def _make(session: Session, workdir: Workdir) -> None:
-    config, wanted = session.config, recipe(session.config, workdir)
-    if workdir.is_up_to_date(ARTIFACT, wanted):
+    config, wanted = session.config, recipe(session, workdir)
+    if workdir.is_up_to_date(PAIRS, wanted):
         return
     if config.data.pairs:
         rows = pairs.read_pairs(config.data.pairs, session.tokenizer, config.prompt.template_arguments)
-        workdir.publish(ARTIFACT, wanted, to_jsonl(rows), len(rows))
-        print(f"{ARTIFACT}: {len(rows)} ready-made pairs\n{selection.lengths(rows)}")
+        workdir.publish(PAIRS, wanted, to_jsonl(rows), len(rows))
+        print(f"{PAIRS}: {len(rows)} ready-made pairs\n{selection.lengths(rows)}")
         return
-    rows = workdir.rows(generate.ARTIFACT)
-    shown = {
-        row["id"]: row.get("contexts", [])[: config.prompt.passages]
-        for row in workdir.rows(retrieve.ARTIFACTS["train"])
-    }
+    rows = workdir.rows(CANDIDATES)
+    shown = {row["id"]: row.get("contexts", [])[: config.prompt.passages] for row in workdir.rows(RETRIEVED["train"])}
     made, counts = selection.select(rows, shown, config.select, config.seed)
-    workdir.publish(ARTIFACT, wanted, to_jsonl(made), len(made))
-    print(f"{ARTIFACT}: {selection.summary(made, rows, counts, config.select.confidence)}")
+    workdir.publish(PAIRS, wanted, to_jsonl(made), len(made))
+    print(f"{PAIRS}: {selection.summary(made, rows, counts, config.select.confidence)}")
 
 
 def run(config) -> None:
@@ -63,7 +59,7 @@ def run(config) -> None:
     workdir = Workdir(config.workdir)
     with workdir.lock():
         make(Session(config), workdir)
-        print(f"Wrote {workdir / ARTIFACT}. Next: roserag_jax.train.")
+        print(f"Wrote {workdir / PAIRS}. Next: roserag_jax.train.")
 
 
 if __name__ == "__main__":

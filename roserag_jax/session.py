@@ -1,6 +1,8 @@
-"""The model of a configuration, loaded once and only when a stage asks for it."""
+"""The model of a configuration, loaded once and only when a stage asks for it, and the adapter to use with it."""
 
 import functools
+import hashlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from roserag_jax.hub import loading, model_files, peft_adapter, tokenizer
 from roserag_jax.inference.engine import Engine
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig
 from roserag_jax.models.transformer import Transformer
+from roserag_jax.workdir import ADAPTER, Workdir, read_manifest, resolve_path, verify_files
 
 
 class Session:
@@ -23,6 +26,18 @@ class Session:
         self.config = config
 
     @functools.cached_property
+    def model_inputs(self) -> dict[str, str]:
+        """What a recipe records of the model beside `model_options`: its content, and that of a tokenizer of its own.
+
+        Other weights under the same name are so noticed.
+        """
+        c, revision = self.config, self.config.revision or None
+        found = {f"config.model={c.model}": model_files.fingerprint(c.model, revision)}
+        if c.tokenizer:
+            found[f"config.tokenizer={c.tokenizer}"] = model_files.fingerprint(c.tokenizer, weights=False)
+        return found
+
+    @functools.cached_property
     def tokenizer(self):
         """The `transformers` tokenizer, checked against the model's embedding table."""
         return tokenizer.load_tokenizer(self.config.model, self.config.tokenizer, self.config.revision or None)
@@ -32,11 +47,11 @@ class Session:
         """The weights as named tensors."""
         found = model_files.open_model(self.config.model, self.config.revision or None)
         config, most = self.config, found.config.max_positions
-        said = max(config.generate.max_tokens + config.generate.answer_tokens, config.evaluate.max_tokens)
-        if config.prompt.max_tokens + said > most:
+        response = max(config.generate.max_tokens + config.generate.answer_tokens, config.evaluate.max_tokens)
+        if config.prompt.max_tokens + response > most:
             print(
-                f"Warning: config.prompt.max_tokens={config.prompt.max_tokens} and responses of up to {said} tokens "
-                f"are more than the {most} positions that the model knows; the longest prompts are read badly."
+                f"Warning: prompts of up to {config.prompt.max_tokens} and responses of up to {response} tokens "
+                f"exceed the {most} positions that the model was made for; the longest prompts are understood badly."
             )
         return found
 
@@ -46,24 +61,24 @@ class Session:
         return make_mesh(**self.config.mesh)
 
     @functools.cached_property
-    def own(self) -> "Session":
-        """The session to decode with: this one, or of several processes each's own, over its own devices.
+    def decoding_session(self) -> "Session":
+        """The session to decode with: this one, or with several processes one over this process's devices alone.
 
-        They decode different questions, so they must not run in step; the weights are then read once more.
+        They decode different questions, so they must not run in step; the weights are then loaded once more.
         """
         if jax.process_count() == 1:
             return self
-        own = Session(self.config)
-        own.mesh = make_mesh(1, -1, self.config.mesh.tensor, jax.local_devices())
-        return own
+        session = Session(self.config)
+        session.mesh = make_mesh(1, -1, self.config.mesh.tensor, jax.local_devices())
+        return session
 
-    def let_go(self) -> None:
-        """Drop the weights that `own` holds beside this session's, before training needs the room."""
-        self.__dict__.pop("own", None)
+    def free_decoding_session(self) -> None:
+        """Drop the weights that `decoding_session` holds beside this session's, before training needs the memory."""
+        self.__dict__.pop("decoding_session", None)
 
     @functools.cached_property
     def dtype(self):
-        """Of frozen weights and activations. In float32, products are float32 on every backend."""
+        """The type of frozen weights and activations. In float32, matmuls are float32 on every backend."""
         if self.config.dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
         return jnp.dtype(self.config.dtype)
@@ -82,16 +97,16 @@ class Session:
         """
         c = self.config.lora
         targets = tuple(t for t in PROJECTIONS if t in c.targets)
-        asked = LoRAConfig(c.rank, c.alpha, c.dropout, targets, c.rslora)
+        requested = LoRAConfig(c.rank, c.alpha, c.dropout, targets, c.rslora)
         if c.start:
-            found = peft_adapter.read_lora_config(epath.Path(c.start).expanduser())
+            found = peft_adapter.read_lora_config(checked_adapter(c.start))
             for name in ("rank", "alpha", "rslora", "targets"):
-                theirs, ours = getattr(found, name), getattr(asked, name)
-                if theirs != ours:
+                has, wants = getattr(found, name), getattr(requested, name)
+                if has != wants:
                     raise UserError(
-                        f"config.lora.start={c.start} has {name} {theirs!r}, not {ours!r}: set config.lora.{name}."
+                        f"config.lora.start={c.start} has {name} {has!r}, not {wants!r}: set config.lora.{name}."
                     )
-        return asked
+        return requested
 
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -126,3 +141,47 @@ class Session:
     def engine_of(self, model: Transformer) -> Engine:
         """An engine over a network."""
         return Engine(model, self.mesh, self.stop_ids, self.pad_id, self.config.seed)
+
+
+def checked_adapter(folder: str | epath.Path) -> epath.Path:
+    """A PEFT folder, its files checked where one of our manifests lies beside them.
+
+    Raises:
+      UserError: there is none, or it was changed or damaged.
+    """
+    folder = resolve_path(str(folder))
+    if not folder.is_dir():
+        raise UserError(f"There is no adapter {folder}.")
+    if manifest := read_manifest(folder / "manifest.json"):
+        verify_files(folder, manifest)
+    return folder
+
+
+def adapter_folder(config, workdir: Workdir) -> epath.Path:
+    """The adapter that the configuration names, or the workdir's own, its files checked.
+
+    Raises:
+      UserError: there is none, or it was changed or damaged.
+    """
+    if config.adapter:
+        return checked_adapter(config.adapter)
+    workdir.verify(ADAPTER)
+    return workdir / ADAPTER
+
+
+def find_adapter(config, workdir: Workdir) -> epath.Path | None:
+    """The adapter to answer with: the one that is named, else the workdir's if it has one; prints which on stderr."""
+    folder = adapter_folder(config, workdir) if config.adapter or workdir.manifest(ADAPTER) is not None else None
+    print(f"Model: {config.model}, {f'adapter: {folder}' if folder else 'no adapter'}", file=sys.stderr)
+    return folder
+
+
+def adapter_digest(folder: epath.Path) -> str:
+    """SHA-256 of an adapter: of the files that are read, whatever else lies beside them."""
+    result = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no adapter (no {name}).")
+        content = (folder / name).read_bytes()
+        result.update(f"{name}:{len(content)}\n".encode() + content)
+    return result.hexdigest()

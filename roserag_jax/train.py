@@ -14,9 +14,8 @@ from importlib.util import find_spec
 
 import jax
 import numpy as np
-from etils import epath
 
-from roserag_jax import cli, evaluate, generate, options, select
+from roserag_jax import cli, evaluate, options, select
 from roserag_jax.distributed import processes
 from roserag_jax.distributed.mesh import matmul_rate
 from roserag_jax.distributed.sharding import devices
@@ -26,15 +25,14 @@ from roserag_jax.inference.respond import respond
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, metrics
 from roserag_jax.report.comparison import comparison
-from roserag_jax.session import Session
+from roserag_jax.session import Session, adapter_digest, checked_adapter
 from roserag_jax.training.checkpoints import Checkpoints, signals_deferred
 from roserag_jax.training.log import TrainingLog, score, verdict
 from roserag_jax.training.objective import Objective
 from roserag_jax.training.pair_loader import Pair, Stream, hold_out, tokenize
 from roserag_jax.training.train_step import TrainState, TrainStep, adamw
-from roserag_jax.workdir import Recipe, Workdir, digest, is_remote
+from roserag_jax.workdir import ADAPTER, CANDIDATES, PAIRS, Recipe, Workdir, is_remote
 
-ARTIFACT = "adapter"
 _NO_INFLUENCE = tuple(
     f"train.{name}" for name in "checkpoint_every keep_checkpoints evaluate remat nonfinite profile_steps wandb".split()
 )
@@ -42,11 +40,12 @@ _NO_INFLUENCE = tuple(
 _EVALUATION = ("train.evaluate_every", "train.answer_questions")
 
 
-def recipe(config, workdir: Workdir) -> Recipe:
+def recipe(session: Session, workdir: Workdir) -> Recipe:
     """What the adapter is made from."""
-    inputs = {"pairs.jsonl": workdir.verify(select.ARTIFACT)}
+    config = session.config
+    inputs = {PAIRS: workdir.verify(PAIRS)} | session.model_inputs
     if config.lora.start:
-        inputs["config.lora.start"] = digest(epath.Path(config.lora.start).expanduser())
+        inputs["config.lora.start"] = adapter_digest(checked_adapter(config.lora.start))
     names = [*Session.model_options, "seed", "lora", "train"]
     without = _NO_INFLUENCE + (_EVALUATION if config.train.keep == "latest" else ())
     return Recipe(options.subset(config, *names, without=without), inputs)
@@ -56,13 +55,13 @@ def make(session: Session, workdir: Workdir) -> None:
     """Bring the adapter up to date."""
     config, train = session.config, session.config.train
     select.make(session, workdir)
-    wanted = recipe(config, workdir)
-    if workdir.is_up_to_date(ARTIFACT, wanted):
+    wanted = recipe(session, workdir)
+    if workdir.is_up_to_date(ADAPTER, wanted):
         return
     training, held = _pairs(session, workdir)
     stream = Stream(training, batch=train.batch, pad_id=session.pad_id, epochs=train.epochs, seed=config.seed)
 
-    session.let_go()
+    session.free_decoding_session()
     adapter = _starting_adapter(session)
     model = loading.assemble(session.source.config, session.base, session.lora, adapter)
     step_function = TrainStep(
@@ -112,7 +111,7 @@ def make(session: Session, workdir: Workdir) -> None:
         processes.gather_to_host(state.adapter), session.lora, config.model, config.revision
     )
     if processes.is_main():
-        workdir.publish(ARTIFACT, wanted, files, len(training))
+        workdir.publish(ADAPTER, wanted, files, len(training))
         for old in folder.iterdir():
             if old.name != here.name:
                 old.rmtree()
@@ -122,7 +121,7 @@ def make(session: Session, workdir: Workdir) -> None:
 def _pairs(session: Session, workdir: Workdir) -> tuple[list[Pair], list[Pair]]:
     """The pairs as tokens, to train on and held out."""
     config, train = session.config, session.config.train
-    rows = workdir.rows(select.ARTIFACT)
+    rows = workdir.rows(PAIRS)
     pairs, counts = tokenize(session.tokenizer, session.turn_end, rows, train.max_response, train.max_length)
     if lost := counts["response too long"]:
         print(f"{lost} of {len(rows)} pairs have a response over {train.max_response} tokens and are left out.")
@@ -146,7 +145,7 @@ def _starting_adapter(session: Session):
     if not start:
         key = jax.random.key(config.seed)
         return loading.init_adapter(session.source.config, session.lora, session.mesh, key)
-    return peft_adapter.load_adapter(epath.Path(start).expanduser(), session.source.config, session.mesh)[1]
+    return peft_adapter.load_adapter(checked_adapter(start), session.source.config, session.mesh)[1]
 
 
 def _steps(step_function, stream, state, done, checkpoints, log, held_out, train, profile):
@@ -254,7 +253,7 @@ class _HeldOut:
         self.stream = Stream(pairs, batch=train.batch, pad_id=session.pad_id, seed=session.config.seed)
         asked = {pair.id: pair.prompt for pair in pairs}
         asked = dict(list(asked.items())[: train.answer_questions])
-        golden = workdir.rows(generate.ARTIFACT) if asked else []
+        golden = workdir.rows(CANDIDATES) if asked else []
         self.questions = [(row, asked[row["id"]]) for row in golden if row["id"] in asked]
 
     def due(self, step: int, last: int) -> bool:
@@ -339,8 +338,8 @@ def run(config) -> None:
         if config.train.evaluate:
             results["adapter"] = evaluate.make(session, workdir, "adapter")
             print(f"\n{comparison(results)}\n")
-        print(f"Adapter (PEFT):  {workdir / ARTIFACT}")
-        print(f"Pairs:           {workdir / select.ARTIFACT}")
+        print(f"Adapter (PEFT):  {workdir / ADAPTER}")
+        print(f"Pairs:           {workdir / PAIRS}")
         if results:
             print(f"What was said:   {workdir / 'eval/adapter/examples.jsonl'}")
         print(f"Training curve:  {workdir / 'metrics.jsonl'}")

@@ -1,22 +1,37 @@
-"""The workdir: artifacts that are whole or absent, and manifests that say what each was made from.
+"""The workdir: artifacts that are whole or absent, and manifests that record what each was made from.
 
 An artifact is a file of rows or a folder of files. It is written under another name and moved into place; its manifest
-(options, digests of its inputs and of itself, row count) comes last, and without one an artifact does not exist. Long
-stages keep finished rows as parts, named by the fingerprint of what they are made from, and go on from them.
+(options, digests of its inputs and of its own files, row count) comes last, and without one an artifact does not exist.
+What else lies in a folder (a README, what an editor or a file manager leaves) plays no part. Long stages keep finished
+rows as partial results, named by the fingerprint of what they are made from, and resume from them.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
+from roserag_jax import options
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
+
+# The artifacts by name; those of evaluations are in `eval/`.
+RETRIEVED = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
+CANDIDATES = "candidates.jsonl"
+PAIRS = "pairs.jsonl"
+ADAPTER = "adapter"
+
+# What else a run writes, so that what is in its way is found before any work.
+_FILES = (*RETRIEVED.values(), CANDIDATES, PAIRS, "metrics.jsonl", ".lock")
+_FOLDERS = (ADAPTER, "eval", "checkpoints", "tensorboard", "profile", "merged", ".parts")
 
 
 class Recipe(NamedTuple):
@@ -31,32 +46,43 @@ class Recipe(NamedTuple):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _files_below(folder: epath.Path) -> list[epath.Path]:
-    """All files under a folder, in order; epath has no recursive glob."""
-    found = []
-    for entry in sorted(folder.iterdir()):
-        found += _files_below(entry) if entry.is_dir() else [entry]
-    return found
-
-
 def digest(path: epath.Path) -> str:
-    """SHA-256 of a file, or of a folder's files and names (manifests excepted)."""
+    """SHA-256 of a file, or of all files below a folder and their names."""
+    if not path.is_dir():
+        return _file_digest(path)
+    found, pending = [], [path]
+    while pending:  # epath has no recursive glob
+        for entry in pending.pop().iterdir():
+            (pending if entry.is_dir() else found).append(entry)
+    return digest_of_files({str(file.relative_to(path)): _file_digest(file) for file in found})
+
+
+def _file_digest(file: epath.Path) -> str:
     result = hashlib.sha256()
-    files = [path]
-    if path.is_dir():
-        files = [f for f in _files_below(path) if f.name != "manifest.json"]
-    for file in files:
-        if path.is_dir():
-            result.update(f"{file.relative_to(path)}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                result.update(block)
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            result.update(block)
     return result.hexdigest()
+
+
+def digest_of_files(digests: dict[str, str]) -> str:
+    """SHA-256 of several files by name, from that of each."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def is_remote(path: epath.Path) -> bool:
     """Whether a path is in a bucket, where files are written whole: nothing is appended or locked."""
     return "://" in str(path)
+
+
+@contextlib.contextmanager
+def naming(path: epath.Path) -> Iterator[None]:
+    """Let an error of the disk name the file: that of a write or a flush does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_atomic(path: epath.Path, content: str | bytes) -> None:
@@ -67,8 +93,20 @@ def write_atomic(path: epath.Path, content: str | bytes) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with naming(path):
+        try:
+            temporary.write_bytes(content)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # it takes space on a disk that may be full
+            raise
+        temporary.replace(path)
+
+
+def append(path: epath.Path, content: str) -> None:
+    """Append to a local file, made with its folder if it is absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), path.open("a") as file:
+        file.write(content)
 
 
 def from_jsonl(text: str) -> list[dict]:
@@ -76,9 +114,25 @@ def from_jsonl(text: str) -> list[dict]:
     return [json.loads(line) for line in text.split("\n") if line]
 
 
-def to_jsonl(rows) -> str:
+def to_json(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
+    """JSON text and a line feed, as every file of the project is written.
+
+    Raises:
+      UserError: a number is NaN or infinite, which JSON cannot hold.
+    """
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False) + "\n"
+    except ValueError as error:
+        where = f"Row {value['id']!r}" if isinstance(value, dict) and "id" in value else "A result"
+        raise UserError(
+            f"{where} holds a number that is not finite (NaN or Inf): {json.dumps(value)[:300]}. The model's weights "
+            "or adapter give such numbers; try config.dtype=float32, or look at what training did to them."
+        ) from error
+
+
+def to_jsonl(rows: Iterable[dict]) -> str:
     """Rows as JSON lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(map(to_json, rows))
 
 
 def resolve_path(path: str) -> epath.Path:
@@ -94,10 +148,16 @@ def resolve_path(path: str) -> epath.Path:
 
 
 class Workdir:
-    """Artifacts under one folder, local or remote (`gs://`)."""
+    """Artifacts under one folder, local or remote (`gs://`).
+
+    Raises:
+      UserError: its path is not UTF-8, which JSON and other libraries cannot name.
+    """
 
     def __init__(self, path: str):
         self.path = resolve_path(path)  # Orbax wants it absolute
+        if why := options.not_utf8(str(self.path)):
+            raise UserError(f"config.workdir={ascii(str(self.path))}: {why}.")
 
     def __truediv__(self, name: str) -> epath.Path:
         return self.path / name
@@ -109,49 +169,83 @@ class Workdir:
         Of several processes, process 0 holds it for all.
 
         Raises:
-          UserError: another run holds it, or it cannot be written.
+          UserError: another run holds it, it cannot be written, or something is in the way of a result.
         """
         with processes.main_first():
             handle = self._locked() if processes.is_main() else contextlib.nullcontext()
         with handle:
             yield
 
-    def _locked(self):
+    def _locked(self) -> contextlib.AbstractContextManager:
         """What holds the lock while it is open."""
         local = not is_remote(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for name in (*_FILES, *_FOLDERS):
+                self._check_free(name, is_file=name in _FILES)
             handle = (self.path / ".lock").open("a") if local else contextlib.nullcontext()
         except ImportError as error:
             raise UserError(f"config.workdir={self.path}: {error} (pip install gcsfs).") from error
         except OSError as error:
             raise UserError(f"config.workdir={self.path} cannot be written: {error.strerror or error}.") from error
         if local:
-            import fcntl
+            self._flock(handle)
+        return handle
 
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+    def _flock(self, handle) -> None:
+        """Lock an open file, where the file system can."""
+        import fcntl
+
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                handle.close()
                 raise UserError(
                     f"config.workdir={self.path} is in use by another run; wait for it, or give this run its own."
                 ) from None
-        return handle
+            # Lustre without the option 'flock', some NFS and FUSE mounts: ENOSYS, ENOTSUP, ENOLCK.
+            print(
+                f"Warning: {self.path} is on a file system without locks ({error.strerror}): make sure that no other "
+                "run uses it at the same time."
+            )
+
+    def _check_free(self, name: str, is_file: bool) -> None:
+        """Check that a file is, or can be, where an artifact goes, and that a folder can be written.
+
+        Raises:
+          UserError: a folder is in the place of a file, or a file in that of a folder.
+        """
+        if is_remote(self.path):
+            return
+        for path in (self.path / name, self._manifest(name)) if is_file else (self.path / name,):
+            if os.path.lexists(path) and not (os.path.isfile(path) if is_file else os.path.isdir(path)):
+                found, expected = ("folder", "file") if is_file and os.path.isdir(path) else ("file", "folder")
+                if not os.path.exists(path):
+                    found, expected = "broken link", expected if not is_file else "file"
+                raise UserError(f"{path} is a {found}, and a {expected} of that name is to be written; move it away.")
+            if os.path.lexists(path) and not os.access(path, os.W_OK):
+                raise UserError(f"{path} cannot be written; change its permissions, or name another config.workdir.")
 
     def _manifest(self, name: str) -> epath.Path:
         path = self.path / name
         return path / "manifest.json" if "." not in path.name else path.with_name(f"{path.name}.manifest.json")
 
     def manifest(self, name: str) -> dict | None:
-        """The manifest of a finished artifact, or None."""
-        path = self._manifest(name)
-        return json.loads(path.read_text()) if path.exists() else None
+        """The manifest of a finished artifact, or None.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        return read_manifest(self._manifest(name))
 
     def is_up_to_date(self, name: str, recipe: Recipe) -> bool:
         """Whether the artifact exists and was made from this recipe; if not, print why it is rebuilt.
 
         Raises:
-          UserError: the artifact is not what its stage wrote.
+          UserError: the artifact is not what its stage wrote, or something else is in its place.
         """
+        self._check_free(name, is_file="." in epath.Path(name).name)
         manifest = self.manifest(name)
         if manifest is None or not (self.path / name).exists():
             return False
@@ -172,7 +266,7 @@ class Workdir:
         return True
 
     def verify(self, name: str) -> str:
-        """The digest of a finished artifact.
+        """The digest of a finished artifact, after checking its files.
 
         Raises:
           UserError: the artifact is absent, or is not what its stage wrote.
@@ -180,30 +274,43 @@ class Workdir:
         manifest, path = self.manifest(name), self.path / name
         if manifest is None or not path.exists():
             raise UserError(f"{path} is missing; run the stage that makes it (`train` runs them all).")
-        if digest(path) != manifest["digest"]:
-            raise UserError(
-                f"{path} was changed or damaged after it was written. Move it away to have it rebuilt (it is never "
-                "overwritten unasked)."
-            )
+        verify_files(path, manifest)
         return manifest["digest"]
 
-    def publish(self, name: str, recipe: Recipe, files: dict[str, str | bytes] | str, rows: int) -> None:
-        """Put a finished artifact in place: the text of a file, or the content of each file of a folder."""
-        self._manifest(name).unlink(missing_ok=True)
-        if isinstance(files, str):
-            write_atomic(self.path / name, files)
-        else:
-            for file, content in files.items():
-                write_atomic(self.path / name / file, content)
+    def publish(self, name: str, recipe: Recipe, content: dict[str, str | bytes] | str, rows: int) -> None:
+        """Put a finished artifact in place: the text of a file, or the content of each file of a folder.
+
+        Files of a former version that this one lacks are deleted; others, which are the user's, stay.
+        """
+        path, manifest_file = self.path / name, self._manifest(name)
+        is_folder = not isinstance(content, str)
+        # What the former version held, also where that was half replaced when the run ended.
+        former_file = manifest_file.with_name(".former.json")
+        former = set(former_file.read_text().split("\n")) if is_folder and former_file.exists() else set()
+        if is_folder:
+            with contextlib.suppress(UserError):
+                former |= set((self.manifest(name) or {"files": {}})["files"])
+            former -= {*content, ""}
+            if former:
+                write_atomic(former_file, "\n".join(sorted(former)))
+        manifest_file.unlink(missing_ok=True)
+        for file in former:
+            (path / epath.Path(file).name).unlink(missing_ok=True)
+        for file, text in content.items() if is_folder else [("", content)]:
+            write_atomic(path / file if file else path, text)
+        digests = {file: _file_digest(path / file) for file in content} if is_folder else {name: _file_digest(path)}
         manifest = {
             "artifact": name,
             "fingerprint": recipe.fingerprint(),
             "options": _plain(recipe.options),
             "inputs": recipe.inputs,
             "rows": rows,
-            "digest": digest(self.path / name),
+            "files": digests,
+            "digest": digest_of_files(digests) if is_folder else digests[name],
         }
-        write_atomic(self._manifest(name), json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+        write_atomic(manifest_file, to_json(manifest | {"check": _check(manifest)}, indent=2))
+        if former:
+            former_file.unlink(missing_ok=True)
 
     def rows(self, name: str) -> list[dict]:
         """The rows of a finished artifact, after checking it."""
@@ -216,34 +323,78 @@ def _plain(options: dict) -> dict:
     return json.loads(json.dumps(options, default=list))
 
 
-def _whole_lines(file: epath.Path) -> bytes:
-    """A file without a last line that was cut off, or is just being written."""
-    return b"".join(file.read_bytes().rpartition(b"\n")[:2])
+def _check(manifest: dict) -> str:
+    """A checksum of a manifest's other fields."""
+    fields = {name: value for name, value in manifest.items() if name != "check"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_manifest(file: epath.Path) -> dict | None:
+    """A manifest, or None where there is none.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    if not file.exists():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+        if manifest["check"] == _check(manifest):
+            return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise UserError(
+        f"{file} is damaged. Move it away together with what it describes to have that rebuilt, or restore both."
+    )
+
+
+def verify_files(path: epath.Path, manifest: dict) -> None:
+    """Check the files of an artifact against its manifest.
+
+    Raises:
+      UserError: one was changed, damaged or deleted.
+    """
+    for name, expected in manifest["files"].items():
+        file = path / name if path.is_dir() else path
+        if not file.exists() or _file_digest(file) != expected:
+            what = "was changed or damaged" if file.exists() else "was deleted"
+            raise UserError(
+                f"{file} {what} after it was written. Move {path} away to have it rebuilt (it is never overwritten "
+                "unasked)."
+            )
 
 
 class PartialResults:
     """Finished rows of a stage under way, so that a stopped stage repeats only what was being worked on.
 
-    Several processes take turns at the rows, and each appends to a file of its own; in a bucket a row is a file.
+    Several processes take turns at the rows, and each appends to a file of its own; in a bucket a row is a file. A line
+    is a checksum and a row; one that is cut off or damaged is left out, and its row is made anew.
 
     Args:
       ids: of all rows that the stage makes, in their order.
     """
 
     def __init__(self, workdir: Workdir, stage: str, fingerprint: str, ids: list[str]):
-        self.folder = workdir.path / ".parts" / f"{stage}-{fingerprint}"
+        self.stage, self.folder = stage, workdir.path / ".parts" / f"{stage}-{fingerprint}"
         self.own = self.folder / f"{jax.process_index():04d}.jsonl"
         self.ids, self.done = ids, {}
-        self.read()
-        if not is_remote(self.own) and self.own.exists() and self.own.read_bytes() != (whole := _whole_lines(self.own)):
-            write_atomic(self.own, whole)
+        if damaged := self.read():
+            print(f"{stage}: {damaged} partial results in {self.folder} are damaged and will be made anew.")
+        if not is_remote(self.own) and self.own.exists():
+            data = self.own.read_bytes()
+            if data != (sound := b"".join(_sound_lines(data)[0])):  # the next line would join one that is cut off
+                write_atomic(self.own, sound)
 
-    def read(self) -> None:
-        """Find the finished rows, those of other processes too."""
+    def read(self) -> int:
+        """Find the finished rows, those of other processes too; returns how many lines are damaged."""
+        damaged = 0
         if self.folder.exists():
             with ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
-                for lines in pool.map(_whole_lines, sorted(self.folder.glob("*.jsonl"))):
-                    self.done |= {row["id"]: row for row in from_jsonl(lines.decode())}
+                for data in pool.map(lambda file: file.read_bytes(), sorted(self.folder.glob("*.jsonl"))):
+                    lines, bad = _sound_lines(data)
+                    damaged += bad
+                    self.done |= {row["id"]: row for row in (json.loads(line.partition(b" ")[2]) for line in lines)}
+        return damaged
 
     def missing(self) -> list[int]:
         """The rows that this process has to make, by their place."""
@@ -259,17 +410,31 @@ class PartialResults:
 
     def add(self, row: dict) -> None:
         """Keep a finished row."""
+        text = to_json(row)
+        line = f"{_line_check(text.rstrip().encode()).decode()} {text}"
         if is_remote(self.own):
-            (self.folder / f"{self.own.stem}-{len(self.done):08d}.jsonl").write_text(to_jsonl([row]))
+            (self.folder / f"{self.own.stem}-{len(self.done):08d}.jsonl").write_text(line)
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.own.open("a") as file:
-                file.write(to_jsonl([row]))
+            append(self.own, line)
         self.done[row["id"]] = row
 
     def clear(self) -> None:
-        """Drop the stage's parts, once its artifact is published; those of other options too."""
+        """Drop the stage's partial results, once its artifact is published; those of other options too."""
         if self.folder.parent.exists():
             for folder in self.folder.parent.iterdir():
                 if folder.name.rpartition("-")[0] == self.folder.name.rpartition("-")[0]:
                     folder.rmtree()
+
+
+def _line_check(text: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(text)
+
+
+def _sound_lines(data: bytes) -> tuple[list[bytes], int]:
+    """The lines of a file of partial results whose checksum is right, and how many others there are.
+
+    A last line without its end does not count: a run was stopped while it wrote it, or is just writing it.
+    """
+    whole = [line for line in data.rpartition(b"\n")[0].split(b"\n") if line]
+    sound = [line + b"\n" for line in whole if line.partition(b" ")[0] == _line_check(line.partition(b" ")[2])]
+    return sound, len(whole) - len(sound)

@@ -5,12 +5,8 @@ import json
 import re
 import socket
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from conftest import decode
@@ -24,7 +20,7 @@ from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.report import comparison
 from roserag_jax.training.log import TrainingLog, verdict
 from roserag_jax.training.train_step import TrainStep
-from roserag_jax.workdir import PartialResults, Recipe, Workdir, digest, to_jsonl
+from roserag_jax.workdir import Workdir, digest
 
 torch = pytest.importorskip("torch")
 
@@ -159,49 +155,6 @@ def test_a_text_ends_a_response(finished):
         for i, response in answers(stop, "never said").items():
             before, found, _ = free[i].text.partition(stop)
             assert response.text == before and response.finished == (bool(found) or free[i].finished)
-
-
-def test_a_row_cut_off_while_writing_is_made_again(tmp_path):
-    """PartialResults of a stage: a row is there whole or not at all, whatever line separators its text holds."""
-    work, ids = Workdir(str(tmp_path)), ["a", "b", "c"]
-    rows = [{"id": i, "text": "one\u2028two\x85three"} for i in ids]
-    parts = PartialResults(work, "generate", "0123", ids)
-    for row in rows[:2]:
-        parts.add(row)
-    file = next((tmp_path / ".parts").rglob("*.jsonl"))
-    file.write_bytes(file.read_bytes()[:-9])
-    parts = PartialResults(work, "generate", "0123", ids)
-    assert parts.missing() == [1, 2] and list(parts.done.values()) == rows[:1]
-    for row in rows[:0:-1]:
-        parts.add(row)
-    assert PartialResults(work, "generate", "0123", ids).gather() == rows
-    work.publish("rows.jsonl", Recipe({}, {}), to_jsonl(rows), 3)
-    assert work.rows("rows.jsonl") == rows
-    parts.clear()
-    assert not list((tmp_path / ".parts").iterdir())
-
-
-def test_parts_of_several_processes_are_read_before_they_are_cleared(tmp_path, monkeypatch):
-    """Process 0 clears the folder as soon as it has published; process 1, which is slow, has its rows by then."""
-    together, work, ids = threading.Barrier(2), Workdir(str(tmp_path)), ["a", "b"]
-    monkeypatch.setattr("roserag_jax.distributed.processes.barrier", lambda name: together.wait(timeout=10))
-    parts = []
-    for index in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        parts.append(PartialResults(work, "generate", "0123", ids))
-    for i, own in zip(ids, parts, strict=True):
-        own.add({"id": i})
-    read = parts[1].read
-    parts[1].read = lambda: (time.sleep(0.2), read())
-
-    def first():
-        found = parts[0].gather()
-        parts[0].clear()
-        return found
-
-    with ThreadPoolExecutor() as threads:
-        results = [threads.submit(each) for each in (first, parts[1].gather)]
-    assert [result.result() for result in results] == [[{"id": "a"}, {"id": "b"}]] * 2 and not parts[0].folder.exists()
 
 
 def test_options_make_stale_only_what_depends_on_them(finished, config_of, questions, capsys):
@@ -379,11 +332,6 @@ def test_inspect(config_of, model_folder, capsys):
     assert "rank 4 on 7 projections" in out and "without a chat template" in out and "'</s>'" in out
 
 
-def test_a_relative_workdir_can_hold_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert Workdir("runs/x").path.is_absolute() and str(Workdir("gs://bucket/x").path) == "gs://bucket/x"
-
-
 def test_a_workdir_in_a_bucket(config_of, questions, tmp_path, capsys, monkeypatch):
     """The whole path through `gs://`, against an emulator: stopped, it goes on; the adapter is that of a local run."""
     pytest.importorskip("gcsfs")
@@ -428,28 +376,6 @@ def test_a_workdir_in_a_bucket(config_of, questions, tmp_path, capsys, monkeypat
         assert (tmp_path / "merged/model.safetensors").exists()
     finally:
         server.stop()
-
-
-def test_workdir_never_reads_what_is_not_whole(tmp_path, capsys):
-    work, recipe = Workdir(str(tmp_path)), Recipe({"a": 1}, {"in": "x"})
-    assert not work.is_up_to_date("rows.jsonl", recipe)
-    work.publish("rows.jsonl", recipe, '{"n": 1}\n', 1)
-    assert work.is_up_to_date("rows.jsonl", recipe) and work.rows("rows.jsonl") == [{"n": 1}]
-    assert not work.is_up_to_date("rows.jsonl", Recipe({"a": 2}, {"in": "y"}))
-    assert work.is_up_to_date("rows.jsonl", recipe)
-    out = capsys.readouterr().out
-    assert "config.a was 1, now 2" in out and "in has changed" in out
-    (tmp_path / "rows.jsonl").write_text("{}\n")
-    for touch in (
-        lambda: work.rows("rows.jsonl"),
-        lambda: work.is_up_to_date("rows.jsonl", Recipe({"a": 3}, {"in": "x"})),
-    ):
-        with pytest.raises(UserError, match="changed or damaged"):
-            touch()
-    (tmp_path / "rows.jsonl.manifest.json").unlink()
-    with pytest.raises(UserError, match="is missing"):
-        work.verify("rows.jsonl")
-    assert not work.is_up_to_date("rows.jsonl", recipe)
 
 
 def test_systems_side_by_side(finished, config_of, tmp_path, capsys, monkeypatch):
@@ -508,6 +434,10 @@ def test_systems_side_by_side(finished, config_of, tmp_path, capsys, monkeypatch
     config.evaluate.adapters = (str(tmp_path / "base"),)
     with pytest.raises(UserError, match="would be called 'base', which is taken"):
         evaluate.run(config)
+    for name in ("base-k5", "x-random3", "base-shuffled"):
+        config.evaluate.adapters = (str(tmp_path / name),)
+        with pytest.raises(UserError, match=f"would be called '{name}', which is how an evaluation with other"):
+            evaluate.run(config)
 
 
 def test_evaluate_needs_its_adapter(config_of):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from roserag_jax import options, retrieve
+from roserag_jax import inputs, options
 from roserag_jax.errors import UserError
 from roserag_jax.rag import corpora, documents
 
@@ -210,7 +210,7 @@ def test_chunks_keep_to_size_overlap_and_place():
 def test_digest_of_a_folder_is_of_what_is_read(tmp_path):
     config = options.defaults()
     config.retrieve.corpus = str(write(tmp_path, a__txt="Moss.", b__md="Peat."))
-    digest = lambda: retrieve.file_digest(config, "retrieve.corpus")
+    digest = lambda: inputs.input_digest(config, "retrieve.corpus")
     before = digest()
     write(tmp_path, **{".DS_Store": "x", "image__png": "x"})
     write(tmp_path / ".git", c__txt="x")

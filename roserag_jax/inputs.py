@@ -1,0 +1,38 @@
+"""Digests of the files that options name, for recipes."""
+
+from pathlib import Path
+
+from etils import epath
+
+from roserag_jax import options
+from roserag_jax.rag import documents, files
+from roserag_jax.retrieval.cache import cache_files
+from roserag_jax.workdir import digest, digest_of_files
+
+
+def input_digest(config, option: str) -> dict[str, str]:
+    """The digest of the file or folder that an option names, if any; a Hub data set goes by its name.
+
+    Of a folder, the files that are read count, and no others.
+    """
+    value = options.get(config, option)
+    # An empty path would be the current folder.
+    path = epath.Path(value).expanduser() if value and not value.startswith(files.HUB) else None
+    if path is None or not path.exists():
+        found = ""
+    elif path.is_dir():
+        read = cache_files(path) if option == "retrieve.cache" else documents.find(Path(path)).files
+        found = digest_of_files(
+            {documents.name_below(Path(path), Path(file)): _digest_or_error(epath.Path(file)) for file in read}
+        )
+    else:
+        found = digest(path)
+    return {f"config.{option}={value}": found}
+
+
+def _digest_or_error(file: epath.Path) -> str:
+    """The digest of a file, or why it cannot be read, which does not keep the others from being read."""
+    try:
+        return digest(file)
+    except OSError as error:
+        return str(error.strerror)
