@@ -63,9 +63,9 @@ class Fields:
         """Read a string."""
         return self._read(name, default, "a string", lambda v: isinstance(v, str))
 
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        """Read a token id or a list of them; () where there is none."""
-        token = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 31
-        fits = lambda v: token(v) or (isinstance(v, list) and all(map(token, v)))
-        value = self._read(name, [], "a token id or a list of token ids", fits)
+    def integers(self, name: str) -> tuple[int, ...]:
+        """Read a whole number of 31 bits or a list of them; () where there is none."""
+        whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 31
+        fits = lambda v: whole(v) or (isinstance(v, list) and all(map(whole, v)))
+        value = self._read(name, [], "a whole number from 0 on or a list of them", fits)
         return tuple(value) if isinstance(value, list) else (value,)

@@ -198,7 +198,7 @@ def stop_ids(tokenizer: Any, model: Path, vocab_size: int) -> tuple[int, ...]:
         config, generation = model / huggingface.CONFIG, model / huggingface.GENERATION_CONFIG
         file = generation if generation.is_file() else config
         header, names = Fields(read_json_object(file), str(file)), ("eos_token_id",)
-    listed = {token for name in names for token in header.token_ids(name)}
+    listed = {token for name in names for token in header.integers(name)}
     check_ids(ids, "The tokenizer (eos_token)", vocab_size)
     check_ids(listed, f"{file} (eos_token_id)", vocab_size)
     # A chat template may close a turn with a token that the configuration forgot (Gemma's <end_of_turn>).

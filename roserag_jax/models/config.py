@@ -5,9 +5,10 @@ mathematics and that the network does not implement is refused by name, never ig
 """
 
 import dataclasses
+import math
 from typing import Any
 
-from roserag_jax.errors import UserError
+from roserag_jax.errors import UserError, first_line, quote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +50,45 @@ class ModelConfig:
 
 
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
-_ROPE_TYPES = ("default", "linear", "llama3")
+# What each scaling of RoPE takes beside the base.
+_ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _rope(parameters: dict, source: str) -> tuple[float, tuple]:
     """Base and scaling items from one `rope_parameters` dict."""
     kind = parameters.get("rope_type", "default")
     if kind not in _ROPE_TYPES:
-        raise UserError(f"{source}: rope_type {kind!r} is not implemented; known: {', '.join(_ROPE_TYPES)}.")
+        raise UserError(f"{source}: rope_type {quote(kind)} is not implemented; known: {', '.join(_ROPE_TYPES)}.")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{source}: partial_rotary_factor {parameters['partial_rotary_factor']} is not implemented.")
-    scaling = () if kind == "default" else tuple(sorted((k, v) for k, v in parameters.items() if v is not None))
-    return float(parameters["rope_theta"]), scaling
+        raise UserError(
+            f"{source}: partial_rotary_factor {quote(parameters['partial_rotary_factor'])} is not implemented."
+        )
+    needed = _ROPE_TYPES[kind]
+    for name in ("rope_theta", *needed):
+        value = parameters.get(name)
+        if not _is_number(value) or not 0 < value <= 1e12:
+            raise UserError(f"{source}: {name}={quote(value)} of RoPE ({kind}) is not a positive number.")
+    if kind == "llama3" and parameters["low_freq_factor"] >= parameters["high_freq_factor"]:
+        raise UserError(f"{source}: low_freq_factor of RoPE is not below its high_freq_factor.")
+    scaling = tuple((name, parameters[name]) for name in sorted(needed))
+    return float(parameters["rope_theta"]), (*scaling, ("rope_type", kind)) if scaling else ()
 
 
 def _common(hf, source: str) -> dict:
     """The fields that every family reads alike from a `transformers` config object."""
     activation = getattr(hf, "hidden_activation", None) or getattr(hf, "hidden_act", "silu")
     if activation not in _ACTIVATIONS:
-        raise UserError(f"{source}: activation {activation!r} is not implemented; known: {', '.join(_ACTIVATIONS)}.")
+        raise UserError(
+            f"{source}: activation {quote(activation)} is not implemented; known: {', '.join(_ACTIVATIONS)}."
+        )
     theta, scaling = (0.0, ()) if "full_attention" in hf.rope_parameters else _rope(hf.rope_parameters, source)
     return {
         "family": hf.model_type,
@@ -176,7 +197,7 @@ def check_family(model_type: str | None, source: str) -> None:
     """
     if model_type not in _READERS:
         known = ", ".join(_READERS)
-        raise UserError(f"{source}: model type {str(model_type)[:80]!r} is not implemented; known: {known}.")
+        raise UserError(f"{source}: model type {quote(model_type)} is not implemented; known: {known}.")
 
 
 def from_hf(hf, source: str) -> ModelConfig:
@@ -188,5 +209,45 @@ def from_hf(hf, source: str) -> ModelConfig:
     check_family(hf.model_type, source)
     for field, why in _REFUSED.items():
         if getattr(hf, field, None):
-            raise UserError(f"{source}: {field}={getattr(hf, field)!r} is not implemented: {why}.")
-    return ModelConfig(**_READERS[hf.model_type](hf, source))
+            raise UserError(f"{source}: {field}={quote(getattr(hf, field))} is not implemented: {why}.")
+    try:
+        config = ModelConfig(**_READERS[hf.model_type](hf, source))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{source}: a setting has an impossible type or value ({first_line(error)}).") from error
+    _check_values(config, source)
+    return config
+
+
+# The numbers of a configuration and their bounds; sizes are whole.
+_SIZES = {name: 1 << 24 for name in "vocab_size embed_dim num_heads num_kv_heads head_dim mlp_dim".split()}
+_SIZES |= {"num_layers": MOST_LAYERS, "max_positions": 1 << 31, "sliding_window": 1 << 31}
+_NUMBERS = {
+    "norm_eps": 1.0,
+    "rope_theta": 1e12,
+    "rope_local_theta": 1e12,
+    "embed_scale": 1e6,
+    "query_scale": 1e6,
+    "attention_softcap": 1e9,
+    "final_softcap": 1e9,
+}
+_MAY_BE_ABSENT = ("sliding_window", "rope_local_theta", "query_scale", "attention_softcap", "final_softcap")
+
+
+def _check_values(c: ModelConfig, source: str) -> None:
+    """Refuse values that no network has: of another type, out of bounds, or at odds with one another."""
+    for name, most in (_SIZES | _NUMBERS).items():
+        value = getattr(c, name)
+        if value is None and name in _MAY_BE_ABSENT:
+            continue
+        whole = name not in _SIZES or isinstance(value, int)
+        if not _is_number(value) or not whole or not 0 < value <= most:
+            raise UserError(f"{source}: {name}={quote(value)} is not a number above 0 and up to {most:g}.")
+    if c.num_heads % c.num_kv_heads or c.head_dim % 2:
+        raise UserError(
+            f"{source}: {c.num_heads} query heads, {c.num_kv_heads} key/value heads and a head size of {c.head_dim} "
+            "do not go together."
+        )
+    if len(c.sliding_layers) not in (0, c.num_layers):
+        raise UserError(f"{source}: layer_types names {len(c.sliding_layers)} layers of {c.num_layers}.")
+    if not isinstance(c.tie_embeddings, bool):
+        raise UserError(f"{source}: tie_word_embeddings={quote(c.tie_embeddings)} is not true or false.")
