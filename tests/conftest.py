@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's; the tests run in two processes already
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -243,10 +244,11 @@ GGUF_CHANGES = {
 }
 
 
-def write_gguf(arch, folder, early=False, **header):
-    """A small random model as a GGUF file, and its transformers configuration; `header` adds or replaces fields.
+def write_gguf(arch, folder, early=False, split=0, sizes=(), **header):
+    """A small random model as a GGUF file, and its transformers configuration; `header` adds fields.
 
-    Early files of Gemma 2 say nothing of its window and soft-caps.
+    Early files of Gemma 2 say nothing of its window and soft-caps. `split`: the most tensors of a part; `sizes`: other
+    values of sizes, such as lists by layer.
     """
     import torch
     import transformers
@@ -261,13 +263,14 @@ def write_gguf(arch, folder, early=False, **header):
             parameter.add_(torch.randn_like(parameter) * 0.15)
     folder.mkdir(exist_ok=True)
     path = folder / f"{arch}.gguf"
-    writer = GGUFWriter(path, arch)
+    writer = GGUFWriter(path, arch, split_max_tensors=split)
     writer.add_context_length(hf.max_position_embeddings)
     writer.add_embedding_length(hf.hidden_size)
     writer.add_block_count(hf.num_hidden_layers)
-    writer.add_feed_forward_length(hf.intermediate_size)
-    writer.add_head_count(hf.num_attention_heads)
-    writer.add_head_count_kv(hf.num_key_value_heads)
+    sizes = dict(sizes)
+    writer.add_feed_forward_length(sizes.get("feed_forward_length", hf.intermediate_size))
+    writer.add_head_count(sizes.get("head_count", hf.num_attention_heads))
+    writer.add_head_count_kv(sizes.get("head_count_kv", hf.num_key_value_heads))
     writer.add_key_length(hf.head_dim)
     writer.add_layer_norm_rms_eps(hf.rms_norm_eps)
     writer.add_vocab_size(hf.vocab_size)
@@ -309,6 +312,27 @@ def finish_gguf(writer):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def random_adapter(config, lora, mesh):
+    """An adapter whose factors are both random, so that it changes the logits."""
+    state = loading.init_adapter(config, lora, mesh, jax.random.key(1))
+    return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), state)
+
+
+def tokens_logits(model, tokens):
+    """Logits behind each of a row of tokens."""
+    return branch_logits(model, tokens[None, :1], np.array([0]), tokens[None, None])[0, 0]
+
+
+def copy_folder(folder: Path, to: Path, **files) -> Path:
+    """A copy of a folder in which JSON files have other keys: `config={"a": 1}` changes config.json's."""
+    shutil.copytree(folder, to)
+    for name, changes in files.items():
+        file = to / f"{name}.json"
+        values = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+    return to
 
 
 @pytest.fixture(scope="session")

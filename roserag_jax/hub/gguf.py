@@ -167,12 +167,12 @@ class GGUFFile:
         kind = header.text("general.type", "model")
         if kind != "model":
             raise UserError(f"{path} holds {quote(kind)} (general.type), not a model; name the model's own file.")
+        tensors = _tensors(path, header)
         if self.arch not in FAMILIES:
             raise UserError(
                 f"{path}: GGUF architecture {quote(self.arch)} is not implemented; known: {', '.join(FAMILIES)}. "
                 "Use the model's Hugging Face folder."
             )
-        tensors = _tensors(path, header)
         if not tensors:
             raise UserError(f"{path} holds a vocabulary and no weights; name a file with the model's weights.")
         factors = tensors.pop(_ROPE_FACTORS, None)

@@ -109,6 +109,7 @@ def _open(file: Path):
     from safetensors import SafetensorError, safe_open
 
     try:
+        file.open("rb").close()  # safetensors says of a file without permission that it is not there
         handle = safe_open(file, "numpy")
     except PermissionError as error:
         raise UserError(f"{file} may not be read ({error.strerror}); change its permissions.") from error

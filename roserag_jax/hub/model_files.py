@@ -109,7 +109,7 @@ def fingerprint(model: str, revision: str | None = None, weights: bool = True) -
     for file in (*small, *large):
         try:
             size = file.stat().st_size
-            digest.update(f"{file.name}:{size}\n".encode())
+            digest.update(f"{file.name if file in small else 'weights'}:{size}\n".encode())
             with file.open("rb") as opened:
                 for piece in _samples(opened, size) if file in large else [opened.read()]:
                     digest.update(piece)

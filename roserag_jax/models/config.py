@@ -171,7 +171,7 @@ def _gemma3(hf, source):
 
 # Fields that change what a known model type computes, by what they would need.
 _REFUSED = {
-    "quantization_config": "use the original, unquantised weights",
+    "quantization_config": "use the original, unquantized weights",
     "use_bidirectional_attention": "attention here is causal",
     "auto_map": "the model comes with code of its own, which is never run",
 }

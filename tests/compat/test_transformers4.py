@@ -8,11 +8,10 @@ import os
 import subprocess
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAMILIES, branch_logits, write_files, write_gguf
+from conftest import FAMILIES, random_adapter, tokens_logits, write_files, write_gguf
 
 from roserag_jax.hub import gguf, loading, merged_export, model_files, peft_adapter, tokenizer
 from roserag_jax.models.lora import LoRAConfig
@@ -36,14 +35,6 @@ def read_by_transformers_4(jobs: dict, folder: Path) -> dict:
     return results
 
 
-def trained(config, mesh):
-    """An adapter whose two factors are both random."""
-    state = loading.init_adapter(config, LORA, mesh, jax.random.key(0))
-    leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return structure.unflatten(0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True))
-
-
 @pytest.fixture(scope="module")
 def read(tiny_folder, model_folder, smollm_path, one_device, tmp_path_factory):
     """`(requested, found)` by name: logits by this network, and what transformers 4 reads in the exported folders."""
@@ -54,7 +45,7 @@ def read(tiny_folder, model_folder, smollm_path, one_device, tmp_path_factory):
     for name, base in bases.items():
         opened = model_files.open_model(str(base))
         frozen = loading.load_base(opened, jnp.dtype("float32"), one_device)
-        adapter = trained(opened.config, one_device)
+        adapter = random_adapter(opened.config, LORA, one_device)
         model = loading.assemble(opened.config, frozen, LORA, adapter)
         exported = folder / f"exported-{name}"
         exported.mkdir()
@@ -62,7 +53,7 @@ def read(tiny_folder, model_folder, smollm_path, one_device, tmp_path_factory):
         merged_export.save_config(opened, "float32", exported)
         merged_export.save_generation_config(opened, (2,), 0, exported)
         jobs[name] = {"folder": str(exported), "tokens": TOKENS.tolist()}
-        logits[name] = branch_logits(model, TOKENS[None, :1], np.array([0]), TOKENS[None, None])[0, 0]
+        logits[name] = tokens_logits(model, TOKENS)
         if name == "llama":
             write_files(folder / "adapter", peft_adapter.adapter_files(adapter, LORA, str(base)))
             # The base itself is what version 5 saved, which version 4 misreads: PEFT gets it in both spellings.
@@ -119,5 +110,5 @@ def test_a_tokenizer_saved_by_transformers_4_is_copied_as_it_is(name, read, tmp_
 
 def test_the_compared_adapter_changes_the_logits(read, tiny_llama):
     opened, base = tiny_llama
-    without = branch_logits(loading.assemble(opened.config, base), TOKENS[None, :1], np.array([0]), TOKENS[None, None])
-    assert np.abs(without[0, 0] - read[0]["adapter"]).max() > 0.05
+    without = tokens_logits(loading.assemble(opened.config, base), TOKENS)
+    assert np.abs(without - read[0]["adapter"]).max() > 0.05

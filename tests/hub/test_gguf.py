@@ -37,10 +37,77 @@ def test_a_gguf_file_is_the_model(arch, tmp_path, one_device):
     np.testing.assert_allclose(ours, hf_logits(reference, TOKENS[0])[20:], atol=1e-4, rtol=0)
 
 
-def test_what_a_header_cannot_say_is_refused(tmp_path):
-    path, _ = write_gguf("qwen3", tmp_path, **{"rope.scaling.type": "yarn"})
-    with pytest.raises(UserError, match=r"rope.scaling.type='yarn' is not implemented"):
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, LINEAR),
+        ({"rope.scaling.factor": 4.0}, LINEAR),
+        ({"rope.scale_linear": 4.0}, LINEAR),
+        ({"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0}, LINEAR),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.type": "linear"}, None),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scale_linear": 0.0}, None),
+    ],
+    ids=str,
+)
+def test_rope_scaling_by_llama_cpps_rules(header, expected, tmp_path):
+    """A factor without a type is linear; the old name counts where the new one is absent; 0 and 1 are none."""
+    opened = model_files.open_model(str(write_gguf("qwen2", tmp_path, **header)[0]))
+    default = {"rope_type": "default", "rope_theta": 10000.0}
+    assert opened.transformers_config().rope_parameters == (expected or default)
+
+
+def test_a_split_file_is_read_by_its_first_part(tmp_path):
+    whole = model_files.open_model(str(write_gguf("qwen2", tmp_path)[0]))
+    write_gguf("qwen2", tmp_path / "parts", split=9)
+    parts = sorted((tmp_path / "parts").iterdir())
+    assert len(parts) > 2
+    opened = model_files.open_model(str(parts[0]))
+    assert opened.config == whole.config and opened.shapes() == whole.shapes()
+    for name, shape in whole.shapes().items():
+        np.testing.assert_array_equal(opened.read(name, (slice(shape[0]),)), whole.read(name, (slice(shape[0]),)))
+    first = model_files.fingerprint(str(parts[0]))
+    with pytest.raises(UserError, match=f"is one of {len(parts)} parts of a model; name the first"):
+        model_files.open_model(str(parts[1]))
+    parts[2].write_bytes(parts[2].read_bytes()[:-4] + b"\1\2\3\4")
+    assert model_files.fingerprint(str(parts[0])) != first
+    parts[2].unlink()
+    with pytest.raises(UserError, match=f"there is no file .*{parts[2].name}"):
+        model_files.open_model(str(parts[0]))
+
+
+@pytest.mark.parametrize(
+    ("match", "header"),
+    [
+        ("rope.scaling.type='yarn' is not implemented", {"rope.scaling.type": "yarn"}),
+        ("holds 'adapter' .general.type., not a model", {"general.type": "adapter"}),
+        ("qwen3.expert_count=8 is not implemented", {"expert_count": 8}),
+        ("qwen3.attention.value_length=8 is not implemented", {"attention.value_length": 8}),
+        ("qwen3.logit_scale=0.5 is not implemented", {"logit_scale": 0.5}),
+    ],
+)
+def test_what_a_header_cannot_say_is_refused(match, header, tmp_path):
+    with pytest.raises(UserError, match=match):
+        model_files.open_model(str(write_gguf("qwen3", tmp_path, **header)[0]))
+
+
+def test_sizes_by_layer_are_read_where_they_are_equal(tmp_path):
+    """Files of other programs list the heads of each layer."""
+    whole = model_files.open_model(str(write_gguf("qwen3", tmp_path)[0]))
+    lists = {"head_count": [4, 4, 4], "head_count_kv": [2, 2, 2], "feed_forward_length": [80, 80, 80]}
+    opened = model_files.open_model(str(write_gguf("qwen3", tmp_path / "lists", sizes=lists)[0]))
+    assert opened.config == whole.config
+    path = write_gguf("qwen3", tmp_path / "differ", sizes=lists | {"head_count_kv": [2, 1, 2]})[0]
+    with pytest.raises(UserError, match=r"qwen3.attention.head_count_kv=\[2, 1, 2\] differs by layer"):
         model_files.open_model(str(path))
+
+
+def test_files_that_are_not_models_are_named(tmp_path):
+    path = write_gguf("qwen3", tmp_path)[0]
     half = tmp_path / "half.gguf"
     half.write_bytes(path.read_bytes()[:-4000])
     with pytest.raises(UserError, match="half.gguf is damaged, incomplete"):
@@ -48,3 +115,8 @@ def test_what_a_header_cannot_say_is_refused(tmp_path):
     finish_gguf(gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2"))
     with pytest.raises(UserError, match="architecture 'gpt2' is not implemented"):
         model_files.open_model(str(tmp_path / "other.gguf"))
+    finish_gguf(gguf.GGUFWriter(tmp_path / "words.gguf", "llama"))
+    with pytest.raises(UserError, match="words.gguf holds a vocabulary and no weights"):
+        model_files.open_model(str(tmp_path / "words.gguf"))
+    with pytest.raises(UserError, match="there is no file"):
+        model_files.open_model(str(tmp_path / "none.gguf"))

@@ -1,0 +1,62 @@
+"""The content of a model, named."""
+
+import shutil
+import time
+
+import numpy as np
+import pytest
+from conftest import copy_folder
+from safetensors.numpy import load_file, save_file
+
+from roserag_jax.errors import UserError
+from roserag_jax.hub.model_files import fingerprint
+
+
+def test_fingerprint_of_a_folder_is_its_contents(model_folder, tmp_path):
+    folder = copy_folder(model_folder, tmp_path / "model")
+    first = fingerprint(str(folder))
+    assert first == fingerprint(str(folder)) == fingerprint(str(model_folder)) and len(first) == 32
+    (folder / "README.md").write_text("What it is.")
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    assert fingerprint(str(folder)) == first
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole + b"\n")
+        assert fingerprint(str(folder)) != first, name
+        (folder / name).write_bytes(whole)
+    tensors = load_file(folder / "model.safetensors")
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name] + np.float32(1e-3)}, folder / "model.safetensors")
+    assert fingerprint(str(folder)) != first
+    tokenizer = fingerprint(str(folder), weights=False)
+    (folder / "model.safetensors").unlink()
+    assert fingerprint(str(folder), weights=False) == tokenizer != first
+    with pytest.raises(UserError, match="has no model.safetensors"):
+        fingerprint(str(folder))
+
+
+def test_fingerprint_of_a_large_file_is_quick_and_sees_other_weights(smollm_path, tmp_path):
+    """Any tensor of a megabyte or more that was replaced is seen; the file keeps its size."""
+    copy = tmp_path / "model.gguf"
+    shutil.copyfile(smollm_path, copy)
+    start = time.process_time()
+    first = fingerprint(str(copy))
+    assert time.process_time() - start < 5
+    assert first == fingerprint(str(smollm_path))
+    with copy.open("r+b") as file:
+        file.seek(60_000_000)
+        file.write(np.random.default_rng(0).bytes(1 << 20))
+    assert fingerprint(str(copy)) != first
+
+
+def test_fingerprint_of_a_hub_id_is_its_commit(model_folder, tmp_path, monkeypatch):
+    """A model in the Hub's cache, laid out as its client does."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "models--owner--name"
+    shutil.copytree(model_folder, cache / "snapshots" / commit)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert fingerprint("owner/name") == fingerprint("owner/name", commit) == f"owner/name@{commit}"
+    local = str(cache / "snapshots" / commit)
+    assert fingerprint(local) == fingerprint(str(model_folder))
