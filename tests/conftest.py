@@ -374,6 +374,12 @@ def tiny_engine(tiny_llama, one_device):
     return Engine(loading.assemble(opened.config, base), one_device, (2,), 0)
 
 
+def engine_on(opened, mesh, stop_ids=(2,)):
+    """An engine over a small model on a mesh."""
+    base = loading.load_base(opened, jnp.dtype("float32"), mesh)
+    return Engine(loading.assemble(opened.config, base), mesh, stop_ids, 0)
+
+
 @pytest.fixture(scope="module")
 def alone():
     """For tests about files: one device compiles faster."""

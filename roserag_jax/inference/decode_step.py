@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int, UInt
 
-from roserag_jax.inference.kv_cache import PREFIX_AXES, SUFFIX_AXES, put_slot, take_slot
+from roserag_jax.inference.kv_cache import PREFIX_AXES, SUFFIX_AXES, put_ring, put_slot, take_slot
 from roserag_jax.inference.sampling import SamplingParams, sample_tokens
 from roserag_jax.models.cache import PrefixCache, SuffixCache
 from roserag_jax.models.logprobs import token_logprobs
@@ -176,26 +176,27 @@ def extend_slots(
     prompt_length: Int[Array, "X"],
     slots: Int[Array, "X"],
     served: Bool[Array, "X"],
-    first: Int[Array, ""],
+    first: Int[Array, "X"],
 ):
-    """Put forced prefixes through the network, into the suffix cache of one slot of each device from `first` on.
+    """Put forced prefixes through the network, into the suffix cache of one slot of each device.
+
+    Args:
+      prompts, suffix: keys and values of the prefix cache and of the suffix cache.
+      tokens, lengths: the forced prefixes without their last tokens, right-padded, and their lengths.
+      targets: the tokens that follow `tokens`.
+      prompt_length: how many prompt tokens the branches see.
+      slots, served: the slot of each device and whether it has forced prefixes.
+      first: where in the ring the slot's forced prefixes begin.
 
     Returns:
-      Keys and values of the suffix cache, and the log-probabilities [X N S] of `targets`, the tokens that follow.
+      Keys and values of the suffix cache, and the log-probabilities [X N S] of `targets`.
     """
     model = nnx.merge(graph, weights)
     X, N, S = tokens.shape
-    M = jax.tree.leaves(suffix)[0].shape[-1]
     cache = PrefixCache(*(take_slot(a, PREFIX_AXES, slots) for a in prompts), prompt_length)
-    hidden, new = model.extend_cached(
-        tokens, jnp.arange(S) < lengths[..., None], cache, model.empty_suffix_cache(X, N, S)
-    )
+    empty = model.empty_suffix_cache(X, N, S)
+    hidden, new = model.extend_cached(tokens, jnp.arange(S) < lengths[..., None], cache, empty)
     logprobs = token_logprobs(hidden, targets, model.table, model.config.final_softcap)
-
-    def ring(a, axis):
-        widths = [(0, M - S if i == axis else 0) for i in range(a.ndim)]
-        return jnp.roll(jnp.pad(a, widths), first, axis)
-
-    rows = ring(new.k, 5), ring(new.v, 4)
-    put = lambda a, row: put_slot(a, SUFFIX_AXES, row, slots, served)
-    return tuple(map(put, suffix, rows)), logprobs
+    k = put_ring(suffix[0], SUFFIX_AXES, new.k, -1, slots, served, first)
+    v = put_ring(suffix[1], SUFFIX_AXES, new.v, -2, slots, served, first)
+    return (k, v), logprobs

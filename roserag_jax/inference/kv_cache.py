@@ -62,15 +62,42 @@ def put_slot(cache, axes: tuple, rows, slots: jax.Array, served: jax.Array):
     """
 
     def put(slot_axis, cache, rows, slot, served):
+        return jax.tree.map(lambda a, row: _write(a, row, slot_axis, slot[0], served[0]), cache, rows)
+
+    return _on_each_device(put, axes, cache, _as_cache(cache, rows), slots, served)
+
+
+def put_ring(cache, axes: tuple, rows, token_axis: int, slots: jax.Array, served: jax.Array, first: jax.Array):
+    """Write `rows` [L X ...] as `put_slot` does, but as a ring: tokens from `first` [X] on, wrapping round at the end.
+
+    Each slot has a `first` of its own, because a row is padded to the longest that is written together: only then does
+    its padding take no place among the entries that the slot's own tokens need.
+
+    Args:
+      token_axis: the axis of tokens, counted from the end.
+    """
+
+    def put(slot_axis, cache, rows, slot, served, first):
         def write(a, row):
-            start = [0] * a.ndim
-            start[slot_axis] = slot[0]
-            row = jnp.where(served[0], row, jax.lax.dynamic_slice(a, start, row.shape))
-            return jax.lax.dynamic_update_slice(a, row, start)
+            widths = [(0, 0)] * row.ndim
+            widths[token_axis] = (0, a.shape[token_axis] - row.shape[token_axis])
+            ring = jnp.roll(jnp.pad(row, widths), first[0], token_axis)
+            return _write(a, ring, slot_axis, slot[0], served[0])
 
         return jax.tree.map(write, cache, rows)
 
-    return _on_each_device(put, axes, cache, unstack(rows) if isinstance(cache, tuple) else rows, slots, served)
+    return _on_each_device(put, axes, cache, _as_cache(cache, rows), slots, served, first)
+
+
+def _as_cache(cache, rows):
+    return unstack(rows) if isinstance(cache, tuple) else rows
+
+
+def _write(a, row, slot_axis, slot, served):
+    start = [0] * a.ndim
+    start[slot_axis] = slot
+    row = jnp.where(served, row, jax.lax.dynamic_slice(a, start, row.shape))
+    return jax.lax.dynamic_update_slice(a, row, start)
 
 
 def _on_each_device(function, axes, cache, *rest):

@@ -98,8 +98,13 @@ class DecoderCapacity:
 
     @property
     def suffix_length(self) -> int:
-        """M, the length of the suffix cache; the last token of a forced prefix is the first that is decoded."""
-        return max(new + (bucket(prefix - 1) if prefix > 1 else 0) for prefix, new in self.request_shapes)
+        """M, the length of the suffix cache: the tokens of a branch, or a padded forced prefix if that is longer.
+
+        The last token of a forced prefix is the first that is decoded.
+        """
+        longest = max(prefix for prefix, _ in self.request_shapes) - 1
+        tokens = max(prefix - 1 + new for prefix, new in self.request_shapes)
+        return max(-(-tokens // 16) * 16, bucket(longest))
 
     def slot_bytes(self, config: ModelConfig, itemsize: int, prompt_length: int) -> int:
         """Bytes that one slot takes, weights aside: its prompt, its branches and three arrays of their logits."""

@@ -197,10 +197,23 @@ class Scheduler:
                 slot.request = slot.task.send(slot.completions if isinstance(slot.request, DecodeRequest) else None)
                 while isinstance(slot.request, DecodeRequest) and not slot.request.forced_prefixes:
                     slot.request = slot.task.send([])
+            self._check_size(slot.request)
             slot.completions = []
         except StopIteration as end:
             self.slots[b] = None
             yield slot.number, end.value
+
+    def _check_size(self, request: PrefillRequest | DecodeRequest) -> None:
+        """Raise a ValueError for a request that the caches have no room for; a ring would silently overwrite itself."""
+        if isinstance(request, PrefillRequest):
+            if len(request.tokens) - 1 > self.P:
+                raise ValueError(f"a prompt of {len(request.tokens)} tokens is longer than the {self.P} of the decoder")
+            return
+        forced, new = max(map(len, request.forced_prefixes)) - 1, request.max_new_tokens
+        if new > self.state.tokens.shape[2] or forced + new > self.M or (forced and bucket(forced) > self.M):
+            raise ValueError(
+                f"a forced prefix of {forced + 1} tokens and {new} new ones fit none of the decoder's request shapes"
+            )
 
     def _serve_pending(self) -> list[int] | None:
         """Serve the next pending request of one slot of every device, prompts first.
@@ -266,27 +279,28 @@ class Scheduler:
             params.use_extra_stop_ids[b] = request.use_extra_stop_ids
             for field in dataclasses.fields(SamplingParams):
                 getattr(params.sampling, field.name)[b] = getattr(request.sampling, field.name)
-        if longest := max(len(prefix) for row in prefixes for prefix in row) - 1:
-            self._extend(prefixes, bucket(longest), pending, slots, served)
+        if any(len(prefix) > 1 for row in prefixes for prefix in row):
+            self._extend(prefixes, pending, slots, served)
         return self._collect()
 
-    def _extend(self, prefixes, S: int, pending: dict[int, int], slots, served) -> None:
+    def _extend(self, prefixes: list[list[list[int]]], pending: dict[int, int], slots, served) -> None:
         """Put forced prefixes, all but their last token, into the suffix cache, just before the next write position."""
-        e, N, cache, flat = self.engine, self.N, self.state.cache, [p for row in prefixes for p in row]
-        tokens, lengths = pad([p[:-1] for p in flat], S, e.pad_id)
-        targets, _ = pad([p[1:] for p in flat], S, e.pad_id)
+        e, N, cache = self.engine, self.N, self.state.cache
+        longest = np.array([max(len(prefix) for prefix in row) - 1 for row in prefixes])  # of each device
+        S, flat = bucket(longest.max()), [prefix for row in prefixes for prefix in row]
+        tokens, lengths = pad([prefix[:-1] for prefix in flat], S, e.pad_id)
+        targets, _ = pad([prefix[1:] for prefix in flat], S, e.pad_id)
         tokens, targets, lengths = (a.reshape(self.X, N, *a.shape[1:]) for a in (tokens, targets, lengths))
         visible = [self.params.prompt_length[pending[x]] if x in pending else 0 for x in range(self.X)]
-        placed = e.place(tokens, targets, lengths, np.array(visible, np.int32), slots, served)
-        first = (cache.write_position - S) % self.M
+        first = ((cache.write_position - longest) % self.M).astype(np.int32)
+        placed = e.place(tokens, targets, lengths, np.array(visible, np.int32), slots, served, first)
         with jax.set_mesh(e.mesh), _COMPILING:
-            (k, v), logprobs = decode_step.extend_slots(
-                e.graph, e.state, self.prompts, (cache.k, cache.v), *placed, first
-            )
+            (k, v), logprobs = decode_step.extend_slots(e.graph, e.state, self.prompts, (cache.k, cache.v), *placed)
         self.state = dataclasses.replace(self.state, cache=dataclasses.replace(cache, k=k, v=v))
-        logprobs, written = np.asarray(logprobs), (first + np.arange(S)) % self.M
+        logprobs = np.asarray(logprobs)
         for x, b in pending.items():
             self.slots[b].forced_logprobs = logprobs[x]
+            written = (first[x] + np.arange(S)) % self.M
             cache.used[b][:, written] = np.arange(S) < lengths[x, :, None]
             cache.positions[b][:, written] = visible[x] + np.arange(S)
 

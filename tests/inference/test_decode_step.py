@@ -2,14 +2,11 @@
 
 import copy
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import IDS, NUCLEUS, PROMPTS, decode, sample, tokens_of
+from conftest import IDS, NUCLEUS, PROMPTS, decode, engine_on, sample, tokens_of
 
 from roserag_jax.distributed.mesh import make_mesh
-from roserag_jax.hub import loading
-from roserag_jax.inference.engine import Engine
 from roserag_jax.inference.requests import DecodeRequest
 from roserag_jax.inference.sampling import SamplingParams
 
@@ -55,9 +52,7 @@ def test_decode_with_stacked_layers_equals_unstacked(tiny_engine):
 def test_decode_on_several_devices_samples_the_same(unstacked, tiny_engine, tiny_llama):
     """Four devices for slots, each with two, and two for heads; fewer questions than slots; one for all."""
     opened, _ = tiny_llama
-    mesh = make_mesh(1, 4, 2)
-    base = loading.load_base(opened, jnp.dtype("float32"), mesh)
-    sharded = Engine(loading.assemble(opened.config, base), mesh, (2,), 0)
+    sharded = engine_on(opened, make_mesh(1, 4, 2))
     if not unstacked:
         sharded.unstacked_layers = None
     rows = [0, 1, 2, 3, 3, 2, 1, 0, 2, 1]

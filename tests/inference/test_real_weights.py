@@ -9,7 +9,7 @@ from conftest import branch_logits, cached_logits, decode, hf_logits
 
 from roserag_jax.errors import UserError
 from roserag_jax.hub import gguf, loading, model_files
-from roserag_jax.hub.tokenizer import stop_ids, turn_end
+from roserag_jax.hub.tokenizer import read_tokenizer, stop_ids, turn_end
 from roserag_jax.inference.engine import Engine
 from roserag_jax.inference.requests import DecodeRequest
 from roserag_jax.inference.scheduler import run_tasks

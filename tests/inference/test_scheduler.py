@@ -4,10 +4,12 @@ import copy
 import dataclasses
 import threading
 
+import jax
 import numpy as np
 import pytest
-from conftest import PROMPTS, decode, sample, tokens_of
+from conftest import PROMPTS, decode, engine_on, sample, tokens_of
 
+from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
 from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.inference.scheduler import length_classes, run_tasks
@@ -86,6 +88,40 @@ def test_every_task_returns_once(tiny_engine, threads):
     capacity, tasks = DecoderCapacity(2, 2, ((1, 10), (11, 4))), dict(enumerate(map(task, range(8))))
     found = dict(run_tasks(with_threads(tiny_engine, threads), tasks, lengths, capacity))
     assert found == {i: (i, [3 + i] * (i % 3) + [4] * (i % 3)) for i in range(8)}
+
+
+def test_forced_prefixes_of_different_lengths_side_by_side_are_kept(tiny_engine, tiny_llama):
+    """Two devices: 128 tokens behind a forced prefix of 60, beside a prefix of 130. Each must keep its own prefix."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(3, 131, (2, 20)).tolist()
+    forced = [[prompt[-1], *rng.integers(3, 131, n - 1).tolist()] for prompt, n in zip(prompts, (60, 130), strict=True)]
+    requests = [
+        DecodeRequest([prefix] * 2, new, SamplingParams(1.0), i)
+        for prefix, new, i in zip(forced, (128, 24), "ab", strict=True)
+    ]
+    on_two = decode(engine_on(tiny_llama[0], make_mesh(1, 2, 1, jax.devices()[:2])), prompts, requests, 2, 2)
+    for row, other in zip(on_two, decode(tiny_engine, prompts, requests, 2, 2), strict=True):
+        for completion, expected in zip(row, other, strict=True):
+            assert completion.tokens == expected.tokens
+            np.testing.assert_allclose(completion.logprobs, expected.logprobs, atol=1e-3)
+    assert len(on_two[0][0].tokens) > 60
+
+
+@pytest.mark.parametrize(
+    "prompt, request_of_prompt, message",
+    [
+        (PROMPTS[0] * 9, lambda p: DecodeRequest([p[-1:]], 8), "a prompt of 108 tokens is longer than the 16"),
+        (PROMPTS[0], lambda p: DecodeRequest([p], 8), "a forced prefix of 12 tokens and 8 new ones fit none"),
+        (PROMPTS[0], lambda p: DecodeRequest([p[-1:]], 17), "a forced prefix of 1 tokens and 17 new ones fit none"),
+    ],
+)
+def test_a_request_beyond_the_capacity_is_refused(tiny_engine, prompt, request_of_prompt, message):
+    def task():
+        yield PrefillRequest(prompt)
+        yield request_of_prompt(prompt)
+
+    with pytest.raises(ValueError, match=message):
+        list(run_tasks(tiny_engine, {0: task()}, [12], DecoderCapacity(1, 1, ((1, 16), (9, 8)))))
 
 
 def test_length_classes_with_few_members_join_the_next():
