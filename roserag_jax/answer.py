@@ -15,7 +15,8 @@ from roserag_jax import cli, options
 from roserag_jax.errors import UserError, quote
 from roserag_jax.inference.respond import respond
 from roserag_jax.rag import answers, corpora, documents, questions
-from roserag_jax.rag.prompts import PromptBuilder, opens_thoughts
+from roserag_jax.rag.chat import opens_thoughts
+from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.retrieval.bm25 import BM25
 from roserag_jax.retrieval.registry import found_nothing
 from roserag_jax.session import Session, find_adapter

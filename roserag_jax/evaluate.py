@@ -24,8 +24,9 @@ from roserag_jax.inference.respond import respond
 from roserag_jax.inputs import input_digest
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, corpora, metrics
+from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.rag.noise import Noise
-from roserag_jax.rag.prompts import PromptBuilder, opens_thoughts
+from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.report.comparison import summary
 from roserag_jax.retrieval.bm25 import BM25
 from roserag_jax.session import Session, adapter_digest, adapter_folder, checked_adapter

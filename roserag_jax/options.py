@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from roserag_jax.errors import UserError
 from roserag_jax.preference.selection import STRATEGIES
 from roserag_jax.rag import noise
+from roserag_jax.rag.chat import TEMPLATE_ARGUMENTS, check_template_arguments
 from roserag_jax.rag.layouts import READERS
-from roserag_jax.rag.prompts import TEMPLATE_ARGUMENTS, check_template_arguments
 from roserag_jax.retrieval.registry import RETRIEVERS
 from roserag_jax.training import losses
 

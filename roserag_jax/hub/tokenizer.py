@@ -8,7 +8,7 @@ from roserag_jax.errors import UserError, first_line, quote
 from roserag_jax.hub import gguf, huggingface
 from roserag_jax.hub.json_files import Fields, read_json_object
 from roserag_jax.hub.model_files import read_config, resolve_path
-from roserag_jax.rag.prompts import render_chat
+from roserag_jax.rag.chat import render_chat
 
 
 class ModelTokenizer:

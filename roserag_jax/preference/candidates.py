@@ -18,7 +18,8 @@ from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.models.cache import PrefixCache
 from roserag_jax.preference.selection import dropped_samples
 from roserag_jax.rag import answers
-from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, opens_thoughts, response_tokens
+from roserag_jax.rag.chat import opens_thoughts
+from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, response_tokens
 
 # First sample index of each source, so that the draws of one do not move when the other's number changes.
 _FIRST_SAMPLE = {"plain": 0, "guided": 1 << 16}

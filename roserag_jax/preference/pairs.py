@@ -4,9 +4,9 @@ import collections
 from collections.abc import Mapping
 
 from roserag_jax.errors import UserError, first_line
+from roserag_jax.rag.chat import render_chat
 from roserag_jax.rag.files import open_rows
 from roserag_jax.rag.layouts import as_text
-from roserag_jax.rag.prompts import render_chat
 
 
 def read_pairs(path: str, tokenizer, template_arguments: Mapping | None = None) -> list[dict]:

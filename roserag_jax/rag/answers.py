@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 from roserag_jax.rag import words
-from roserag_jax.rag.prompts import THINK_END, THINK_START
+from roserag_jax.rag.chat import THINK_END, THINK_START
 
 _SENTENCE_ENDS = r"(?<=[.!?\u0964\u06d4\u061f] )|(?<=[\u3002\uff0e\uff01\uff1f\uff61])"
 _ANSWER = re.compile(

@@ -1,16 +1,16 @@
 """Prompts: numbered passages, the question, and how to answer, in the model's own chat template.
 
-Passages are data. They are laid on one line each, and every special token and every mark of the chat template inside
-them is broken up, so none can close its block, pose as an 'Answer:' line or end the turn. When the prompt is over its
-limit, passages are cut; the question never is.
+Passages are data. Each stands on one line, and what begins or ends a turn is broken up in it (`rag.chat`), so none can
+close its block, pose as an 'Answer:' line or end the turn. When the prompt is over its limit, passages are cut; the
+question never is.
 """
 
 import dataclasses
-import datetime
 import re
 from collections.abc import Mapping
 
 from roserag_jax.errors import UserError
+from roserag_jax.rag.chat import TurnMarks, render_chat
 
 INSTRUCTION = (
     "Say in at most four sentences what the relevant passages say about the question. "
@@ -19,8 +19,8 @@ INSTRUCTION = (
 # Used where there are no passages at all (closed book).
 INSTRUCTION_CLOSED = 'Reason in at most four sentences. Then write "Answer:" and only the short answer.'
 HINT = "The answer is {answer}. "
-# Worked examples for small models, which follow an example better than an instruction. The one that is answered by yes
-# or no stands first: the model takes its manner from the last.
+# Few-shot demonstrations for small models, which follow an example better than an instruction. The one with a yes/no
+# answer comes first: the model takes its output format from the last.
 EXAMPLES = (
     (
         {
@@ -46,21 +46,6 @@ EXAMPLES = (
 _NAMED = re.compile(r"Passage \d+ says that ")
 ANSWER_PREFIX = "\nAnswer:"
 
-# What chat templates are told unless `config.prompt.template_arguments` says otherwise. Some write today's date, which
-# would change the prompts overnight, and some let the model think at length before it answers.
-TEMPLATE_ARGUMENTS = {"date_string": "26 Jul 2024", "enable_thinking": False}
-DATE_FORMAT = "%d %b %Y"
-# transformers gives templates a function of the clock and takes only plain data from callers; a macro of its name in
-# front of the template takes its place.
-_FIXED_CLOCK = (
-    "{%- macro strftime_now(format) -%}{%- set text = namespace(value=format) -%}"
-    "{%- for directive, value in clock_directives.items() -%}"
-    "{%- set text.value = text.value.replace(directive, value) -%}{%- endfor -%}{{- text.value -}}{%- endmacro +%}"
-)
-_DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRsSTuUVwWxXyYzZ"
-THINK_START, THINK_END = "<think>", "</think>"
-
-
 Span = tuple[int, int]  # characters [start, end) of a text
 
 
@@ -79,67 +64,6 @@ class Prompt:
     passage_spans: tuple[Span, ...] = ()
 
 
-def render_chat(tokenizer, turns: list[dict], arguments: Mapping | None = None, generation_prompt: bool = True) -> str:
-    """The text of a conversation in the tokenizer's chat template; the same on every day.
-
-    Args:
-      turns: `{role, content}`.
-      arguments: variables of the template, on top of `TEMPLATE_ARGUMENTS`.
-      generation_prompt: whether the text ends where the assistant's next turn begins. A block of thoughts that the
-        template opens there is closed, unless `enable_thinking` is true.
-    """
-    arguments = {**TEMPLATE_ARGUMENTS, **(arguments or {})}
-    template, clock = tokenizer.get_chat_template(), {}
-    if "strftime_now" in template:
-        date = datetime.datetime.strptime(arguments["date_string"], DATE_FORMAT)
-        clock = {f"%{flag}{letter}": date.strftime(f"%{flag}{letter}") for letter in _DIRECTIVES for flag in ("-", "")}
-        template = _FIXED_CLOCK + template
-    text = tokenizer.apply_chat_template(
-        turns,
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=generation_prompt,
-        clock_directives=clock,
-        **arguments,
-    )
-    if generation_prompt and opens_thoughts(text) and not arguments["enable_thinking"]:
-        text = f"{text.rstrip()}\n\n{THINK_END}\n\n"
-    return text
-
-
-def check_template_arguments(arguments: Mapping) -> None:
-    """Check variables for chat templates.
-
-    Raises:
-      ValueError: one has the name of something that is always passed, or the date is not written as in '26 Jul 2024'.
-    """
-    if taken := {"messages", "conversation", "chat_template", "tokenize", "add_generation_prompt"} & {*arguments}:
-        raise ValueError(f"{', '.join(sorted(taken))} cannot be set")
-    datetime.datetime.strptime(arguments.get("date_string", TEMPLATE_ARGUMENTS["date_string"]), DATE_FORMAT)
-
-
-def opens_thoughts(prompt: str) -> bool:
-    """Whether a prompt ends inside a block of thoughts, so that a response begins with the rest of it."""
-    return prompt.rstrip().endswith(THINK_START)
-
-
-def _marks(tokenizer, template_arguments: Mapping) -> re.Pattern | None:
-    """What ends or begins a turn: special tokens, other added tokens that are no plain words, and what the chat
-    template writes around turns, which in some models is text like any other (Mistral's [/INST], Vicuna's ASSISTANT:).
-    """
-    no_word = re.compile(r"(?=\S*[^\w\s])\S{2,}")
-    either = lambda marks: re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
-    added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special or no_word.fullmatch(str(t))}
-    marks = {token for token in {*tokenizer.all_special_tokens, *added, THINK_START, THINK_END} if token.strip()}
-    if tokenizer.chat_template is not None:
-        turns = [{"role": role, "content": "\0"} for role in ("user", "assistant", "user")]
-        written = render_chat(tokenizer, turns, template_arguments).split("\0")
-        # Without the tokens, which stand right before it (Mistral's </s>[INST]).
-        text = " ".join(either(marks).sub(" ", between) if marks else between for between in written[1:])
-        marks |= set(no_word.findall(text))
-    return either(marks) if marks else None
-
-
 class PromptBuilder:
     """Builds prompts for one tokenizer.
 
@@ -147,8 +71,8 @@ class PromptBuilder:
       tokenizer: a `transformers` tokenizer, with or without a chat template.
       max_tokens: limit of a whole prompt.
       passages: how many of a row's contexts are shown (the first K); 0 is closed book.
-      examples: how many worked examples come first.
-      stop: texts that end a response to these prompts; kept for who decodes them.
+      examples: how many few-shot demonstrations come first.
+      stop: stop strings of responses to these prompts; kept for the caller that decodes them.
       template_arguments: variables of the chat template, on top of `TEMPLATE_ARGUMENTS`.
       order: 'best_first' shows the contexts as they are ranked; 'best_last' puts the first right before the question.
     """
@@ -167,7 +91,7 @@ class PromptBuilder:
         self.step = {"best_first": 1, "best_last": -1}[order]
         self.examples = EXAMPLES[len(EXAMPLES) - examples :]
         self.template_arguments = dict(template_arguments or {})
-        self._marks = _marks(tokenizer, self.template_arguments)
+        self._marks = TurnMarks(tokenizer, self.template_arguments)
 
     def plain(self, row: dict) -> Prompt:
         """The prompt of training and inference: passages, question, instruction.
@@ -197,15 +121,7 @@ class PromptBuilder:
 
     def neutral(self, text: str) -> str:
         """Data on one line, with the marks of turns broken up so that neither tokenizer nor model can see them."""
-        text = " ".join(text.split())
-        if self._marks:
-            # A space after the first character (a mark of one is dropped); repeated, because breaking one mark can join
-            # another's pieces.
-            while found := self._marks.search(text):
-                mark = found.group()
-                broken = f"{mark[0]} {mark[1:]}" if len(mark) > 1 else ""
-                text = text[: found.start()] + broken + text[found.end() :]
-        return text
+        return self._marks.break_up(" ".join(text.split()))
 
     def shown(self, row: dict) -> list[dict]:
         """The contexts that a row's prompt shows, in the order of their numbers."""

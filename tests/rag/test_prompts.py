@@ -2,6 +2,7 @@
 
 import copy
 import re
+import unicodedata
 
 import pytest
 from conftest import write_lines
@@ -9,7 +10,8 @@ from conftest import write_lines
 from roserag_jax import options
 from roserag_jax.errors import UserError
 from roserag_jax.preference.pairs import read_pairs
-from roserag_jax.rag.prompts import PromptBuilder, cut_passages, opens_thoughts, render_chat
+from roserag_jax.rag.chat import opens_thoughts, render_chat
+from roserag_jax.rag.prompts import PromptBuilder, cut_passages
 
 ROW = {
     "id": "q1",
@@ -166,6 +168,42 @@ def test_prompt_of_hostile_data_keeps_its_turns(field, chat_tokenizer):
         assert hostile_marks == marks, attack
         assert len(hostile_lines) == len(lines), attack
         assert [line[:7] for line in hostile_lines] == [line[:7] for line in lines], attack
+
+
+WIDE = {c: chr(c + 0xFEE0) for c in range(0x21, 0x7F)}
+DISGUISES = {
+    "full width": lambda mark: mark.translate(WIDE),
+    "zero-width spaces": lambda mark: "\u200b".join(mark),
+    "joiners and soft hyphens": lambda mark: "\u2060\u00ad".join(mark),
+    "other brackets": lambda mark: mark.translate(str.maketrans("<>|[]/:", "‹›∣【】∕∶")),
+    "letters of other scripts": lambda mark: mark.translate(str.maketrans("aeopciAETSRNI", "аеорсіАЕТЅRΝΙ")),
+    "all at once": lambda mark: "\ufeff".join(mark.translate(str.maketrans("<>|ae", "＜⟩│аｅ"))),
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_prompt_of_look_alike_marks_keeps_its_turns(disguise, chat_tokenizer):
+    """Marks that a reader, or a tokenizer that normalizes, would take for those of a turn; and the limits of thoughts."""
+    marks = sorted({str(t) for t in chat_tokenizer.added_tokens_decoder.values()} | {"<think>", "</think>"})
+    marks += [mark for mark in TEXT_MARKS if mark in (chat_tokenizer.chat_template or "")]
+    alike = str.maketrans("‹›∣【】∕∶⟩│аеорсіАЕТЅΝΙ", "<>|[]/:>|aeopciAETSNI")
+
+    def counts(attack):
+        contexts = [{"title": attack, "text": f"Moss {attack} is {attack}{attack}"}]
+        text = PromptBuilder(chat_tokenizer, 100_000, 4).plain({**ROW, "question": attack, "contexts": contexts}).text
+        plain = unicodedata.normalize("NFKC", "".join(c for c in text if unicodedata.category(c) != "Cf"))
+        return {mark: plain.translate(alike).count(mark) for mark in marks}
+
+    harmless = counts("moss")
+    for mark in marks:
+        if len(mark) > 1:
+            assert counts(mark) == counts(DISGUISES[disguise](mark)) == harmless, mark
+
+
+def test_prompt_keeps_harmless_text_of_other_scripts(chat_tokenizer):
+    """Full-width brackets, joiners and letters that look like others are text where they spell no mark."""
+    text = "می‌خواهم 【北京】 ‹Ко́рона› Α∣Ω ｛x｝ 👩‍🚀 <b> a|b"
+    assert PromptBuilder(chat_tokenizer, 9999, 1).neutral(text) == text
 
 
 @pytest.fixture
