@@ -66,7 +66,7 @@ def artifact(system: str, passages: int | None, noise: str) -> str:
 def recipe(session: Session, workdir: Workdir, folder: epath.Path | None, passages: int, noise: str) -> Recipe:
     """What an evaluation is made from."""
     config = session.config
-    names = [*Session.model_options, "prompt", "evaluate.max_tokens"]
+    names = [*Session.model_options, "prompt", "data.language", "evaluate.metric", "evaluate.max_tokens"]
     inputs = {RETRIEVED["eval"]: workdir.verify(RETRIEVED["eval"])} | session.model_inputs
     if folder is not None:
         inputs["adapter"] = adapter_digest(folder)
@@ -87,8 +87,10 @@ def _corpus(path: str) -> tuple[list[dict], Callable[[], BM25]]:
 def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict]:
     """Rows with the contexts that are shown: the first K, and what the noise makes of them.
 
-    Noise comes from the corpus that is named, else from the contexts of all rows.
+    Noise comes from the corpus that is named, else from the contexts of all rows. A row also says how many gold
+    passages there are, shown or not.
     """
+    rows = [{**row, "gold_count": metrics.gold_count(row)} for row in rows]
     if noise == "none":
         return [{**row, "contexts": row.get("contexts", [])[:passages]} for row in rows]
     if config.retrieve.corpus:
@@ -139,6 +141,7 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
             stop_strings=builder.stop,
             only=missing,
         )
+        measure = answers.Measure(config.evaluate.metric, config.data.language)
         clock = time.monotonic()
         for response in responses:
             row, prompt = rows[response.number], prompts[response.number]
@@ -151,7 +154,7 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
                 "rationale": rationale,
                 "response": response.text,
                 "finished": response.finished,
-                "scores": metrics.score_row(row, prediction, parsed),
+                "scores": metrics.score_row(row, prediction, parsed, measure),
                 "prompt_tokens": len(prompt.tokens),
                 "response_tokens": response.tokens,
                 "prompt_cut": prompt.cut,

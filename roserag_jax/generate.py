@@ -22,6 +22,7 @@ from roserag_jax.inputs import input_digest
 from roserag_jax.preference import candidates
 from roserag_jax.preference.candidates import QuestionInputs
 from roserag_jax.progress import Progress
+from roserag_jax.rag import answers
 from roserag_jax.rag.files import read_rows
 from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.session import Session
@@ -31,7 +32,7 @@ from roserag_jax.workdir import CANDIDATES, RETRIEVED, PartialResults, Recipe, W
 def recipe(session: Session, workdir: Workdir) -> Recipe:
     """What the candidates are made from."""
     config = session.config
-    names = [*Session.model_options, "seed", "prompt", "generate"]
+    names = [*Session.model_options, "seed", "prompt", "generate", "data.language", "evaluate.metric"]
     inputs = {RETRIEVED["train"]: workdir.verify(RETRIEVED["train"])} | session.model_inputs
     if config.generate.samples:
         inputs |= input_digest(config, "generate.samples")
@@ -112,6 +113,7 @@ def generate_rows(
             "guided": engine.prefill_shared_prefix([*filter(None, guided)]),
         },
         stop_strings=builder.stop,
+        measure=answers.Measure(session.config.evaluate.metric, session.config.data.language),
     )
     tasks = {i: generator.task(questions[i]) for i in missing}
     lengths = [max(map(len, of)) for of in zip(plain, guided, strict=True)]

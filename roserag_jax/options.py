@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from roserag_jax.errors import UserError
 from roserag_jax.preference.selection import STRATEGIES
 from roserag_jax.rag import noise
+from roserag_jax.rag.answers import METRICS
 from roserag_jax.rag.chat import TEMPLATE_ARGUMENTS, check_template_arguments
 from roserag_jax.rag.layouts import READERS
 from roserag_jax.retrieval.registry import RETRIEVERS
@@ -121,6 +122,7 @@ DATA = {
     ),
     "eval": Option("synthetic", "held-out questions, named in the same way"),
     "format": Option("auto", "layout of both files; auto detects it from the first row", ("auto", *READERS)),
+    "language": Option("", "language of the questions, for evaluate.metric: 'de', 'zh' (MLQA) or 'zh_cn' (MKQA), ..."),
     "pairs": Option("", "ready-made pairs, TRL's {prompt, chosen, rejected}, to train on instead of generated ones"),
     "train_rows": Option(0, "number of training rows to use, from the first; 0 is all (synthetic: 200)", at_least=0),
     "eval_rows": Option(0, "number of held-out rows to use, from the first; 0 is all (synthetic: 100)", at_least=0),
@@ -166,8 +168,12 @@ def _retriever_has_its_source(config) -> Faults:
 
 @together
 def _enough_passages_are_retrieved(config) -> Faults:
-    if config.retrieve.retriever != "given" and config.retrieve.k < config.prompt.passages:
+    if config.retrieve.retriever == "given":
+        return
+    if config.retrieve.k < config.prompt.passages:
         yield "retrieve.k", f"is less than config.prompt.passages={config.prompt.passages}"
+    if config.retrieve.k < max(config.evaluate.passages, default=0):
+        yield "retrieve.k", f"is less than the largest of config.evaluate.passages={config.evaluate.passages}"
 
 
 def _stop_strings(value) -> str | None:
@@ -444,9 +450,24 @@ EVALUATE = {
         f"noise conditions to compare: {noise.describe()}",
         check=_noise_conditions,
     ),
+    "metric": Option(
+        "hotpotqa",
+        "how exact match and F1 are computed, here and where candidates are judged: "
+        + ", ".join(f"{metric.help} ({name})" for name, metric in METRICS.items()),
+        (*METRICS,),
+    ),
     "max_tokens": Option(160, "most tokens of a response", at_least=1),
     "batch": Option(16, "questions decoded at a time", at_least=1),
 }
+
+
+@together
+def _metric_is_defined_for_the_language(config) -> Faults:
+    languages = METRICS[config.evaluate.metric].languages
+    if languages and config.data.language not in languages:
+        yield "data.language", f"config.evaluate.metric={config.evaluate.metric} needs one of {', '.join(languages)}"
+    if config.data.language and not languages:
+        yield "data.language", f"config.evaluate.metric={config.evaluate.metric} has no languages; use mlqa or mkqa"
 
 
 @together

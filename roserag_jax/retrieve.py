@@ -3,7 +3,8 @@
     python -m roserag_jax.retrieve --config configs/quickstart.py
 
 Writes `retrieved.jsonl` (training questions) and `retrieved_eval.jsonl` (held-out ones) in the workdir, rows of
-`{id, question, golden_answers, contexts: [{title, text, score?, is_supporting?}]}`.
+`{id, question, golden_answers, contexts: [{title, text, score?, is_supporting?}], gold_count?}`; the last is how many
+gold passages a question has, found or not.
 """
 
 from roserag_jax import cli, options
@@ -78,7 +79,8 @@ def _flagged(rows: list[dict], found: list[list[dict]]) -> list[dict]:
         print("None of the passages found is a gold passage of its question, word for word: none is flagged as gold.")
     flag = lambda c, own: {**c, "is_supporting": known(c) in own} if own and hits else c
     both = zip(rows, gold, found, strict=True)
-    return [{**row, "contexts": [flag(c, own) for c in contexts]} for row, own, contexts in both]
+    total = lambda own: {"gold_count": len(own)} if own and hits else {}
+    return [{**row, "contexts": [flag(c, own) for c in contexts]} | total(own) for row, own, contexts in both]
 
 
 def run(config) -> None:

@@ -9,7 +9,9 @@ is generated.
 
 from roserag_jax import cli, generate, options
 from roserag_jax.distributed import processes
+from roserag_jax.inputs import input_digest
 from roserag_jax.preference import pairs, selection
+from roserag_jax.rag import answers
 from roserag_jax.session import Session
 from roserag_jax.workdir import CANDIDATES, PAIRS, RETRIEVED, Recipe, Workdir, to_jsonl
 
@@ -23,9 +25,9 @@ def recipe(session: Session, workdir: Workdir) -> Recipe:
             "prompt.template_arguments",
             *Session.model_options,
         ]  # the chat template is the tokenizer's
-        return Recipe(options.subset(config, *names)(config, "data.pairs") | session.model_inputs)
+        return Recipe(options.subset(config, *names), input_digest(config, "data.pairs") | session.model_inputs)
     inputs = {CANDIDATES: workdir.verify(CANDIDATES)}
-    names = ["select", "seed"] if config.select.strategy == "random" else ["select"]
+    names = ["select", "data.language", "evaluate.metric"] + ["seed"] * (config.select.strategy == "random")
     return Recipe(options.subset(config, *names), inputs)
 
 
@@ -49,7 +51,8 @@ def _make(session: Session, workdir: Workdir) -> None:
         return
     rows = workdir.rows(CANDIDATES)
     shown = {row["id"]: row.get("contexts", [])[: config.prompt.passages] for row in workdir.rows(RETRIEVED["train"])}
-    made, counts = selection.select(rows, shown, config.select, config.seed)
+    measure = answers.Measure(config.evaluate.metric, config.data.language)
+    made, counts = selection.select(rows, shown, config.select, config.seed, measure)
     workdir.publish(PAIRS, wanted, to_jsonl(made), len(made))
     print(f"{PAIRS}: {selection.summary(made, rows, counts, config.select.confidence)}")
 

@@ -292,10 +292,10 @@ class _HeldOut:
             max_new_tokens=config.evaluate.max_tokens,
             stop_strings=config.prompt.stop,
         )
-        scores = []
+        scores, measure = [], answers.Measure(config.evaluate.metric, config.data.language)
         for response in responses:
             _, *answer = answers.parse(response.text)
-            scores.append(metrics.score_row(rows[response.number], *answer))
+            scores.append(metrics.score_row(rows[response.number], *answer, measure))
         return {f"held_out_{name}": 100 * np.mean([s[name] for s in scores]) for name in ("em", "f1")}
 
     def finish(self, state: TrainState, keep: str) -> TrainState:

@@ -108,12 +108,20 @@ class CandidateGenerator:
       shared_prefixes: what all plain and what all guided prompts that are prefilled begin with, by source, from
         `Engine.prefill_shared_prefix`.
       stop_strings: texts that end a response.
+      measure: whose exact match says that a candidate is correct.
     """
 
     def __init__(
-        self, tokenizer, options, *, shared_prefixes: dict[str, PrefixCache | None], stop_strings: tuple[str, ...] = ()
+        self,
+        tokenizer,
+        options,
+        *,
+        shared_prefixes: dict[str, PrefixCache | None],
+        stop_strings: tuple[str, ...] = (),
+        measure: answers.Measure = answers.HOTPOTQA,
     ):
         self.tokenizer, self.options, self.shared_prefixes = tokenizer, options, shared_prefixes
+        self.measure = measure
         self.answer_is_sampled = options.answer == "sampled"
         # Else the rationale is all that is wanted: the answer will be decoded on the plain prompt.
         self.stop_strings = stop_strings if self.answer_is_sampled else (*stop_strings, ANSWER_PREFIX)
@@ -226,7 +234,7 @@ def _candidate(rationale: Rationale, answer: str, completion: Completion, golden
         "rationale": rationale.text,
         "answer": answer,
         "source": rationale.source,
-        "correct": bool(answers.HOTPOTQA.exact_match(answer, golden_answers)),
+        "correct": bool(self.measure.exact_match(answer, golden_answers)),
         "logprob": round(float(completion.forced_logprobs.sum() + completion.logprobs.sum()), 4),
         "tokens": len(completion.forced_logprobs) + len(completion.tokens),
     }

@@ -11,7 +11,8 @@ def score_row(row: dict, prediction: str, parsed: bool, measure: answers.Measure
     """Scores of one prediction, and what the summary groups by.
 
     Args:
-      row: a unified row with the contexts that were shown.
+      row: a unified row with the contexts that were shown, and how many gold passages there are, `gold_count`.
+      measure: how exact match and F1 are computed.
     """
     golden = row["golden_answers"]
     flags = [c.get("is_supporting") for c in row.get("contexts", [])]
@@ -23,6 +24,31 @@ def score_row(row: dict, prediction: str, parsed: bool, measure: answers.Measure
         "accuracy": answers.yes_no_accuracy(prediction, golden),
         "type": str(row.get("metadata", {}).get("type", "all")),
         "gold_passages": "unknown" if None in flags else str(sum(flags)),
+        "retrieval": score_retrieval(row) if row.get("contexts") else None,
+    }
+
+
+def gold_count(row: dict) -> int | None:
+    """How many gold passages a question has, shown or not; None if its contexts do not say which are gold."""
+    flags = [c.get("is_supporting") for c in row.get("contexts", [])]
+    return None if None in flags else row.get("gold_count", sum(flags))
+
+
+def score_retrieval(row: dict) -> dict:
+    """Scores of the passages shown for one question, in their order.
+
+    Returns:
+      `recall`, the fraction of its gold passages that are shown, and `reciprocal_rank`, one over the place of the first
+      of them, both None where gold passages are not known or there are none; `answer_recall`, 1.0 if a passage contains
+      a golden answer, None for a yes/no question.
+    """
+    golden, total = row["golden_answers"], row.get("gold_count")
+    places = [place for place, c in enumerate(row["contexts"], 1) if c.get("is_supporting")]
+    answered = any(answers.is_answered_by(c, golden) for c in row["contexts"])
+    return {
+        "recall": len(places) / max(total, len(places)) if total else None,
+        "reciprocal_rank": (1 / places[0] if places else 0.0) if total else None,
+        "answer_recall": None if answers.is_yes_no(golden[0]) else float(answered),
     }
 
 
@@ -53,6 +79,9 @@ def summarize(scores: list[dict]) -> dict:
             "accuracy": percent("accuracy", closed),
             "accuracy_interval": [round(100 * low, 2), round(100 * high, 2)],
         }
+    if shown := [row["retrieval"] for row in scores if row["retrieval"]]:
+        known = {name: [score[name] for score in shown if score[name] is not None] for name in shown[0]}
+        result["retrieval"] = {name: round(100 * float(np.mean(values)), 2) for name, values in known.items() if values}
     for key in ("type", "gold_passages"):
         groups = collections.defaultdict(list)
         for row in scores:

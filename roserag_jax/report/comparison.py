@@ -15,6 +15,8 @@ from roserag_jax.rag import metrics
 from roserag_jax.report.tables import markdown, table
 from roserag_jax.workdir import from_jsonl
 
+# Of the passages shown: whether the retriever or the reader failed.
+_RETRIEVAL = {"recall": "recall@K", "reciprocal_rank": "MRR", "answer_recall": "answer recall"}
 _DRAWN = {"em": "EM", "f1": "F1"}
 
 
@@ -41,12 +43,17 @@ def comparison(results: dict[str, dict], as_markdown: bool = False) -> str:
     closed = results.get("closed_book")
     yes_no = any("yes_no" in result for result in results.values())
     header = ["system", "EM  [95%]", "F1  [95%]", "contains"] + ["yes/no  [95%]"] * yes_no
+    retrieval = [name for name in _RETRIEVAL if any(name in r.get("retrieval", {}) for r in results.values())]
+    header += [_RETRIEVAL[name] for name in retrieval]
     header += ["distraction"] * bool(closed) + ["answer line", "tokens in+out", "s/question", "questions"]
     rows = []
     for name, result in results.items():
         cells = [*(_interval(result, metric) for metric in _DRAWN), f"{result['contains']:.1f}"]
         if yes_no:
             cells.append(_interval(result["yes_no"], "accuracy") if "yes_no" in result else "")
+        for name_of_score in retrieval:
+            score = result.get("retrieval", {}).get(name_of_score)
+            cells.append("" if score is None else f"{score:.1f}")
         if closed:
             ratio = None if result is closed else metrics.distraction_ratio(closed["em"], result["em"])
             cells.append("" if ratio is None else f"{ratio:.2f}")

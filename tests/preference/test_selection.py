@@ -5,6 +5,7 @@ import pytest
 from roserag_jax import options
 from roserag_jax.errors import UserError
 from roserag_jax.preference import selection
+from roserag_jax.rag.answers import Measure
 from roserag_jax.rag.prompts import HINT
 
 PASSAGES = [{"title": "Cabin", "text": "The cabin of 1850 stands in Bath, Maine, beside the river Kennebec."}]
@@ -157,3 +158,15 @@ def test_evidence_in_languages(language):
     passages = [{"title": "", "text": passage}]
     assert [selection.evidence(text, [golden], passages) for text in restated] == [0] * len(restated)
     assert all(selection.evidence(text, [golden], passages) >= 1 for text in read)
+
+
+def test_select_judges_by_the_metric_of_a_language():
+    """An answer with full-width punctuation equals the golden one in MLQA's measure, not in HotPotQA's."""
+    right = {**candidate("长河博物馆。", "《北京》", -10.0), "correct": False}
+    wrong = candidate("不知道。", "上海", -10.0, "plain")
+    row = {"id": "q", "prompt": "p", "golden_answers": ["北京"], "candidates": [right, wrong]}
+    select = options.defaults().select
+    pairs, _ = selection.select([row], {"q": []}, select, 0, Measure("mlqa", "zh"))
+    assert [p["chosen"] for p in pairs] == [right["response"]]
+    with pytest.raises(UserError, match="1 had none correct"):
+        selection.select([row], {"q": []}, select, 0)

@@ -2,6 +2,8 @@
 
 import pytest
 
+from roserag_jax import options
+from roserag_jax.errors import UserError
 from roserag_jax.rag import answers
 
 
@@ -155,3 +157,26 @@ def test_measure_of_an_unknown_language_is_refused():
 def test_contains_answers_of_scripts(text, golden, expected):
     assert answers.contains(text, [golden]) == expected
     assert answers.is_answered_by({"title": "", "text": text}, [golden]) == bool(expected)
+
+
+def test_metric_and_language_are_options():
+    """Checked together, and part of the recipes of what they judge."""
+    config = options.defaults()
+    config.model = config.workdir = "x"
+    for metric, language, good in (
+        ("mlqa", "zh", True),
+        ("mkqa", "ja", True),
+        ("mlqa", "ja", False),
+        ("mkqa", "", False),
+    ):
+        config.evaluate.metric, config.data.language = metric, language
+        if good:
+            options.validate(config)
+            continue
+        with pytest.raises(
+            UserError, match=rf"config\.data\.language='{language}': config.evaluate.metric={metric} needs one"
+        ):
+            options.validate(config)
+    config.evaluate.metric, config.data.language = "hotpotqa", "de"
+    with pytest.raises(UserError, match="hotpotqa has no languages"):
+        options.validate(config)

@@ -7,7 +7,7 @@ from roserag_jax.rag import metrics
 
 
 def test_summarize_counts_and_groups():
-    row = {"golden_answers": ["x"], "contexts": [{"text": "", "is_supporting": s} for s in (True, False)]}
+    row = {"golden_answers": ["x"], "contexts": [{"title": "", "text": "", "is_supporting": s} for s in (True, False)]}
     scores = [metrics.score_row(row, p, True) for p in ("x", "y", "x", "x")]
     scores.append(metrics.score_row({"golden_answers": ["x"], "metadata": {"type": "hard"}}, "z", False))
     result = metrics.summarize(scores)
@@ -52,3 +52,29 @@ def test_interval_of_many_values_is_bounded_in_memory():
     low, high = metrics.interval(values, 20)
     assert low < values.mean() < high and tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
+
+
+def test_score_retrieval_tells_the_retriever_from_the_reader():
+    passage = lambda text, gold: {"title": "", "text": text, "is_supporting": gold}
+    shown = [passage("Moss.", False), passage("Ada made it.", True), passage("Rust.", False)]
+    row = {"golden_answers": ["Ada"], "contexts": shown, "gold_count": 2}
+    found = metrics.score_row(row, "Bo", True)
+    assert found["em"] == 0 and found["retrieval"] == {"recall": 0.5, "reciprocal_rank": 0.5, "answer_recall": 1.0}
+    missed = metrics.score_row({**row, "contexts": shown[:1]}, "Bo", True)
+    assert missed["retrieval"] == {"recall": 0.0, "reciprocal_rank": 0.0, "answer_recall": 0.0}
+    yes = metrics.score_row({**row, "golden_answers": ["yes"], "gold_count": None}, "yes", True)
+    assert yes["retrieval"] == {"recall": None, "reciprocal_rank": None, "answer_recall": None}
+    closed_book = metrics.score_row({"golden_answers": ["Ada"], "contexts": []}, "Ada", True)
+    assert closed_book["retrieval"] is None
+    summary = metrics.summarize([found, missed, yes, closed_book])
+    assert summary["retrieval"] == {"recall": 25.0, "reciprocal_rank": 25.0, "answer_recall": 50.0}
+    assert "retrieval" not in metrics.summarize([closed_book])
+
+
+def test_gold_count_knows_what_was_not_found():
+    flagged = [{"is_supporting": True}, {"is_supporting": False}]
+    assert (
+        metrics.gold_count({"contexts": flagged}) == 1
+        and metrics.gold_count({"contexts": flagged, "gold_count": 2}) == 2
+    )
+    assert metrics.gold_count({"contexts": [*flagged, {}]}) is None

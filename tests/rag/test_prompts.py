@@ -183,9 +183,12 @@ DISGUISES = {
 
 @pytest.mark.parametrize("disguise", DISGUISES)
 def test_prompt_of_look_alike_marks_keeps_its_turns(disguise, chat_tokenizer):
-    """Marks that a reader, or a tokenizer that normalizes, would take for those of a turn; and the limits of thoughts."""
+    """Marks that a reader, or a tokenizer that normalizes, would take for those of a turn, or of thoughts."""
     marks = sorted({str(t) for t in chat_tokenizer.added_tokens_decoder.values()} | {"<think>", "</think>"})
-    marks += [mark for mark in TEXT_MARKS if mark in (chat_tokenizer.chat_template or "")]
+    turns = [{"role": role, "content": "text"} for role in ("user", "assistant", "user")]
+    marks += [
+        mark for mark in TEXT_MARKS if chat_tokenizer.chat_template and mark in render_chat(chat_tokenizer, turns)
+    ]
     alike = str.maketrans("‹›∣【】∕∶⟩│аеорсіАЕТЅΝΙ", "<>|[]/:>|aeopciAETSNI")
 
     def counts(attack):
