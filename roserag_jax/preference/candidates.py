@@ -223,18 +223,19 @@ class CandidateGenerator:
                 if not answer or not completion.finished:
                     dropped["no answer"] += 1
                     continue
-            candidates.append(_candidate(rationale, answer, completion, question.row["golden_answers"]))
+            correct = self.measure.exact_match(answer, question.row["golden_answers"])
+            candidates.append(_candidate(rationale, answer, completion, correct))
         return candidates
 
 
-def _candidate(rationale: Rationale, answer: str, completion: Completion, golden_answers: list[str]) -> dict:
+def _candidate(rationale: Rationale, answer: str, completion: Completion, correct: float) -> dict:
     """A candidate as a row of `candidates.jsonl` has it."""
     return {
         "response": f"{rationale.text}{ANSWER_PREFIX} {answer}".lstrip("\n"),
         "rationale": rationale.text,
         "answer": answer,
         "source": rationale.source,
-        "correct": bool(self.measure.exact_match(answer, golden_answers)),
+        "correct": bool(correct),
         "logprob": round(float(completion.forced_logprobs.sum() + completion.logprobs.sum()), 4),
         "tokens": len(completion.forced_logprobs) + len(completion.tokens),
     }
