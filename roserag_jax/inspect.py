@@ -37,7 +37,7 @@ def _size(count: float) -> str:
 def _features(c: ModelConfig) -> str:
     """The architecture's features beside those of the plain Llama block."""
     scaling = dict(c.rope_scaling).get("rope_type")
-    sliding = f"{sum(c.sliding_layers)} of {c.num_layers} layers see {c.sliding_window} tokens back"
+    sliding = f"sliding window of {c.sliding_window} tokens in {sum(c.sliding_layers)} of {c.num_layers} layers"
     features = {
         f"RoPE base {c.rope_theta:g}": True,
         f"base {c.rope_local_theta or 0:g} in sliding layers": c.rope_local_theta is not None,
@@ -45,6 +45,8 @@ def _features(c: ModelConfig) -> str:
         "query and key norms": c.qk_norm,
         "norms after attention and MLP": c.post_norms,
         "biases on queries, keys and values": c.qkv_bias,
+        "bias on the attention output": c.out_bias,
+        "biases in the MLP": c.mlp_bias,
         f"soft-cap {c.attention_softcap} on attention": c.attention_softcap is not None,
         f"soft-cap {c.final_softcap} on logits": c.final_softcap is not None,
         sliding: c.sliding_window is not None,
@@ -66,7 +68,8 @@ def run(config) -> None:
         template = "with a chat template" if loaded.chat_template else "without a chat template: prompts are plain text"
         stops = tokenizer.stop_ids(loaded, path, c.vocab_size)
         ends = ", ".join(repr(t) for t in loaded.convert_ids_to_tokens(list(stops)))
-        tokens = f"{len(loaded)} tokens, {template}; a turn ends with {ends}"
+        beyond = f" ({len(loaded) - c.vocab_size} of them not in the model)" if len(loaded) > c.vocab_size else ""
+        tokens = f"{len(loaded)} tokens{beyond}, {template}; a turn ends with {ends}"
     except UserError as error:
         tokens = str(error)
     rows = [
@@ -75,7 +78,7 @@ def run(config) -> None:
         ["heads", f"{c.num_heads} query, {c.num_kv_heads} key/value, size {c.head_dim}"],
         ["vocabulary", str(c.vocab_size)],
         ["context", f"{c.max_positions} positions"],
-        ["features", _features(c)],
+        ["architecture features", _features(c)],
         ["parameters", f"{parameters:,}"],
         ["weights", f"{_size(2 * parameters)} in bfloat16, {_size(4 * parameters)} in float32"],
         ["KV cache per token", f"{_size(2 * cached)} in bfloat16, {_size(4 * cached)} in float32"],

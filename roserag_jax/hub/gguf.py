@@ -315,6 +315,8 @@ def _scaling(arch: str, header: Fields, theta: float, factors: np.ndarray | None
     if factor is None:
         factor = header.number(f"{arch}.rope.scale_linear", None, 0, 1e6)
     if factors is not None:
+        if factors.size != head_dim // 2 or not (np.isfinite(factors) & (factors > 0)).all():
+            raise UserError(f"{header.where}: {_ROPE_FACTORS} is damaged; download the file again.")
         stretch = float(factors.max())
         scaling = {
             "rope_type": "llama3",
@@ -326,7 +328,7 @@ def _scaling(arch: str, header: Fields, theta: float, factors: np.ndarray | None
         }
         plain = rope.inverse_frequencies(head_dim, theta)
         scaled = rope.inverse_frequencies(head_dim, theta, tuple(scaling.items()))
-        if factors.shape == plain.shape and np.allclose(plain / factors, scaled, rtol=1e-3):
+        if np.allclose(plain / factors, scaled, rtol=1e-3):
             return scaling
         raise UserError(
             f"{header.where}: {_ROPE_FACTORS} is not Llama 3.1's scaling; use the model's Hugging Face folder."
