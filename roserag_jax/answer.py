@@ -14,10 +14,10 @@ from absl import flags
 from roserag_jax import cli, options
 from roserag_jax.errors import UserError, quote
 from roserag_jax.inference.respond import respond
-from roserag_jax.rag import answers, corpora, documents, questions
+from roserag_jax.rag import answers, documents, questions
 from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.rag.prompts import PromptBuilder
-from roserag_jax.retrieval.bm25 import BM25
+from roserag_jax.retrieval.indexing import open_index
 from roserag_jax.retrieval.registry import found_nothing
 from roserag_jax.session import Session, find_adapter
 from roserag_jax.workdir import Workdir
@@ -43,13 +43,12 @@ def _questions(config) -> list[dict]:
         rows = questions.read_questions(file, answers=False, contexts=False, layout=layout, corpus=corpus)
     without = [row for row in rows if not row.get("contexts")]
     if without and config.prompt.passages:
-        if not config.retrieve.corpus:
+        if not (config.retrieve.corpus or config.index):
             raise UserError(
                 f"The question {quote(without[0]['question'])} has no contexts: name a corpus, "
                 "--config.retrieve.corpus=PATH."
             )
-        index = BM25(corpora.read_corpus(config.retrieve.corpus))
-        found = index.search([row["question"] for row in without], config.prompt.passages)
+        found = open_index(config).search([row["question"] for row in without], config.prompt.passages)
         if nothing := found_nothing(found):
             print(nothing)
         for row, contexts in zip(without, found, strict=True):

@@ -8,12 +8,10 @@ five passages and three random ones, each with `metrics.json`, `predictions.json
 `examples.jsonl` (prompt, completion and scores of each question).
 """
 
-import functools
 import json
 import re
 import statistics
 import time
-from collections.abc import Callable
 
 from etils import epath
 
@@ -21,14 +19,14 @@ from roserag_jax import cli, options, retrieve
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
 from roserag_jax.inference.respond import respond
-from roserag_jax.inputs import input_digest
+from roserag_jax.inputs import corpus_recipe
 from roserag_jax.progress import Progress
-from roserag_jax.rag import answers, corpora, metrics
+from roserag_jax.rag import answers, metrics
 from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.rag.noise import Noise
 from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.report.comparison import summary
-from roserag_jax.retrieval.bm25 import BM25
+from roserag_jax.retrieval.indexing import open_index
 from roserag_jax.session import Session, adapter_digest, adapter_folder, checked_adapter
 from roserag_jax.workdir import RETRIEVED, PartialResults, Recipe, Workdir, resolve_path, to_json, to_jsonl
 
@@ -72,16 +70,9 @@ def recipe(session: Session, workdir: Workdir, folder: epath.Path | None, passag
         inputs["adapter"] = adapter_digest(folder)
     changed = {"prompt.passages": passages, "evaluate.noise": noise}
     if noise != "none":
-        names += ["seed", "retrieve.corpus"]
-        inputs |= input_digest(config, "retrieve.corpus")
+        corpus_names, corpus_inputs = corpus_recipe(config)
+        names, inputs = [*names, "seed", *corpus_names], inputs | corpus_inputs
     return Recipe(options.subset(config, *names) | changed, inputs)
-
-
-@functools.lru_cache(maxsize=1)
-def _corpus(path: str) -> tuple[list[dict], Callable[[], BM25]]:
-    """A corpus for all evaluations of a call, and what gives its index."""
-    pool = corpora.read_corpus(path)
-    return pool, functools.cache(lambda: BM25(pool))
 
 
 def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict]:
@@ -93,8 +84,9 @@ def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict
     rows = [{**row, "gold_count": metrics.gold_count(row)} for row in rows]
     if noise == "none":
         return [{**row, "contexts": row.get("contexts", [])[:passages]} for row in rows]
-    if config.retrieve.corpus:
-        pool, index = _corpus(config.retrieve.corpus)
+    if config.retrieve.corpus or config.index:
+        searched = open_index(config)
+        pool, index = searched.passages, lambda: searched
     else:
         contexts = [c for row in rows for c in row.get("contexts", [])]
         pool, index = list({(c["title"], c["text"]): c for c in contexts}.values()), None

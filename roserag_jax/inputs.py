@@ -6,7 +6,9 @@ from etils import epath
 
 from roserag_jax import options
 from roserag_jax.rag import documents, files
+from roserag_jax.rag.corpora import Chunking
 from roserag_jax.retrieval.cache import cache_files
+from roserag_jax.retrieval.index import Index
 from roserag_jax.workdir import digest, digest_of_files
 
 
@@ -28,6 +30,14 @@ def input_digest(config, option: str) -> dict[str, str]:
     else:
         found = digest(path)
     return {f"config.{option}={value}": found}
+
+
+def corpus_recipe(config) -> tuple[list[str], dict[str, str]]:
+    """The options that name a corpus and say how it is cut, and its digest; of an index alone, that of its passages."""
+    if config.retrieve.corpus:
+        names = ["retrieve.corpus", *(f"retrieve.chunk_{field}" for field in Chunking._fields)]
+        return names, input_digest(config, "retrieve.corpus")
+    return [], {"config.index": Index(Path(config.index).expanduser()).content} if config.index else {}
 
 
 def _digest_or_error(file: epath.Path) -> str:

@@ -18,6 +18,7 @@ from roserag_jax.preference.selection import STRATEGIES
 from roserag_jax.rag import noise
 from roserag_jax.rag.answers import METRICS
 from roserag_jax.rag.chat import TEMPLATE_ARGUMENTS, check_template_arguments
+from roserag_jax.rag.corpora import CHUNK_TITLES
 from roserag_jax.rag.layouts import READERS
 from roserag_jax.retrieval.registry import RETRIEVERS
 from roserag_jax.training import losses
@@ -98,6 +99,11 @@ GENERAL = {
         at_most=2**32 - 1,  # JAX takes the rest of a larger one
     ),
     "workdir": Option("", "folder that every result goes to; local, or gs:// with the extra 'gcs'"),
+    "index": Option(
+        "",
+        "folder of the index of retrieve.corpus, built by the command `index` or by the first that needs it; empty is "
+        "one in the user's cache",
+    ),
     "adapter": Option("", "PEFT folder that evaluate, export, answer and score use; empty is WORKDIR/adapter"),
     "distributed": Option(
         "",
@@ -149,6 +155,11 @@ RETRIEVE = {
         "a folder of documents (text, Markdown; HTML, PDF and .docx with the extra 'documents'); used by bm25, answer, "
         "noise and StrategyQA's evidence",
     ),
+    "chunk_words": Option(120, "length of a passage of a document in words, about", at_least=10),
+    "chunk_overlap": Option(0, "number of words that a passage of a document repeats from the one before", at_least=0),
+    "chunk_title": Option(
+        "file", "title of a document's passages: its file's name, that and the heading, or none", CHUNK_TITLES
+    ),
     "cache": Option("", "FlashRAG's retrieval_cache.json, or a folder of such files"),
     "k": Option(10, "number of passages that bm25 or the cache returns for a question", at_least=1),
 }
@@ -159,11 +170,17 @@ def _retriever_has_its_source(config) -> Faults:
     retrieve = config.retrieve
     for name, spec in RETRIEVERS.items():
         for option in spec.needs if name == retrieve.retriever else ():
-            if not retrieve[option]:
+            if not retrieve[option] and not (option == "corpus" and config.index):
                 yield f"retrieve.{option}", f"{name} needs it: {RETRIEVE[option].help}"
         for option in spec.only if name != retrieve.retriever else ():
             if retrieve[option]:
                 yield f"retrieve.{option}", f"is read with config.retrieve.retriever={name} only"
+
+
+@together
+def _chunks_move_on(config) -> Faults:
+    if config.retrieve.chunk_overlap >= config.retrieve.chunk_words:
+        yield "retrieve.chunk_overlap", f"must be less than config.retrieve.chunk_words={config.retrieve.chunk_words}"
 
 
 @together

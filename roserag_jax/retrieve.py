@@ -10,7 +10,7 @@ gold passages a question has, found or not.
 from roserag_jax import cli, options
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.inputs import input_digest
+from roserag_jax.inputs import corpus_recipe, input_digest
 from roserag_jax.rag import questions
 from roserag_jax.retrieval.registry import RETRIEVERS, found_nothing
 from roserag_jax.workdir import RETRIEVED, Recipe, Workdir, to_jsonl
@@ -31,10 +31,8 @@ def recipe(config, split: str) -> Recipe:
         for option in RETRIEVERS[config.retrieve.retriever].needs:
             names.append(f"retrieve.{option}")
             inputs |= input_digest(config, f"retrieve.{option}")
-    if config.retrieve.corpus:  # to search, or to look StrategyQA's paragraphs up
-        names.append("retrieve.corpus")
-        inputs |= input_digest(config, "retrieve.corpus")
-    return Recipe(options.subset(config, *names), inputs)
+    corpus_names, corpus_inputs = corpus_recipe(config)  # to search, or to look StrategyQA's paragraphs up
+    return Recipe(options.subset(config, *names, *corpus_names), inputs | corpus_inputs)
 
 
 def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
@@ -57,7 +55,7 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
             continue
         rows = questions.questions(config, split)
         if config.retrieve.retriever != "given":
-            index = index or RETRIEVERS[config.retrieve.retriever].build(config.retrieve)
+            index = index or RETRIEVERS[config.retrieve.retriever].build(config)
             found = index.search([row["question"] for row in rows], config.retrieve.k)
             if nothing := found_nothing(found):
                 print(nothing)

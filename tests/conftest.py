@@ -31,6 +31,8 @@ from roserag_jax.rag import synthetic
 from roserag_jax.training.pair_loader import Pair
 from roserag_jax.workdir import Workdir, to_jsonl
 
+_cache = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = _cache.name  # where indexes of corpora are kept
 # Many tests compile the same programs anew, some in processes of their own: they share what one has compiled.
 _compiled = tempfile.TemporaryDirectory()
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name

@@ -1,8 +1,12 @@
 """Passages to search: files of rows, StrategyQA's paragraphs, or documents."""
 
+import hashlib
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -13,69 +17,152 @@ from roserag_jax.rag.files import HUB, open_rows, read_json
 from roserag_jax.rag.layouts import as_text
 from roserag_jax.rag.words import pieces as word_pieces
 
-CHUNK_WORDS = 120
+CHUNK_TITLES = ("file", "heading", "none")
 
 
-def read_corpus(path: str, words: int = CHUNK_WORDS, overlap: int = 0) -> list[dict]:
-    """Read all passages `{id, title, text, source?}` of a corpus; see `passages`."""
-    return list(passages(path, words, overlap))
+class Chunking(NamedTuple):
+    """How a document is cut into passages.
+
+    Attributes:
+      words: of a passage, about.
+      overlap: words that a passage repeats from the one before.
+      title: 'file' titles a passage with its file's name, 'heading' with that and its heading, 'none' not at all.
+    """
+
+    words: int = 120
+    overlap: int = 0
+    title: str = "file"
 
 
-def passages(path: str, words: int = CHUNK_WORDS, overlap: int = 0) -> Iterator[dict]:
-    """Passages `{id, title, text, source?}` of a file of rows, a document or a folder of documents, one at a time.
+DEFAULT_CHUNKING = Chunking()
+
+
+class Unit(NamedTuple):
+    """What is added to a corpus or removed from it at once: a document, or a row.
+
+    Attributes:
+      name: of the document or row.
+      digest: returns bytes that change whenever its passages do.
+      read: returns its passages.
+    """
+
+    name: str
+    digest: Callable[[], bytes]
+    read: Callable[[], list[dict]]
+
+    @property
+    def key(self) -> int:
+        """A number of 64 bits over name and content."""
+        return int.from_bytes(hashlib.blake2b(self.digest(), digest_size=8, person=b"unit").digest(), "big")
+
+
+def read_corpus(path: str, chunking: Chunking = DEFAULT_CHUNKING) -> list[dict]:
+    """Read all passages `{id, title, text, source?}` of a corpus."""
+    return list(Corpus(path, chunking).passages())
+
+
+class Corpus:
+    """Passages `{id, title, text, source?}` of a file of rows, a document or a folder of documents.
 
     Rows are FlashRAG's `{id, contents}`, where `contents` is a title, a newline and the text; `{id, title, text}`; or
     StrategyQA's paragraphs, one JSON object of `{id: {title, content}}`. A document gives one passage per run of
-    paragraphs of up to about `words` words on one page and under one heading, titled with the file's name; its `source`
-    is `{file, page?, heading?}`.
-
-    Args:
-      words: of a document's passage.
-      overlap: words that such a passage repeats from the one before.
+    paragraphs on one page and under one heading; its `source` is `{file, page?, heading?}`.
 
     Raises:
-      UserError: there is nothing to read, or a row is not as it should be.
+      UserError: there is nothing to read, or, later, a row is not as it should be.
     """
-    source, count = epath.Path(path).expanduser(), 0
-    if not path.startswith(HUB) and (not path or not source.exists()):
-        raise UserError(f"config.retrieve.corpus={path!r}: there is no such file or folder.")
-    if path.startswith(HUB):
-        found = _rows(path)
-    elif source.is_dir() or documents.is_document(source):
-        found = _documents(Path(source), words, overlap)
-    else:
-        found = _strategyqa(path, paragraphs) if (paragraphs := _paragraphs(source)) else _rows(path)
-    for passage in found:
-        count += 1
-        yield passage
-    if not count:
-        kinds = " ".join(documents.SUFFIXES)
-        raise UserError(f"config.retrieve.corpus={path!r} holds no passages (documents {kinds}, or rows of contents).")
 
+    def __init__(self, path: str, chunking: Chunking = DEFAULT_CHUNKING):
+        self.path, self.chunking, self.left_out = path, chunking, {}
+        self.local = None if path.startswith(HUB) else epath.Path(path).expanduser()
+        if self.local and (not path or not self.local.exists()):
+            raise UserError(f"config.retrieve.corpus={path!r}: there is no such file or folder.")
+        self.has_documents = self.local and (self.local.is_dir() or documents.is_document(self.local))
 
-def _documents(path: Path, words: int, overlap: int) -> Iterator[dict]:
-    """Passages of a folder's documents, or of one; how many were left out, and why, is printed."""
-    folder = path if path.is_dir() else path.parent
-    files, left_out = documents.find(path) if path.is_dir() else ([path], {})
-    unreadable, count = {}, 0
-    for file in files:
-        name = documents.name_below(folder, file)
+    def signature(self) -> str:
+        """Names, sizes and times of the files that are read, by which a change is noticed without reading them."""
+        if self.local is None:
+            return self.path
+        if not self.has_documents:
+            status = self.local.stat()
+            return f"{status.length} {os.stat(self.local).st_mtime_ns if os.path.exists(self.local) else status.mtime}"
+        seen = hashlib.sha256()
+        for name, file in self._files():
+            status = file.stat()
+            seen.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        return seen.hexdigest()
+
+    def _files(self) -> list[tuple[str, Path]]:
+        """The documents that are read, with their names in the corpus."""
+        path = Path(self.local)
+        files, self.left_out = documents.find(path) if path.is_dir() else ([path], {})
+        folder = path if path.is_dir() else path.parent
+        return [(documents.name_below(folder, file), file) for file in files]
+
+    def units(self) -> Iterator[Unit]:
+        """What the corpus is made of, in order."""
+        if self.has_documents:
+            for name, file in self._files():
+                yield Unit(name, partial(_file_digest, name, file), partial(self._document, name, file))
+            return
+        paragraphs = self.local and _paragraphs(self.local)
+        for passage, id_given in _strategyqa(self.path, paragraphs) if paragraphs else _rows(self.path):
+            yield Unit(passage["id"], partial(_row_digest, passage, id_given), lambda passage=passage: [passage])
+
+    def read(self, unit: Unit) -> list[dict]:
+        """The passages of a unit; none where its document cannot be read, which is noted."""
         try:
-            paragraphs = documents.read(file)
+            return unit.read()
         except Unreadable as error:
-            unreadable[name] = str(error)
-            continue
-        for i, (text, place) in enumerate(chunks(paragraphs, words, overlap)):
-            count += 1
+            self.left_out[unit.name] = str(error)
+            return []
+
+    def passages(self) -> Iterator[dict]:
+        """All passages, one at a time; what was left out is printed at the end."""
+        count = units = 0
+        for unit in self.units():
+            passages = self.read(unit)
+            count, units = count + len(passages), units + bool(passages)
+            yield from passages
+        self.check(count)
+        if self.has_documents:
+            print(f"{self.path}: {count} passages of {units} documents{self.remark()}.")
+
+    def remark(self) -> str:
+        """What was left out of the corpus, and why."""
+        return f"; left out {documents.Found([], self.left_out).summary()}" if self.left_out else ""
+
+    def check(self, count: int) -> None:
+        """Raise a UserError if there are no passages."""
+        if not count:
+            kinds = f"documents {' '.join(documents.SUFFIXES)}, or rows of contents"
+            raise UserError(f"config.retrieve.corpus={self.path!r} holds no passages ({kinds}){self.remark()}.")
+
+    def _document(self, name: str, file: Path) -> list[dict]:
+        stem, passages = Path(name).stem, []
+        cut = chunks(documents.read(file), self.chunking.words, self.chunking.overlap)
+        for i, (text, place) in enumerate(cut):
+            titles = {"file": stem, "none": "", "heading": ": ".join(filter(None, (stem, place.get("heading"))))}
             source = {"file": name, **place}
-            yield {"id": f"{name}#{i}", "title": Path(name).stem, "text": text, "source": source}
-    left_out = documents.Found([], left_out | unreadable)
-    read = f"{path}: {count} passages of {len(files) - len(unreadable)} documents"
-    print(f"{read}; left out {left_out.summary()}." if left_out.left_out else f"{read}.")
+            passages.append({"id": f"{name}#{i}", "title": titles[self.chunking.title], "text": text, "source": source})
+        return passages
 
 
-def _rows(path: str) -> Iterator[dict]:
-    """Passages of rows with contents, or with title and text."""
+def _file_digest(name: str, file: Path) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return name.encode() + hashlib.file_digest(stream, "sha256").digest()
+    except OSError as error:
+        return f"{name}\0{error.strerror}".encode()
+
+
+def _row_digest(passage: dict, id_given: bool) -> bytes:
+    """The id counts where the row has one; otherwise it is the row's number, which others can change."""
+    return repr([v for k, v in passage.items() if k != "id" or id_given]).encode("utf-8", "backslashreplace")
+
+
+def _rows(path: str) -> Iterator[tuple[dict, bool]]:
+    """Passages of rows with contents, or with title and text, and whether the row has an id."""
     for number, (where, row) in enumerate(open_rows(path), 1):
         if isinstance(row.get("contents"), str):
             title, text = split_contents(row["contents"])
@@ -83,18 +170,19 @@ def _rows(path: str) -> Iterator[dict]:
             title, text = row.get("title", ""), row["text"].strip()
         else:
             raise UserError(f"{where}: a corpus row must be {{id, contents}} or {{id, title, text}}.")
-        yield _passage(row.get("id", row.get("_id", number)), title, text, row.get("source"), where)
+        name = row.get("id", row.get("_id"))
+        yield _passage(number if name is None else name, title, text, row.get("source"), where), name is not None
 
 
-def _strategyqa(path: str, paragraphs: dict) -> Iterator[dict]:
+def _strategyqa(path: str, paragraphs: dict) -> Iterator[tuple[dict, bool]]:
     for name, row in paragraphs.items():
         where = f"{path}, paragraph {quote(name)}"
         if not isinstance(row, dict) or not isinstance(row.get("content"), str):
             raise UserError(f"{where}: it must be {{title, content}}, its content a string.")
-        yield _passage(name, row.get("title", ""), row["content"].strip(), None, where)
+        yield _passage(name, row.get("title", ""), row["content"].strip(), None, where), True
 
 
-def _passage(name, title, text: str, source, where: str) -> dict:
+def _passage(name: Any, title: Any, text: str, source: Any, where: str) -> dict:
     try:
         passage = {"id": as_text(name), "title": as_text(title), "text": text}
     except TypeError as error:

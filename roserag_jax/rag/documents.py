@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from roserag_jax.errors import first_line, shorten
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_BYTES = 1 << 30  # of one document, also of what a .docx decompresses to
 
 
@@ -285,7 +286,9 @@ def read(file: Path) -> list[Paragraph]:
     try:
         data = file.read_bytes()
         kind = SUFFIXES[file.suffix.lower()]
-        found = [paragraph for paragraph in kind.read(data) if paragraph.text]
+        whole = lambda text: text and _SURROGATE.sub("\ufffd", text)  # which PDFs have
+        paragraphs = (p._replace(text=whole(p.text), heading=whole(p.heading)) for p in kind.read(data))
+        found = [paragraph for paragraph in paragraphs if paragraph.text]
     except Unreadable:
         raise
     except OSError as error:

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from roserag_jax.rag.corpora import read_corpus
-from roserag_jax.retrieval.bm25 import BM25
 from roserag_jax.retrieval.cache import Cache
+from roserag_jax.retrieval.indexing import open_index
 
 
 class Retriever(Protocol):
@@ -20,7 +19,7 @@ class RetrieverSpec(NamedTuple):
 
     Attributes:
       help: what it does, a clause whose subject is its name.
-      build: makes it from `config.retrieve`.
+      build: makes it from the configuration.
       needs: the options of `config.retrieve` that name its files.
       only: those of them that nothing else reads.
     """
@@ -32,9 +31,9 @@ class RetrieverSpec(NamedTuple):
 
 
 RETRIEVERS = {
-    "bm25": RetrieverSpec("searches the corpus", lambda options: BM25(read_corpus(options.corpus)), ("corpus",)),
+    "bm25": RetrieverSpec("searches the corpus", open_index, ("corpus",)),
     "cache": RetrieverSpec(
-        "looks each question up in a file", lambda options: Cache(options.cache), ("cache",), ("cache",)
+        "looks each question up in a file", lambda config: Cache(config.retrieve.cache), ("cache",), ("cache",)
     ),
 }
 

@@ -1,0 +1,36 @@
+"""Build the index of a corpus, or bring it up to date.
+
+    python -m roserag_jax.index --config.retrieve.corpus=PATH [--config.index=FOLDER]
+
+Reads the corpus (rows, a folder of documents, or hf://) once and writes its passages and their BM25 index to the folder
+(by default one in the user's cache), which `retrieve`, `answer`, `evaluate` and `train` then open at once. Run again,
+it checks the index against its digests, adds documents and rows that are new and removes those that are gone; stopped,
+it resumes. `--config.retrieve.chunk_words`, `chunk_overlap` and `chunk_title` say how documents are cut.
+"""
+
+import os
+import time
+
+from roserag_jax import cli
+from roserag_jax.errors import UserError
+from roserag_jax.rag.corpora import Corpus
+from roserag_jax.retrieval import indexing
+from roserag_jax.retrieval.index import Index
+
+
+def run(config) -> None:
+    """The command."""
+    if not config.retrieve.corpus:
+        raise UserError("config.retrieve.corpus: name the corpus to index.")
+    corpus = Corpus(config.retrieve.corpus, indexing.chunking(config.retrieve))
+    folder = indexing.folder_of(config, corpus)
+    indexing.update(folder, corpus, verify=True)
+    start = time.monotonic()
+    index = Index(folder)
+    opened = time.monotonic() - start
+    size = sum(entry.stat().st_size for entry in os.scandir(folder))
+    print(f"{folder}: {len(index):,} passages, {size / 1e6:,.1f} MB, opened in {opened:.2f} s.")
+
+
+if __name__ == "__main__":
+    cli.main(run, __doc__, workdir=False, alone=True)

@@ -1,0 +1,276 @@
+"""Build an index on disk, or bring it up to date with its corpus.
+
+A corpus consists of units (documents, or rows), each with a key over its name and content. Units whose key the index
+has are left as they are, new ones are added, those that are gone are removed. So a changed corpus costs what changed,
+and a build that was stopped resumes: what was committed is in the index.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from roserag_jax.errors import UserError, first_line
+from roserag_jax.rag import words
+from roserag_jax.rag.corpora import Chunking, Corpus
+from roserag_jax.retrieval.index import MANIFEST, NUMBERS, VERSION, Index, check_sizes, read_manifest, schema
+
+COMMIT_SECONDS = 30  # of work that a stopped build repeats
+WRITER_BYTES = 512 << 20
+_SLICE = 200_000  # passages whose numbers are read at once
+_LOCK, _BUILDING = ".lock", ".building.json"
+
+
+def open_index(config) -> Index:
+    """Open the index that the configuration names, brought up to date with its corpus where that is named too.
+
+    Without `config.index` the index of a corpus is kept in the user's cache, by the corpus' path and chunking.
+    """
+    options = config.retrieve
+    if not options.corpus:
+        return Index(Path(config.index).expanduser())
+    corpus = Corpus(options.corpus, chunking(options))
+    folder = folder_of(config, corpus)
+    update(folder, corpus)
+    return Index(folder)
+
+
+def chunking(options) -> Chunking:
+    """How `config.retrieve` cuts documents into passages."""
+    return Chunking(options.chunk_words, options.chunk_overlap, options.chunk_title)
+
+
+def folder_of(config, corpus: Corpus) -> Path:
+    """The folder that the configuration names for the index of a corpus, or one in the user's cache."""
+    if config.index:
+        return Path(config.index).expanduser()
+    name = hashlib.sha256(json.dumps(_recipe(corpus)).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return cache / "roserag_jax" / "indexes" / name
+
+
+def update(folder: Path, corpus: Corpus, verify: bool = False) -> None:
+    """Bring the index of a folder up to date with a corpus.
+
+    Args:
+      verify: check every file against its digest, and read the corpus even if sizes and times are as they were.
+
+    Raises:
+      UserError: the folder is something else or damaged, is the index of another corpus, or cannot be written.
+    """
+    try:
+        with _locked(folder):
+            _update(folder, corpus, verify)
+    except (ValueError, OSError) as error:  # the library's errors are ValueErrors
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"The index {folder} cannot be written: {first_line(error)}.") from error
+
+
+def _update(folder: Path, corpus: Corpus, verify: bool) -> None:
+    import tantivy
+
+    manifest = _verified(folder, corpus, verify)
+    signature = corpus.signature()  # before it is read: what changes meanwhile is noticed next time
+    if manifest and manifest["signature"] == signature and not verify:
+        return
+    _begin(folder, corpus)
+    index = tantivy.Index(schema(), path=str(folder))
+    changes = _Changes(index, folder)
+    writer = index.writer(heap_size=WRITER_BYTES, num_threads=1)
+    for unit in corpus.units():
+        if changes.is_new(unit.key):
+            for passage in corpus.read(unit):
+                writer.add_document(changes.document(passage))
+            if changes.is_time_to_commit():
+                writer.commit()
+    removed = changes.removed()
+    for key in removed:
+        # Not `delete_documents_by_term`, which takes the number for a signed one and finds nothing.
+        writer.delete_documents_by_query(tantivy.Query.term_query(schema(), "unit", int(key), "basic"))
+    if changes.added or len(removed):
+        writer.commit()
+        changes.report(final=True)
+    writer.wait_merging_threads()
+    index.reload()
+    numbers, units = _fields(index.searcher(), "number", "unit")
+    corpus.check(len(numbers))
+    if changes.added or len(removed) or corpus.left_out:
+        counts = f"{changes.added} passages added, {len(removed)} documents or rows removed"
+        print(f"{folder}: {len(numbers)} passages of {corpus.path}; {counts}{corpus.remark()}.")
+    np.save(folder / NUMBERS, np.sort(numbers))
+    content = hashlib.sha256(np.unique(units).tobytes() + json.dumps(corpus.chunking).encode()).hexdigest()
+    _write_manifest(folder, corpus, signature, content)
+
+
+def _verified(folder: Path, corpus: Corpus, verify: bool) -> dict | None:
+    """The manifest of an index that can be updated; an index of another version or chunking is deleted first."""
+    manifest, building, recipe = read_manifest(folder), folder / _BUILDING, _recipe(corpus)
+    before = manifest or (json.loads(building.read_bytes()) if building.exists() else None)
+    if before is None:
+        if any(entry.name != _LOCK for entry in folder.iterdir()):
+            raise UserError(f"{folder} is not empty and not an index: name another folder in config.index.")
+        return None
+    if before["corpus"] != recipe["corpus"] and os.path.exists(before["corpus"]):  # not the same, moved
+        raise UserError(
+            f"{folder} is the index of {before['corpus']}, not of {recipe['corpus']}: name another folder in "
+            "config.index, or delete this one."
+        )
+    if manifest:
+        check_sizes(folder, manifest)
+        if verify:
+            _check_digests(folder, manifest)
+    if any(before[name] != recipe[name] for name in ("version", "chunking")):
+        print(f"{folder} was built with other options ({before['chunking']}, now {recipe['chunking']}): rebuilding it.")
+        for entry in folder.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        return None
+    return manifest
+
+
+def _recipe(corpus: Corpus) -> dict:
+    """What an index is made from, as its manifest has it."""
+    path = corpus.path if corpus.local is None else os.path.abspath(corpus.local)
+    return {"version": VERSION, "chunking": list(corpus.chunking), "corpus": path}
+
+
+def _begin(folder: Path, corpus: Corpus) -> None:
+    """Mark an index as one that is being built, until its manifest is back."""
+    (folder / _BUILDING).write_text(json.dumps(_recipe(corpus)))
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def _write_manifest(folder: Path, corpus: Corpus, signature: str, content: str) -> None:
+    names = [e.name for e in sorted(folder.iterdir()) if not e.name.startswith(".") and e.name != MANIFEST]
+    manifest = {
+        **_recipe(corpus),
+        "signature": signature,
+        "content": content,
+        "files": {name: [(folder / name).stat().st_size, _digest(folder / name)] for name in names},
+    }
+    temporary = folder / f".{MANIFEST}"
+    temporary.write_text(json.dumps(manifest, indent=1))
+    temporary.replace(folder / MANIFEST)
+    (folder / _BUILDING).unlink(missing_ok=True)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_digests(folder: Path, manifest: dict) -> None:
+    for name, (_, digest) in manifest["files"].items():
+        if _digest(folder / name) != digest:
+            raise UserError(f"{folder / name} is damaged: delete the folder to have the index built anew.")
+
+
+def _fields(searcher: Any, *names: str) -> list[np.ndarray]:
+    """Fields of all passages, in one order."""
+    import tantivy
+
+    last = searcher.search(tantivy.Query.all_query(), 1, count=False, order_by_field="number").hits
+    highest, found = last[0][0] if last else -1, [[] for _ in names]
+    for start in range(0, highest + 1, _SLICE):
+        query = tantivy.Query.range_query(
+            schema(), "number", tantivy.FieldType.Unsigned, start, start + _SLICE, include_upper=False
+        )
+        addresses = [address for _, address in searcher.search(query, _SLICE, count=False).hits]
+        for values, name in zip(found, names, strict=True):
+            values.append(np.array(searcher.fast_field_values(name, addresses), np.uint64))
+    return [np.concatenate(values) if values else np.zeros(0, np.uint64) for values in found]
+
+
+class _Changes:
+    """Which units of a corpus are new to an index, which of the index's are gone, and how far the update is."""
+
+    def __init__(self, index: Any, folder: Path):
+        numbers, units = _fields(index.searcher(), "number", "unit")
+        self.old = np.unique(units)
+        self.seen = np.zeros(len(self.old), bool)
+        self.next, self.new, self.folder = int(numbers.max()) + 1 if len(numbers) else 0, set(), folder
+        self.added, self.unit = 0, 0
+        self.start = self.committed = self.reported = time.monotonic()
+        if len(numbers):
+            print(f"{folder}: {len(numbers)} passages are there; adding what is new.", file=sys.stderr)
+
+    def is_new(self, key: int) -> bool:
+        """Whether a unit has to be added."""
+        self.unit = key
+        if len(self.old):
+            at = min(int(np.searchsorted(self.old, np.uint64(key))), len(self.old) - 1)
+            if self.old[at] == key:
+                self.seen[at] = True
+                return False
+        if key in self.new:
+            return False
+        self.new.add(key)
+        return True
+
+    def document(self, passage: dict) -> Any:
+        """A passage of the new unit as the index takes it."""
+        import tantivy
+
+        made = tantivy.Document()
+        made.add_unsigned("number", self.next)
+        made.add_unsigned("unit", self.unit)
+        made.add_text("terms", " ".join(words.terms(f"{passage['title']} {passage['text']}")))
+        made.add_bytes("passage", json.dumps(passage, ensure_ascii=False).encode())
+        self.next, self.added = self.next + 1, self.added + 1
+        return made
+
+    def removed(self) -> np.ndarray:
+        """Keys of the units that the corpus no longer has."""
+        return self.old[~self.seen]
+
+    def is_time_to_commit(self) -> bool:
+        """Whether what was added since the last commit should be kept from being lost; reports progress too."""
+        self.report()
+        if time.monotonic() - self.committed < COMMIT_SECONDS:
+            return False
+        self.committed = time.monotonic()
+        return True
+
+    def report(self, final: bool = False) -> None:
+        """Print passages, passages per second, size and memory, every few seconds."""
+        now = time.monotonic()
+        if not final and now - self.reported < 5:
+            return
+        self.reported = now
+        size = sum(entry.stat().st_size for entry in os.scandir(self.folder))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        rate = self.added / max(now - self.start, 1e-9)
+        print(
+            f"index: {self.added:,} passages added, {rate:,.0f}/s, {now - self.start:.0f} s elapsed, "
+            f"{size / 1e6:,.0f} MB on disk, {memory / 1e9:.2f} GB of memory",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold an index for one writer; readers need no lock. A file system without locks is not locked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder} is being built by another run; waiting for it.", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        yield
