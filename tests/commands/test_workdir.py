@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from roserag_jax import workdir
+from roserag_jax import inputs, workdir
 from roserag_jax.errors import UserError
 from roserag_jax.workdir import PartialResults, Recipe, Workdir, to_json, to_jsonl
 
@@ -265,10 +265,10 @@ def test_corpus_digest_covers_what_is_read(tmp_path):
     config = options.defaults()
     config.retrieve.corpus = str(tmp_path)
     (tmp_path / "moss.txt").write_text("Moss is green.")
-    before = workdir.input_digest(config, "retrieve.corpus")
+    before = inputs.input_digest(config, "retrieve.corpus")
     for other in (".git/objects/00", "runs/one/adapter/adapter_config.json", "picture.png", ".moss.txt.swp"):
         (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / other).write_text("other")
-    assert workdir.input_digest(config, "retrieve.corpus") == before
+    assert inputs.input_digest(config, "retrieve.corpus") == before
     Path(tmp_path / "moss.txt").write_text("Moss is red.")
-    assert workdir.input_digest(config, "retrieve.corpus") != before
+    assert inputs.input_digest(config, "retrieve.corpus") != before
