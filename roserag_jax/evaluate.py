@@ -117,6 +117,8 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     shape = {**config.prompt, "passages": K and max(len(row["contexts"]) for row in rows) or K}
     builder = PromptBuilder(session.tokenizer, **shape)
     prompts = [builder.plain(row) for row in rows]
+    if cut := sum(prompt.cut > 0 for prompt in prompts):
+        print(f"{cut} of {len(rows)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
     label = name.removeprefix("eval/")
     parts = PartialResults(workdir, f"evaluate-{label}", wanted.fingerprint(), [row["id"] for row in rows])
     missing, em = parts.missing(), sum(example["scores"]["em"] for example in parts.done.values())

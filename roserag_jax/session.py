@@ -116,7 +116,7 @@ class Session:
     @functools.cached_property
     def turn_end(self) -> int:
         """The token that closes a response in training."""
-        return tokenizer.turn_end(self.tokenizer, self.stop_ids)
+        return tokenizer.turn_end(self.tokenizer, self.stop_ids, self.config.prompt.template_arguments)
 
     @property
     def pad_id(self) -> int:

@@ -1,6 +1,6 @@
 """The model's own tokenizer: from its Hugging Face files, or rebuilt from a GGUF header (byte-level BPE)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +210,12 @@ def stop_ids(tokenizer: Any, model: Path, vocab_size: int) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def turn_end(tokenizer, stops: tuple[int, ...]) -> int:
+def turn_end(tokenizer, stops: tuple[int, ...], template_arguments: Mapping | None = None) -> int:
     """The token that closes a response in training: what the chat template puts after one, else the tokenizer's EOS."""
     if tokenizer.chat_template is not None:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        tokens = tokenizer(render_chat(tokenizer, turns, generation_prompt=False), add_special_tokens=False).input_ids
+        text = render_chat(tokenizer, turns, template_arguments, generation_prompt=False)
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
         closing = [token for token in tokens if token in stops]
         if closing:
             return closing[-1]

@@ -6,6 +6,8 @@ import numpy as np
 
 from roserag_jax.rag import answers
 
+_AT_ONCE = 10**6  # values drawn at a time, which bounds the memory
+
 
 def score_row(row: dict, prediction: str, parsed: bool, measure: answers.Measure = answers.HOTPOTQA) -> dict:
     """Scores of one prediction, and what the summary groups by.
@@ -56,7 +58,7 @@ def interval(values: list[float], draws: int = 2000, seed: int = 0) -> tuple[flo
     """95% percentile bootstrap interval of a mean."""
     values = np.asarray(values)
     rng, means = np.random.default_rng(seed), []
-    rows = max(1, 10**6 // len(values))  # draws at a time, for their memory; the generator's stream is the same
+    rows = max(1, _AT_ONCE // len(values))  # of the generator's one stream
     for first in range(0, draws, rows):
         picks = rng.integers(0, len(values), (min(rows, draws - first), len(values)))
         means.append(values[picks].mean(axis=1))
@@ -113,7 +115,13 @@ def paired(scores: list[float], others: list[float], draws: int = 10_000, seed: 
     p = 1.0  # also of a single change, which a swap makes no smaller
     if len(changed) > 1:
         p = stats.permutation_test(
-            (changed,), np.sum, permutation_type="samples", vectorized=True, n_resamples=draws, rng=seed
+            (changed,),
+            np.sum,
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=draws,
+            batch=max(1, _AT_ONCE // len(changed)),
+            rng=seed,
         ).pvalue
     return {
         "difference": float(difference.mean()),

@@ -255,8 +255,8 @@ def generate(
       rows: how many questions; types take turns.
       split: 'train' or 'eval'; the two share no entity.
       passages: K, passages of a row, in random order; at least 2.
-      missing_gold: share of rows that lack one gold passage (a distractor stands in its place).
-      counterfactual: share of rows with a passage that states a wrong answer as an unproven claim.
+      missing_gold: fraction of rows that lack one gold passage (a distractor stands in its place).
+      counterfactual: fraction of rows with a passage that states a wrong answer as an unproven claim.
       types: which of `TYPES` to make.
 
     Raises:
@@ -265,16 +265,16 @@ def generate(
     if split not in SPLITS or unknown_types(types) or passages < 2 or rows < 0:
         raise ValueError(f"bad arguments: {split=} of {SPLITS}, {types=} of {TYPES}, {passages=} >= 2, {rows=} >= 0")
     if not (0 <= missing_gold <= 1 and 0 <= counterfactual <= 1):
-        raise ValueError(f"shares must lie between 0 and 1: {missing_gold=}, {counterfactual=}")
+        raise ValueError(f"fractions must lie between 0 and 1: {missing_gold=}, {counterfactual=}")
     rng = random.Random(f"{seed}/{split}")
     world = _World(rng, split, max(rows, 24))
-    asked = set()
+    seen = set()
     for number in range(rows):
         kind = types[number % len(types)]
         question = None
-        while question is None or question in asked:
+        while question is None or question in seen:
             question, answer, gold, wrong, claim = _MAKERS[kind](world)
-        asked.add(question)
+        seen.add(question)
         misses, doubted = rng.random() < missing_gold, rng.random() < counterfactual
         missing = rng.choice(gold) if misses else None
         contexts = [world.passage(e, is_supporting=True) for e in gold if e is not missing]
@@ -312,9 +312,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200, help="number of questions")
     parser.add_argument("--split", choices=SPLITS, default="train", help="the two splits share no entity")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other entities and questions")
-    parser.add_argument("--passages", type=int, default=5, help="K, passages of a question")
-    parser.add_argument("--missing-gold", type=float, default=0.0, help="share of rows that lack a gold passage")
-    parser.add_argument("--counterfactual", type=float, default=0.0, help="share of rows with a wrong claim")
+    parser.add_argument("--passages", type=int, default=5, help="number of passages of a question (K)")
+    parser.add_argument("--missing-gold", type=float, default=0.0, help="fraction of rows that lack a gold passage")
+    parser.add_argument("--counterfactual", type=float, default=0.0, help="fraction of rows with a wrong claim")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), help="kinds of questions")
     parser.add_argument("--output", required=True, help="the .jsonl file to write")
     args = vars(parser.parse_args())

@@ -13,18 +13,21 @@ import unicodedata
 import regex
 
 _SCRIPTS = "Han Hiragana Katakana Bopomofo Hangul Thai Lao Khmer Myanmar Tibetan Javanese Balinese Tai_Tham Yi".split()
-_UNSPACED = "".join(rf"\p{{Script_Extensions={script}}}" for script in _SCRIPTS)
+_EXTENDED = "".join(rf"\p{{Script_Extensions={script}}}" for script in _SCRIPTS)
+_UNSPACED = rf"[{_EXTENDED}]--\p{{Script=Inherited}}"  # accents of any script, which some of these use too
 _LETTERS = r"\p{L}\p{M}\p{N}"
 # A run of characters written without spaces, a word, or a symbol such as a currency or an emoji.
-_CHARACTERS, _SPACED = rf"[[{_UNSPACED}]&&[{_LETTERS}]]+", rf"[[{_LETTERS}]--[{_UNSPACED}]]+"
+_CHARACTERS, _SPACED = rf"(?:[[{_UNSPACED}]&&[{_LETTERS}]]\p{{M}}*)+", rf"[[{_LETTERS}]--[{_UNSPACED}]]+"
 _RUN = regex.compile(rf"(?V1)(?P<run>{_CHARACTERS})|{_SPACED}|[\p{{S}}--\p{{ASCII}}]")
 _IS_UNSPACED = regex.compile(rf"(?V1){_CHARACTERS}")
 # Other text has words of letters and digits alone, which a simpler pattern finds faster.
-_NEEDS_RUNS = regex.compile(rf"(?V1)[\p{{M}}[\p{{S}}--\p{{ASCII}}]{_UNSPACED}]")
+_NEEDS_RUNS = regex.compile(rf"(?V1)[\p{{M}}[\p{{S}}--\p{{ASCII}}][{_UNSPACED}]]")
 _WORD = re.compile(r"[^\W_]+")
 _CHARACTER = regex.compile(r"\X")
 _DIGIT = regex.compile(r"(?V1)[\p{Nd}--[0-9]]")
-_NO_WORD = re.compile(r"[\u2122\u2120\u200b]")  # trademark signs, which would become letters; zero-width space
+_MARK_FLOOD = regex.compile(r"(\p{M}{30})\p{M}+")  # more marks on one letter than any writing has
+# What separates words: apostrophes that are letters, trademark signs (they would become letters), zero-width spaces.
+_NO_WORD = re.compile(r"[\u02bb\u02bc\u2122\u2120\u200b]")
 # Invisible characters; vowel signs and the like that writers of Arabic and Hebrew mostly leave out; stress marks on
 # Cyrillic vowels; the dot that a Turkish capital i keeps when it becomes small.
 _MAYBE_OPTIONAL = regex.compile(
@@ -47,7 +50,8 @@ def fold(text: str) -> str:
     """Text with everything unified that makes no difference between words."""
     if text.isascii():
         return text.lower()
-    text = unicodedata.normalize("NFKD", _NO_WORD.sub(" ", text)).casefold()
+    text = _MARK_FLOOD.sub(r"\1", _NO_WORD.sub(" ", text))  # ordering them takes quadratic time
+    text = unicodedata.normalize("NFKD", text).casefold()
     if _has(_MAYBE_OPTIONAL, text):
         text = _OPTIONAL.sub("", text)
     text = unicodedata.normalize("NFKC", text)

@@ -1,5 +1,6 @@
 """Passages that another retriever found before, looked up by question."""
 
+import unicodedata
 from typing import Any
 
 from etils import epath
@@ -32,16 +33,16 @@ class Cache:
                 where = f"{file}, question {quote(question)}"
                 if not isinstance(passages, list):
                     raise UserError(f"{where}: not a list of passages, as a retrieval_cache.json has.")
-                self.found[question] = [_context(passage, where) for passage in passages]
+                self.found[_key(question)] = [_context(passage, where) for passage in passages]
 
     def search(self, queries: list[str], k: int) -> list[list[dict]]:
         """The first k passages kept for each query, as contexts `{title, text, score?}`."""
-        if missing := [query for query in queries if query not in self.found]:
+        if missing := [query for query in queries if _key(query) not in self.found]:
             raise UserError(
                 f"config.retrieve.cache={self.path!r} has nothing for {len(missing)} of {len(queries)} questions, the "
                 f"first being {quote(missing[0])}."
             )
-        return [self.found[query][:k] for query in queries]
+        return [self.found[_key(query)][:k] for query in queries]
 
 
 def cache_files(path: epath.Path) -> list[epath.Path]:
@@ -49,6 +50,11 @@ def cache_files(path: epath.Path) -> list[epath.Path]:
     if not path.is_dir():
         return [path]
     return sorted(f for f in path.iterdir() if ".json" in f.suffixes and not f.name.startswith("."))
+
+
+def _key(question: str) -> str:
+    """A question, however its accents and spaces are written."""
+    return " ".join(unicodedata.normalize("NFC", question).split())
 
 
 def _context(passage: Any, where: str) -> dict:

@@ -12,7 +12,6 @@ from roserag_jax import options, retrieve
 from roserag_jax.errors import UserError
 from roserag_jax.preference import pairs
 from roserag_jax.rag import layouts, questions
-from roserag_jax.retrieval.cache import Cache
 from roserag_jax.workdir import Workdir, to_jsonl
 
 DATA = Path(__file__).parents[3] / "shared/data"
@@ -243,32 +242,6 @@ def test_the_hub_is_read_through_datasets(monkeypatch):
     monkeypatch.setattr(library, "load_dataset", refused)
     with pytest.raises(UserError, match="Dataset scripts are no longer supported.* name the local file"):
         questions.read_questions("hf://hotpotqa/hotpot_qa/distractor")
-
-
-def test_flashrag_retrieval_cache(tmp_path):
-    cache = {"Who made it?": [{"id": "1", "contents": '"It"\nAda made it.', "score": 2.0}, {"title": "B", "text": "b"}]}
-    config = options.defaults()
-    config.workdir = str(tmp_path / "work")
-    config.data.eval = write(tmp_path / "q.jsonl", {k: FLASHRAG[k] for k in ("id", "question", "golden_answers")})
-    config.retrieve.retriever, config.retrieve.k = "cache", 1
-    config.retrieve.cache = write(tmp_path / "retrieval_cache.json", cache)
-    work = Workdir(config.workdir)
-    retrieve.make(config, work, ("eval",))
-    assert work.rows("retrieved_eval.jsonl")[0]["contexts"] == [{"title": "It", "text": "Ada made it.", "score": 2.0}]
-    with pytest.raises(UserError, match=r"nothing for 1 of 2 questions.*'Why\?'"):
-        Cache(config.retrieve.cache).search(["Who made it?", "Why?"], 1)
-    with pytest.raises(UserError, match="question 'id': not a list of passages, as a retrieval_cache.json"):
-        Cache(config.data.eval)
-    folder = tmp_path / "caches"
-    folder.mkdir()
-    with pytest.raises(UserError, match="a folder without .json files"):
-        Cache(str(folder))
-    (folder / "train.json.gz").write_bytes(gzip.compress(json.dumps(cache).encode()))
-    write(folder / "eval.json", {"Why?": [{"title": None, "text": "c"}]})
-    assert [[c["text"] for c in found] for found in Cache(str(folder)).search(["Why?", "Who made it?"], 2)] == [
-        ["c"],
-        ["Ada made it.", "b"],
-    ]
 
 
 def test_gold_is_flagged_where_the_corpus_has_it(tmp_path, capsys):

@@ -51,6 +51,10 @@ def test_interval_of_many_values_is_bounded_in_memory():
     tracemalloc.start()
     low, high = metrics.interval(values, 20)
     assert low < values.mean() < high and tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.reset_peak()
+    changed = np.where(values[:20_000] < 0.5, 1.0, 0.0)
+    assert metrics.paired(changed, 1 - changed, draws=500)["p"] > 0.001
+    assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
 
 

@@ -42,5 +42,5 @@ def test_synthetic_distractors_share_an_entity_and_gold_can_miss():
         supporting = [c for c in row["contexts"] if c["is_supporting"]]
         assert len(supporting) == len(row["metadata"]["gold"]) - 1
         assert row["metadata"]["missing_gold"] not in {c["title"] for c in row["contexts"]}
-    with pytest.raises(ValueError, match="shares"):
+    with pytest.raises(ValueError, match="fractions"):
         next(synthetic.generate(1, "eval", missing_gold=2.0))
