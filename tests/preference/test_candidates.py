@@ -1,12 +1,24 @@
-"""Candidates: guided branches that reuse the plain prompt's cache."""
+"""Candidates: guided branches that reuse the plain prompt's cache, on one device and on several."""
 
+import jax
 import numpy as np
 import pytest
-from conftest import IDS, NUCLEUS, PROMPTS, decode, tokens_of
+from conftest import IDS, NUCLEUS, PROMPTS, decode, engine_on, tokens_of
 
+from roserag_jax import options
+from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.hub import model_files, tokenizer
 from roserag_jax.inference.requests import DecodeRequest
-from roserag_jax.preference.candidates import reusable_tokens
-from roserag_jax.rag.prompts import Prompt
+from roserag_jax.inference.scheduler import run_tasks
+from roserag_jax.preference.candidates import (
+    CandidateGenerator,
+    QuestionInputs,
+    decoder_capacity,
+    newline_tokens,
+    reusable_tokens,
+)
+from roserag_jax.rag import synthetic
+from roserag_jax.rag.prompts import Prompt, PromptBuilder
 
 pytest.importorskip("torch")
 
@@ -28,3 +40,49 @@ def test_guided_branches_on_the_plain_cache_equal_those_on_the_guided_prompt(tin
     assert tokens_of(on_plain) == tokens_of(on_guided)
     for row, other in zip(on_plain, on_guided, strict=True):
         np.testing.assert_allclose(row[1].logprobs, other[1].logprobs, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def generate(model_folder):
+    """A function: the candidates of random questions, generated on a number of devices."""
+    opened, texts = model_files.open_model(str(model_folder)), tokenizer.read_tokenizer(model_folder)
+    rng = np.random.default_rng(3)
+    builder = PromptBuilder(texts, 420, 1)
+    rows = list(synthetic.generate(9, "train", passages=2))
+    for row in rows:  # hints from 2 to 60 tokens, so that forced prefixes lie in several buckets
+        row["golden_answers"] = ["".join(rng.choice(list("abcdefgh "), rng.integers(2, 60)))]
+    prompts = [(builder.plain(row), builder.guided(row)) for row in rows]
+    questions = [
+        QuestionInputs(row, plain, guided, reusable_tokens(plain, guided, 2, 0))
+        for row, (plain, guided) in zip(rows, prompts, strict=True)
+    ]
+    assert all(question.reused is not None for question in questions)
+    generate = options.defaults().generate
+    generate.update(guided_samples=2, plain_samples=1, max_tokens=40, answer_tokens=60, batch=8)
+    generator = CandidateGenerator(texts, generate, shared_prefixes={"plain": None, "guided": None})
+    lengths = [len(question.plain.tokens) for question in questions]
+
+    def run(devices):
+        mesh = make_mesh(1, devices, 1, jax.devices()[:devices])
+        engine = engine_on(opened, mesh, tokenizer.stop_ids(texts, opened.path, opened.config.vocab_size))
+        tasks, capacity = dict(enumerate(map(generator.task, questions))), decoder_capacity(generate, questions)
+        return dict(run_tasks(engine, tasks, lengths, capacity, newline_tokens(texts)))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_one_device(generate):
+    return generate(1)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_candidates_on_several_devices_equal_those_on_one(devices, generate, on_one_device):
+    rows = generate(devices)
+    assert sum(len(row["candidates"]) for row in rows.values()) > 9
+    for number, row in rows.items():
+        expected = on_one_device[number]
+        assert row["dropped"] == expected["dropped"]
+        for candidate, other in zip(row["candidates"], expected["candidates"], strict=True):
+            assert candidate | {"logprob": None} == other | {"logprob": None}
+            assert candidate["logprob"] == pytest.approx(other["logprob"], abs=1e-2)
