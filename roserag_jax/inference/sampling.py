@@ -5,12 +5,14 @@ Axes: R rows, V vocabulary; E entries of a row of weights.
 
 import dataclasses
 import functools
+import itertools
 import zlib
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+_HALVINGS = 32  # of the interval in which a threshold is searched
 _BLOCK = 256  # tokens of a block of the vocabulary, the first of two levels of the draw
 
 
@@ -84,15 +86,32 @@ def _filter_logits(logits: Float[Array, "R V"], params: SamplingParams) -> Float
 
 
 def _threshold(logits: Float[Array, "R V"], weights: Float[Array, "R V"], wanted) -> Float[Array, "R"]:
-    """Find the largest logit so that the tokens from it upwards weigh `wanted` together, by bisection, not sorting."""
+    """Find the largest logit so that the tokens from it upwards weigh `wanted` together, by bisection, not sorting.
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low + high) / 2
-        enough = jnp.where(logits >= middle[:, None], weights, 0).sum(-1) >= wanted
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    An accelerator takes three halvings in one pass over the logits, since it is reading them that costs; a CPU, where
+    sums cost more, takes one. Both try the same thresholds.
+    """
+    search = lambda levels: functools.partial(_bisect, levels=levels)
+    return jax.lax.platform_dependent(logits, weights, wanted, cpu=search(1), default=search(3))
 
-    return jax.lax.fori_loop(0, 32, halve, (logits.min(-1), logits.max(-1)))[0]
+
+def _bisect(logits, weights, wanted, levels: int) -> Float[Array, "R"]:
+    """Halve the interval of thresholds `_HALVINGS` times, `levels` times in each pass over the logits."""
+
+    def halve(levels, bounds):
+        grid = list(bounds)  # the thresholds that so many halvings can come to, in ascending order
+        for _ in range(levels):
+            middles = [(low + high) / 2 for low, high in itertools.pairwise(grid)]
+            grid = [*itertools.chain(*zip(grid, middles, strict=False)), grid[-1]]
+        enough = [jnp.where(logits >= t[:, None], weights, 0).sum(-1) >= wanted for t in grid[1:-1]]
+        last = sum(enough, jnp.zeros(len(logits), jnp.int32))  # the sums fall as the thresholds rise
+        pick = lambda i: jnp.take_along_axis(jnp.stack(grid), i[None], axis=0)[0]
+        return pick(last), pick(last + 1)
+
+    passes, rest = divmod(_HALVINGS, levels)
+    bounds = logits.min(-1), logits.max(-1)
+    bounds = jax.lax.fori_loop(0, passes, lambda _, bounds: halve(levels, bounds), bounds)
+    return (halve(rest, bounds) if rest else bounds)[0]
 
 
 def _sample_categorical(logits: Float[Array, "R V"], keys) -> Int[Array, "R"]:
