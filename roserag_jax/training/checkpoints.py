@@ -1,40 +1,59 @@
-"""Checkpoints of training: Orbax, asynchronous, each with a digest of its numbers that is checked on the way back."""
+"""Checkpoints of training: Orbax, asynchronous, each with a digest that is verified on the way back."""
 
-import contextlib
 import hashlib
-import signal
+import json
+import re
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
+from roserag_jax import signals
 from roserag_jax.distributed import processes
+from roserag_jax.errors import UserError, first_line
 from roserag_jax.training.train_step import TrainState
 
+_ATTEMPTS, _RETRY_SECONDS = 3, 1.0
+# What a file system, a network or a bucket says when it does not give a file that may be sound; of the text of
+# tensorstore's errors, which have no classes.
+_UNREADABLE = re.compile(
+    r"^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|INTERNAL"
+    r"|UNKNOWN)\b|OS error (?!2\b)"
+)
+_NETWORK = {"aiohttp", "gcsfs", "google", "requests", "urllib3"}  # packages whose errors say the same
+_SOUND, _DAMAGED, _CANNOT_READ = range(3)
 
-def state_digest(state: TrainState) -> str:
-    """SHA-256 over the names, types and bytes of all arrays. Orbax itself does not notice a flipped bit."""
-    result = hashlib.sha256()
+
+class Restored(NamedTuple):
+    """A checkpoint: the state after `step` steps, and the evaluations until then."""
+
+    step: int
+    state: TrainState
+    evaluations: list[dict]
+
+
+def state_digest(state: TrainState, about: dict) -> str:
+    """SHA-256 over the names, types and bytes of all arrays, and over what is written down beside them.
+
+    Orbax itself does not notice a flipped bit.
+    """
+    result = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for path, array in jax.tree_util.tree_leaves_with_path(processes.gather_to_host(state)):
         result.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\0".encode())
         result.update(np.ascontiguousarray(array).tobytes())
     return result.hexdigest()
 
 
-@contextlib.contextmanager
-def signals_deferred():
-    """Hold Ctrl-C and SIGTERM back until the block is done, so that none falls inside it."""
-    held, stops = [], (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(stop, lambda number, _: held.append(number)) for stop in stops]
-    try:
-        yield
-    finally:
-        for stop, handler in zip(stops, handlers, strict=True):
-            signal.signal(stop, handler)
-    if held:
-        signal.raise_signal(held[0])
+def _may_recover(error: Exception) -> bool:
+    """Whether an error is of the way to a file, not of what stands in it."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return False
+    network = type(error).__module__.partition(".")[0] in _NETWORK
+    return isinstance(error, OSError) or network or _UNREADABLE.search(str(error)) is not None
 
 
 class Checkpoints:
@@ -45,58 +64,141 @@ class Checkpoints:
 
     Args:
       keep: how many are kept, the latest ones.
-      about: what to write down beside the arrays: the options of the run.
+      options: those of the run, written down beside the arrays.
     """
 
-    def __init__(self, folder: epath.Path, keep: int, about: dict | None = None):
-        self.folder, self.about = folder, about or {}
+    def __init__(self, folder: epath.Path, *, keep: int, options: dict | None = None):
+        self.folder, self.options = folder, json.loads(json.dumps(options or {}, default=list))
         # Processes meet at barriers named after the step: two managers that save the same one must not share them.
         barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=folder.name)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, multiprocessing_options=barriers
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=True, multiprocessing_options=barriers
+            ),
         )
-        self._manager = ocp.CheckpointManager(folder, options=options)
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Save the state after `step` steps; the write goes on in the background."""
-        arrays, check = jax.tree.leaves(state), {"sha256": state_digest(state), "options": self.about}
-        args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), digest=ocp.args.JsonSave(check))
-        with signals_deferred():  # an exception inside Orbax leaves its threads waiting for ever
-            self._manager.save(step, args=args)
+    def save(self, step: int, state: TrainState, evaluations: list[dict] = ()) -> None:
+        """Save the state after `step` steps, in the background; what a former run saved from there on is replaced."""
+        about = {"options": self.options, "evaluations": list(evaluations)}
+        args = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(jax.tree.leaves(state)),
+            about=ocp.args.JsonSave(about | {"sha256": state_digest(state, about)}),
+        )
+        with signals.deferred():  # an exception inside Orbax leaves its threads waiting for ever
+            for later in self._manager.all_steps():
+                if later >= step:
+                    self._manager.delete(later)
+            if not self._manager.save(step, args=args):
+                raise RuntimeError(f"Orbax refused to save step {step} in {self.folder}")
 
-    def restore(self, like: TrainState) -> tuple[int, TrainState]:
-        """The latest sound checkpoint as `(steps, state)`, or `(0, like)`; damaged ones are named and put aside."""
-        self._manager.wait_until_finished()
-        leaves, structure = jax.tree.flatten(like)
-        abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
-        aside, found = [], (0, like)
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                restored = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), digest=ocp.args.JsonRestore()),
-                )
-                state = jax.tree.unflatten(structure, restored.arrays)
-                if state_digest(state) == restored.digest["sha256"]:
-                    found = step, state
-                    break
-                why = "its digest does not match"
-            except Exception as error:  # whatever is wrong with the files, the checkpoint before may be sound
-                why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            print(f"Checkpoint {self.folder / str(step)} is damaged ({why}); trying the one before.")
-            aside.append(step)
-        if aside:  # not deleted: the fault may be another one, and pass
-            processes.barrier("checkpoints tried")
-            if processes.is_main():
-                (self.folder / "damaged").mkdir(exist_ok=True)
-                for step in aside:
-                    (self.folder / str(step)).rename(self.folder / "damaged" / f"{step}-{time.time_ns()}")
-            processes.barrier("checkpoints put aside")
-            self._manager.reload()
-        return found
-
-    def close(self) -> None:
+    def wait(self) -> None:
         """Wait until everything is written."""
-        with signals_deferred():
+        with signals.deferred():
+            self._manager.wait_until_finished()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Wait until everything is written, and stop the threads that write."""
+        with signals.deferred():
             self._manager.wait_until_finished()
             self._manager.close()
+
+    def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
+        """The latest sound checkpoint, or that of `step` if it is sound; None if there is none.
+
+        Each process reads and verifies the files by itself, and all of them take the same checkpoint: the latest that
+        every one finds sound. A damaged one is named and moved to `damaged/`.
+
+        Args:
+          like: the state's shapes and shardings; arrays will do.
+
+        Raises:
+          UserError: a checkpoint may be sound but cannot be read, in one of the processes.
+        """
+        self.wait()
+        damaged, found = [], None
+        for candidate in self._steps():
+            if step not in (None, candidate):
+                continue
+            verdict, restored = self._read(candidate, like)
+            verdicts = multihost_utils.process_allgather(np.int32(verdict)).ravel()
+            where = "" if len(verdicts) == 1 else f" in processes {np.flatnonzero(verdicts).tolist()}"
+            if _CANNOT_READ in verdicts:
+                raise UserError(
+                    f"Checkpoint {self.folder / str(candidate)} cannot be read{where}"
+                    f"{f' ({restored})' if isinstance(restored, str) else ''}. It was left as it is: run the same "
+                    "command again, or move it away to resume from the one before."
+                )
+            if not verdicts.any():
+                found = Restored(candidate, self._place(restored[0], like), restored[1])
+                break
+            why = restored if isinstance(restored, str) else "sound here"
+            print(f"Checkpoint {self.folder / str(candidate)} is damaged{where} ({why}); trying the one before.")
+            damaged.append(candidate)
+        if damaged:
+            self._put_aside(damaged)
+        return found
+
+    def _steps(self) -> list[int]:
+        """The steps of all checkpoints as process 0 sees them, the latest first."""
+        steps = np.array(sorted(self._manager.all_steps(), reverse=True), np.int32)
+        if jax.process_count() > 1:
+            count = multihost_utils.broadcast_one_to_all(np.int32(steps.size))
+            steps = np.resize(steps if steps.size else np.zeros(1, np.int32), int(count))
+            steps = multihost_utils.broadcast_one_to_all(steps)
+        return steps.tolist()
+
+    def _read(self, step: int, like: TrainState) -> tuple[int, tuple | str]:
+        """What a checkpoint holds as this process sees it: a verdict, and (arrays, evaluations) or why not.
+
+        What fails is tried again a moment later: a network file system or a bucket may recover.
+        """
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                time.sleep(_RETRY_SECONDS * attempt)
+            try:
+                return _SOUND, self._verified(step, like)
+            except Exception as error:  # whatever is wrong with the files, the checkpoint before may be sound
+                verdict, why = (_CANNOT_READ if _may_recover(error) else _DAMAGED), first_line(error)
+        return verdict, why
+
+    def _verified(self, step: int, like: TrainState) -> tuple[TrainState, list[dict]]:
+        """The arrays of a checkpoint on this host, and its evaluations; raises whatever is wrong with it."""
+        folder, (leaves, structure) = self.folder / str(step), jax.tree.flatten(like)
+        about = json.loads((folder / "about" / "metadata").read_text())
+        # No other process takes part: one that fails must not leave the others waiting for it.
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{self.folder.name}-{me}"
+        )
+        reader = ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
+        )
+        on_host = [ocp.RestoreArgs(restore_type=np.ndarray)] * len(leaves)
+        with reader:
+            arrays = reader.restore(folder / "arrays", args=ocp.args.PyTreeRestore(restore_args=on_host))
+        state, digest = jax.tree.unflatten(structure, arrays), about.pop("sha256")
+        if state_digest(state, about) != digest:
+            raise ValueError("its digest does not match")
+        if [(a.shape, a.dtype) for a in arrays] != [(leaf.shape, leaf.dtype) for leaf in leaves]:
+            raise ValueError("it has other shapes than this run")
+        return state, about["evaluations"]
+
+    def _place(self, state: TrainState, like: TrainState) -> TrainState:
+        """Host arrays on the devices, each process handing over the pieces of its own."""
+        return jax.tree.map(
+            lambda array, leaf: jax.make_array_from_callback(leaf.shape, leaf.sharding, array.__getitem__), state, like
+        )
+
+    def _put_aside(self, steps: list[int]) -> None:
+        """Move checkpoints to `damaged/`; they are not deleted, for the fault may be another one, and pass."""
+        processes.barrier("checkpoints tried")
+        if processes.is_main():
+            (self.folder / "damaged").mkdir(exist_ok=True)
+            for step in steps:
+                (self.folder / str(step)).rename(self.folder / "damaged" / f"{step}-{time.time_ns()}")
+        processes.barrier("checkpoints put aside")
+        self._manager.reload()

@@ -1,71 +1,120 @@
-"""What training leaves to look at: its numbers step by step, and what its evaluations say."""
+"""The training log: a row for each step and each evaluation, in `metrics.jsonl` and for TensorBoard."""
+
+import json
 
 import numpy as np
 from etils import epath
 
 from roserag_jax.distributed import processes
-from roserag_jax.report.tables import table
-from roserag_jax.workdir import Workdir, from_jsonl, is_remote, to_jsonl, write_atomic
+from roserag_jax.workdir import Workdir, is_remote, to_jsonl, write_atomic
+
+
+def read_rows(path: epath.Path) -> tuple[list[dict], int]:
+    """The rows of a `metrics.jsonl`, and how many of its lines are none (cut off in the middle, or damaged)."""
+    if not path.exists():
+        return [], 0
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    rows = [row for row in map(_row, lines) if row is not None]
+    return rows, len(lines) - len(rows)
+
+
+def _row(line: bytes) -> dict | None:
+    """A line as a row; None if it is not one that `TrainingLog.write` wrote."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    numbers = all(value is None or type(value) in (int, float) for name, value in row.items() if name != "measure")
+    return row if numbers and isinstance(row.get("measure", ""), str) else None
+
+
+def is_evaluation(row: dict) -> bool:
+    """Whether a row is of an evaluation, not of a step."""
+    return "held_out_loss" in row
 
 
 class TrainingLog:
-    """`metrics.jsonl` and TensorBoard events, cut back to the step that a resumed run starts from; in Weights &
-    Biases every start is a run of its own.
+    """`metrics.jsonl` and TensorBoard events, cut back to the step that a run resumes from; in Weights & Biases every
+    start is a run of its own.
 
-    A step is a row, and so is an evaluation, whose names begin with 'held_out_'. Numbers that are none are null.
+    A step is a row, and so is an evaluation, whose metrics begin with 'held_out_'. Non-finite numbers are null.
 
     Args:
       folder: of this run's checkpoints. Its rows are kept there too, so that those of a run with other options in the
         same workdir are not taken for its own.
-      done: the step that the run starts from.
+      wandb: Weights & Biases project; empty is none.
+      options: those of the run, for Weights & Biases.
     """
 
-    def __init__(self, workdir: Workdir, folder: epath.Path, done: int, config):
-        self.paths = folder / "metrics.jsonl", workdir / "metrics.jsonl"
-        before = from_jsonl(self.paths[0].read_text()) if done and self.paths[0].exists() else []
-        self.all = [row for row in before if row["step"] <= done]
+    def __init__(self, workdir: Workdir, folder: epath.Path, *, wandb: str = "", options: dict | None = None):
+        self.workdir, self.paths = workdir, (folder / "metrics.jsonl", workdir / "metrics.jsonl")
+        self.project, self.options = wandb, options or {}
+        self.all: list[dict] = []
         self.events = self.wandb = None
+
+    def resume(self, done: int, evaluations: list[dict] = ()) -> "TrainingLog":
+        """Open the log of a run that has done `done` steps; use it as a context manager.
+
+        Args:
+          evaluations: those that the checkpoint knows of; the file may have lost them.
+        """
+        self.all = self._known(done, evaluations) if done else []
         if not processes.is_main():
-            return
+            return self
         for path in self.paths:
             write_atomic(path, to_jsonl(self.all))
         from tensorboardX import SummaryWriter
 
-        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=done + 1)
-        if config.train.wandb:
+        self.events = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=done + 1)
+        if self.project:
             import wandb
 
-            here = None if is_remote(workdir.path) else str(workdir.path)
-            self.wandb = wandb.init(project=config.train.wandb, dir=here, config=config.to_dict())
+            here = None if is_remote(self.workdir.path) else str(self.workdir.path)
+            self.wandb = wandb.init(project=self.project, dir=here, config=self.options)
+        return self
 
-    def __enter__(self):
+    def _known(self, done: int, evaluations: list[dict]) -> list[dict]:
+        """The rows up to step `done`, of the file and of the checkpoint."""
+        rows, damaged = read_rows(self.paths[0])
+        rows = [row for row in rows if 0 <= row["step"] <= done]
+        steps = {row["step"]: row for row in rows if not is_evaluation(row)}
+        if damaged or len(steps) < done:
+            print(
+                f"{self.paths[0]} lacks {done - len(steps)} of {done} steps ({damaged} damaged lines). Training "
+                "resumes; its curve has a gap there."
+            )
+        known = {(row["step"], row.get("measure")): row for row in [*filter(is_evaluation, rows), *evaluations]}
+        return sorted([*steps.values(), *known.values()], key=lambda row: (row["step"], is_evaluation(row)))
+
+    def __enter__(self) -> "TrainingLog":
         return self
 
     @property
-    def rows(self) -> list[dict]:
-        """The steps."""
-        return [row for row in self.all if "loss" in row]
+    def steps(self) -> list[dict]:
+        """The rows of steps."""
+        return [row for row in self.all if not is_evaluation(row)]
 
     @property
     def evaluations(self) -> list[dict]:
-        """The evaluations."""
-        return [row for row in self.all if "held_out_loss" in row]
+        """The rows of evaluations."""
+        return [row for row in self.all if is_evaluation(row)]
 
-    def write(self, step: int, metrics: dict) -> dict:
-        """Add a row and return it."""
-        row = {name: round(float(value), 6) if np.isfinite(value) else None for name, value in metrics.items()}
-        self.all.append({"step": step, **row})
-        if self.events:
-            if not is_remote(self.paths[0]):
-                for path in self.paths:
-                    with path.open("a") as file:
-                        file.write(to_jsonl(self.all[-1:]))
-            seen = {f"train/{name}": value for name, value in row.items() if value is not None}
-            for name, value in seen.items():
-                self.events.add_scalar(name, value, step)
-            if self.wandb:
-                self.wandb.log(seen, step=step)
-        return self.all[-1]
+    def add(self, row: dict) -> None:
+        """Add a row, as `round_row` makes it."""
+        self.all.append(row)
+        if not self.events:
+            return
+        if not is_remote(self.paths[0]):
+            for path in self.paths:
+                with path.open("a") as file:
+                    file.write(to_jsonl([row]))
+        numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, float)}
+        for name, value in numbers.items():
+            self.events.add_scalar(f"train/{name}", value, row["step"])
+        if self.wandb:
+            self.wandb.log({f"train/{name}": value for name, value in numbers.items()}, step=row["step"])
 
     def save(self) -> None:
         """In a bucket, where no row is appended by itself, write all; to be called before a checkpoint of theirs."""
@@ -73,12 +122,7 @@ class TrainingLog:
             for path in self.paths:
                 write_atomic(path, to_jsonl(self.all))
 
-    def summarize(self) -> None:
-        """Print what a person should know of the whole run."""
-        if skipped := sum(row.get("skipped", 0) for row in self.rows):
-            print(f"{skipped:.0f} of {len(self.rows)} steps had a loss or gradient that is no number and were skipped.")
-
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.save()
         if self.events:
             self.events.close()
@@ -86,36 +130,7 @@ class TrainingLog:
             self.wandb.finish()
 
 
-def score(row: dict) -> float:
-    """How good an evaluation is: F1 where questions were answered, else minus the loss."""
-    loss = row["held_out_loss"]
-    return row.get("held_out_f1", -np.inf if loss is None else -loss)
-
-
-def verdict(steps: list[dict], evaluations: list[dict], keep: str) -> str:
-    """The evaluations as a table, beside what training reached meanwhile, and whether it went on for too long."""
-    fit = "margin" if "margin" in steps[0] else "loss"
-    names = [n for n in ("loss", "accuracy", "margin", "em", "f1") if f"held_out_{n}" in evaluations[0]]
-    shown = lambda value: "" if value is None else f"{value:.3f}"
-    reached, before = {}, 0
-    for row in evaluations:
-        values = [s[fit] for s in steps if before < s["step"] <= row["step"] and s[fit] is not None]
-        before = row["step"]
-        reached[before] = float(np.mean(values)) if values else None
-    body = [
-        [str(row["step"]), shown(reached[row["step"]]), *(shown(row[f"held_out_{n}"]) for n in names)]
-        for row in evaluations
-    ]
-    text = table(["step", f"{fit} in training", *(f"held-out {n}" for n in names)], body)
-    best, last = max(evaluations, key=score), evaluations[-1]
-    was, now = reached[best["step"]], reached[last["step"]]
-    better = None in (was, now) or (now > was) == (fit == "margin")
-    if score(last) < score(best) and better:
-        name = "f1" if "f1" in names else "loss"
-        since = "" if was is None else f"from {shown(was)} "  # nothing was trained before an evaluation at step 0
-        text += (
-            f"\nOverfitting: from step {best['step']} to {last['step']} training's {fit} goes {since}to {shown(now)}, "
-            f"the held-out {name} from {shown(best[f'held_out_{name}'])} to {shown(last[f'held_out_{name}'])}. "
-        )
-        text += "Set config.train.keep='best' or fewer epochs." if keep == "latest" else "Fewer epochs would do."
-    return text
+def round_row(step: int, metrics: dict[str, float], **labels: str) -> dict:
+    """A row of the log: metrics to six decimals, non-finite ones as None, and labels."""
+    numbers = {name: round(float(value), 6) if np.isfinite(value) else None for name, value in metrics.items()}
+    return {"step": step, **numbers, **labels}

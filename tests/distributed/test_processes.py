@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -71,32 +70,6 @@ def test_killed_and_gone_on_with_is_the_same(config_of, questions, finished):
     assert said_of(work) == said_of(Workdir(finished.workdir))
     losses = lambda work: [json.loads(line)["loss"] for line in (work / "metrics.jsonl").read_text().splitlines()]
     assert losses(work) == losses(reference)
-
-
-def test_a_signal_waits_for_the_save(tmp_path):
-    """SIGTERM inside Orbax's save would leave its threads waiting: it is held back, and the checkpoint is whole."""
-    from roserag_jax.training.checkpoints import Checkpoints
-    from roserag_jax.training.train_step import TrainState
-
-    state = TrainState({"a": jax.numpy.arange(4.0)}, {"m": jax.numpy.ones(3)})
-    checkpoints = Checkpoints(Workdir(str(tmp_path)) / "checkpoints", 2)
-    save = checkpoints._manager.save
-
-    def interrupted(*args, **kwargs):
-        signal.raise_signal(signal.SIGTERM)
-        return save(*args, **kwargs)
-
-    checkpoints._manager.save = interrupted
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        with pytest.raises(SystemExit, match="143"):
-            checkpoints.save(1, state)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    checkpoints.close()
-    step, restored = Checkpoints(Workdir(str(tmp_path)) / "checkpoints", 2).restore(state)
-    assert step == 1
-    jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 def test_two_processes_train_as_one(config_of, questions, finished):

@@ -1,0 +1,93 @@
+"""What a compiled program sends between devices, counted from its HLO text."""
+
+import collections
+import math
+import re
+from typing import NamedTuple
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf" = (.+?) ({'|'.join(_KINDS)})(-start)?\(")
+_CALLED = re.compile(
+    r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)"
+    r"|(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind: how often they run, and the bytes that each device sends for them."""
+
+    count: int
+    bytes: float
+
+
+def count_collectives(hlo: str) -> dict[str, Traffic]:
+    """Collectives of a compiled program by kind, with those inside of loops as often as the loops turn.
+
+    Of a conditional all branches are counted. Bytes are those of the ring algorithms: of n devices, (n - 1) / n of the
+    complete array, and twice that for an all-reduce.
+
+    Args:
+      hlo: optimized, as `compiled.as_text()` gives it.
+    """
+    local, called, entry = collections.defaultdict(list), collections.defaultdict(list), None
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            name = header.group(2)
+            entry = name if header.group(1) else entry
+            continue
+        if found := _COLLECTIVE.search(line):
+            local[name].append((found.group(2), _sent(*found.groups(), line)))
+        trips = _TRIPS.search(line)
+        for one, several in _CALLED.findall(line):
+            names = [one] if one else [each.strip().lstrip("%") for each in several.split(",")]
+            called[name] += [(each, int(trips.group(1)) if trips else 1) for each in names]
+
+    totals = collections.defaultdict(lambda: [0, 0.0])
+
+    def visit(name: str, times: int) -> None:
+        for kind, size in local[name]:
+            totals[kind][0] += times
+            totals[kind][1] += times * size
+        for each, trips in called[name]:
+            visit(each, times * trips)
+
+    visit(entry, 1)
+    return {kind: Traffic(*total) for kind, total in totals.items()}
+
+
+def _sent(result: str, kind: str, start: str | None, line: str) -> float:
+    """Bytes that a device sends for one collective with a result of this type."""
+    size = sum(_element_bytes(dtype) * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in
+               _ARRAY.findall(result))  # fmt: skip
+    n = _group_size(line)
+    if kind == "collective-permute":
+        return size / 2 if start else size  # the asynchronous one returns its operand as well
+    if kind == "all-gather" and start:
+        size *= n / (n + 1)
+    if kind == "reduce-scatter":  # its result is one device's piece
+        size *= n
+    return size * (n - 1) / n * (2 if kind == "all-reduce" else 1)
+
+
+def _element_bytes(dtype: str) -> float:
+    """Bytes of an element of an HLO type."""
+    if dtype == "pred":
+        return 1
+    bits = re.search(r"\d+", dtype)
+    return int(bits.group()) / 8 if bits else 0
+
+
+def _group_size(line: str) -> int:
+    """Devices that take part in one group of a collective."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named.group(1)))
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named.group(2))  # of some axes only a factor
+        return math.prod(int(factor or sizes[axis]) for axis, factor in parts)
+    if iota := re.search(r"replica_groups=\[(?:\d+,)*(\d+)\]<=", line):
+        return int(iota.group(1))
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return listed.group(1).count(",") + 1
+    return 1
