@@ -246,15 +246,16 @@ GGUF_CHANGES = {
 }
 
 
-def write_gguf(arch, folder, early=False, split=0, sizes=(), **header):
+def write_gguf(arch, folder, early=False, split=0, sizes=(), vocabulary=False, **header):
     """A small random model as a GGUF file, and its transformers configuration; `header` adds fields.
 
     Early files of Gemma 2 say nothing of its window and soft-caps. `split`: the most tensors of a part; `sizes`: other
-    values of sizes, such as lists by layer.
+    values of sizes, such as lists by layer; `vocabulary`: a tokenizer of the first bytes too.
     """
     import torch
     import transformers
     from gguf import GGUFWriter
+    from tokenizers.pre_tokenizers import ByteLevel
 
     torch.manual_seed(0)
     exact = {"rms_norm_eps": 2.0**-20, "max_position_embeddings": 16384}  # a header keeps floats of 32 bits
@@ -286,6 +287,15 @@ def write_gguf(arch, folder, early=False, split=0, sizes=(), **header):
     add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
     for key, value in header.items():
         add[type(value)](key if key.startswith(("general.", "split.")) else f"{arch}.{key}", value)
+    if vocabulary:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        tokens = ["<pad>", "<s>", "</s>", *sorted(ByteLevel.alphabet())][: hf.vocab_size]
+        writer.add_token_list(tokens)
+        writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+        writer.add_token_merges([])
+        writer.add_eos_token_id(2)
+        writer.add_chat_template("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}")
     if arch == "llama":
         plain = rope.inverse_frequencies(hf.head_dim, 5e5)
         scaled = rope.inverse_frequencies(hf.head_dim, 5e5, tuple(GGUF_LLAMA3.items()))

@@ -109,6 +109,8 @@ _MOST_ENTRIES = 1 << 22  # of one list in a header; a vocabulary has a few 100,0
 def _read(path: Path, changed: int, size: int) -> Any:
     import gguf
 
+    array = int(gguf.GGUFValueType.ARRAY)  # compared a million times
+
     class Reader(gguf.GGUFReader):
         # It slices its memory map a million times for a large vocabulary; a plain array takes a third of the time.
         data = property(lambda self: self._plain, lambda self, mapped: setattr(self, "_plain", np.asarray(mapped)))
@@ -120,7 +122,7 @@ def _read(path: Path, changed: int, size: int) -> Any:
             return found
 
         def _get_field_parts(self, orig_offs, raw_type):
-            if raw_type == gguf.GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > _MOST_ENTRIES:
+            if raw_type == array and self._get(orig_offs + 4, np.uint64)[0] > _MOST_ENTRIES:
                 raise ValueError(f"a list of more than {_MOST_ENTRIES} entries")
             return super()._get_field_parts(orig_offs, raw_type)
 
