@@ -14,7 +14,7 @@ from roserag_jax.hub.tokenizer import tokenizer_path
 from roserag_jax.session import Session, adapter_folder
 from roserag_jax.workdir import Workdir, is_remote, resolve_path
 
-ORIGIN = "merged_from.json"  # says what a folder was made from, and that it may be made again
+ORIGIN = "merged_from.json"  # names base and adapter; a folder that holds it may be overwritten
 
 
 def run(config) -> None:

@@ -129,7 +129,7 @@ def assemble(config: ModelConfig, base: nnx.State, lora: LoRAConfig | None = Non
 
 
 def init_adapter(config: ModelConfig, lora: LoRAConfig, mesh: Mesh, key: jax.Array) -> nnx.State:
-    """Make a fresh adapter (A random, B zero), by the initialisers that its layers declare."""
+    """Make a new adapter (A random, B zero), by the initialisers that its layers declare."""
 
     def init(key):
         return nnx.state(Transformer(config, lora, jnp.float32, nnx.Rngs(key)), LoRAParam)

@@ -15,13 +15,13 @@ torch = pytest.importorskip("torch")
 TOKENS = np.random.default_rng(0).integers(3, 131, (2, 40))
 
 
-def test_an_early_gemma_2_file_has_the_familys_window_and_soft_caps(tmp_path):
+def test_gguf_file_of_early_gemma_2_has_the_familys_window_and_soft_caps(tmp_path):
     config = model_files.open_model(str(write_gguf("gemma2", tmp_path, early=True)[0])).config
     assert (config.sliding_window, config.attention_softcap, config.final_softcap) == (4096, 50.0, 30.0)
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
-def test_a_gguf_file_is_the_model(arch, tmp_path, one_device):
+def test_gguf_file_equals_transformers(arch, tmp_path, one_device):
     """The header gives transformers' configuration, the tensors transformers' logits, export's configuration both."""
     import transformers
 
@@ -30,11 +30,11 @@ def test_a_gguf_file_is_the_model(arch, tmp_path, one_device):
     assert opened.config == model_config.from_hf(hf, "")
     assert opened.transformers_config().architectures[0].endswith("ForCausalLM")
     model = loading.assemble(opened.config, loading.load_base(opened, jnp.dtype("float32"), one_device))
-    ours = branch_logits(model, TOKENS[:1], np.array([20]), TOKENS[:1, None, 20:])[0, 0]
+    found = branch_logits(model, TOKENS[:1], np.array([20]), TOKENS[:1, None, 20:])[0, 0]
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, config=hf, attn_implementation="eager", dtype=torch.float32
     )
-    np.testing.assert_allclose(ours, hf_logits(reference, TOKENS[0])[20:], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(found, hf_logits(reference, TOKENS[0])[20:], atol=1e-4, rtol=0)
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
@@ -54,14 +54,14 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     ],
     ids=str,
 )
-def test_rope_scaling_by_llama_cpps_rules(header, expected, tmp_path):
+def test_gguf_rope_scaling_by_llama_cpps_rules(header, expected, tmp_path):
     """A factor without a type is linear; the old name counts where the new one is absent; 0 and 1 are none."""
     opened = model_files.open_model(str(write_gguf("qwen2", tmp_path, **header)[0]))
     default = {"rope_type": "default", "rope_theta": 10000.0}
     assert opened.transformers_config().rope_parameters == (expected or default)
 
 
-def test_a_split_file_is_read_by_its_first_part(tmp_path):
+def test_gguf_file_in_parts_is_read_by_the_first(tmp_path):
     whole = model_files.open_model(str(write_gguf("qwen2", tmp_path)[0]))
     write_gguf("qwen2", tmp_path / "parts", split=9)
     parts = sorted((tmp_path / "parts").iterdir())
@@ -90,12 +90,12 @@ def test_a_split_file_is_read_by_its_first_part(tmp_path):
         ("qwen3.logit_scale=0.5 is not implemented", {"logit_scale": 0.5}),
     ],
 )
-def test_what_a_header_cannot_say_is_refused(match, header, tmp_path):
+def test_gguf_header_refuses_what_it_cannot_say(match, header, tmp_path):
     with pytest.raises(UserError, match=match):
         model_files.open_model(str(write_gguf("qwen3", tmp_path, **header)[0]))
 
 
-def test_sizes_by_layer_are_read_where_they_are_equal(tmp_path):
+def test_gguf_sizes_by_layer_are_read_where_they_are_equal(tmp_path):
     """Files of other programs list the heads of each layer."""
     whole = model_files.open_model(str(write_gguf("qwen3", tmp_path)[0]))
     lists = {"head_count": [4, 4, 4], "head_count_kv": [2, 2, 2], "feed_forward_length": [80, 80, 80]}
@@ -106,7 +106,7 @@ def test_sizes_by_layer_are_read_where_they_are_equal(tmp_path):
         model_files.open_model(str(path))
 
 
-def test_files_that_are_not_models_are_named(tmp_path):
+def test_gguf_files_that_are_not_models_are_named(tmp_path):
     path = write_gguf("qwen3", tmp_path)[0]
     half = tmp_path / "half.gguf"
     half.write_bytes(path.read_bytes()[:-4000])
