@@ -24,7 +24,7 @@ from roserag_jax.inference.scheduler import run_tasks
 _PASSAGE = 130  # tokens taken for a passage, and for what stands around all of them
 
 
-def ours(args, engine, prompts, samples: int):
+def roserag(args, engine, prompts, samples: int):
     """Seconds of prefill and of the whole."""
 
     def task(i):
@@ -77,7 +77,7 @@ def growth(args, engine) -> list[dict]:
     for passages in (1, 2, 5, 10, 20, 50):
         args.length = _PASSAGE * (passages + 1)
         prompts = common.random_tokens(np.random.default_rng(0), args.prompts, args.length, engine.config.vocab_size)
-        prefill, whole = ours(args, engine, prompts, args.samples)
+        prefill, whole = roserag(args, engine, prompts, args.samples)
         row = {"passages": passages, "length": args.length} | limits(args, engine, prefill, whole - prefill)
         rows.append({name: round(value, 3) for name, value in row.items()})
         print(rows[-1], flush=True)
@@ -98,11 +98,11 @@ def main() -> None:
         return
     prompts = common.random_tokens(np.random.default_rng(0), args.prompts, args.length, engine.config.vocab_size)
     new = args.prompts * args.samples * args.new
-    prefill, whole = ours(args, engine, prompts, args.samples)
+    prefill, whole = roserag(args, engine, prompts, args.samples)
     if args.peer == "hf":
         peer = transformers_generate(args, prompts)
     else:
-        peer = ours(args, engine, [p for p in prompts for _ in range(args.samples)], 1)[1]
+        peer = roserag(args, engine, [p for p in prompts for _ in range(args.samples)], 1)[1]
     result = {"tokens_per_s": new / whole, "peer_tokens_per_s": new / peer, "ratio": peer / whole}
     result |= limits(args, engine, prefill, whole - prefill)
     print(json.dumps({name: round(value, 3) for name, value in result.items()} | vars(args)))

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks import common
 
 
-def ours(engine, args, prompts, candidates):
+def roserag(engine, args, prompts, candidates):
     """Seconds, and the sums [B, N]."""
     run = lambda: engine.score(engine.prefill(prompts, length=args.length - 1), prompts, candidates, args.response)
     return common.fastest(run, args.repeats), run().sum(-1)
@@ -49,14 +49,14 @@ def main() -> None:
     engine, rng = common.engine(args), np.random.default_rng(0)
     prompts = common.random_tokens(rng, args.prompts, args.length, engine.config.vocab_size)
     candidates = [common.random_tokens(rng, args.candidates, args.response, engine.config.vocab_size) for _ in prompts]
-    seconds, sums = ours(engine, args, prompts, candidates)
+    seconds, sums = roserag(engine, args, prompts, candidates)
     if args.peer == "hf":
-        peer, theirs = transformers_forward(args, prompts, candidates)
+        peer, peer_sums = transformers_forward(args, prompts, candidates)
     else:
         again = [p for p in prompts for _ in range(args.candidates)]
-        peer, theirs = ours(engine, args, again, [[c] for row in candidates for c in row])
-        theirs = theirs.reshape(sums.shape)
-    print(f"largest difference of a sum: {np.abs(sums - theirs).max():.1e} of about {np.abs(sums).mean():.0f}")
+        peer, peer_sums = roserag(engine, args, again, [[c] for row in candidates for c in row])
+        peer_sums = peer_sums.reshape(sums.shape)
+    print(f"largest difference of a sum: {np.abs(sums - peer_sums).max():.1e} of about {np.abs(sums).mean():.0f}")
     count = args.prompts * args.candidates
     result = {"candidates_per_s": count / seconds, "peer_candidates_per_s": count / peer, "ratio": peer / seconds}
     work = common.operations(engine, args.prompts, args.length - 1)

@@ -4,7 +4,7 @@
 
 Every row is a workdir of its own under `--workdir`; what rows have in common (retrieved passages, candidates) is made
 once in `shared/`, and so are the evaluations. Each step is one of the project's commands, so a run that was stopped
-goes on with the same line. Each row trains on as many pairs as RoseRAG does in `--epochs` passes over its own: drawn if
+resumes with the same line. Each row trains on as many pairs as RoseRAG does in `--epochs` passes over its own: drawn if
 it has more, in the nearest number of whole passes if it has fewer. Ends with `table.md`, `passages.svg` and
 `noise.svg` (the pictures need matplotlib). Further options go to every command.
 

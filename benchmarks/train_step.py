@@ -34,7 +34,7 @@ LORA = LoRAConfig(16, 32.0)
 
 
 def random_pairs(args, vocabulary: int) -> list[Pair]:
-    """Pairs of exactly the asked lengths."""
+    """Pairs of exactly the requested lengths."""
     rng = np.random.default_rng(0)
     tokens = lambda n: rng.integers(100, vocabulary - 100, n).tolist()
     return [Pair(str(i), tokens(args.prompt), tokens(args.response), tokens(args.response)) for i in range(args.pairs)]
@@ -54,7 +54,7 @@ def with_adapter(opened):
     return mesh, loading.assemble(opened.config, loading.load_base(opened, jnp.float32, mesh), LORA, adapter)
 
 
-def ours(args, opened, pairs) -> tuple[list[float], dict]:
+def roserag(args, opened, pairs) -> tuple[list[float], dict]:
     """Seconds of each step, compilation aside, and the first step's metrics."""
     mesh, model = with_adapter(opened)
     step = TrainStep(model, mesh, objective=Objective(remat=args.remat), optimizer=adamw(1e-4, steps=args.steps))
@@ -138,7 +138,7 @@ def trl(args, opened, pairs) -> tuple[list[float], dict]:
 
 
 def growth(args, opened) -> list[dict]:
-    """Seconds of a step and its working memory, weights aside, at lengths and vocabularies around the asked ones."""
+    """Seconds of a step and its working memory without weights, at lengths and vocabularies around the given ones."""
     vocabulary = opened.config.vocab_size
     points = [(args.prompt * n // 2, args.response, vocabulary) for n in (1, 2, 4, 8)]
     points += [(args.prompt, args.response * n // 2, vocabulary) for n in (1, 4, 8)]
@@ -180,13 +180,13 @@ def main() -> None:
         return
     pairs = random_pairs(args, opened.config.vocab_size)
     rates, firsts = {}, {}
-    for name, run in (("ours", ours), (args.peer, {"trl": trl, "repeated": repeated}[args.peer])):
+    for name, run in (("roserag", roserag), (args.peer, {"trl": trl, "repeated": repeated}[args.peer])):
         seconds, first = run(args, opened, pairs)
         rates[name], firsts[name] = args.pairs / float(np.median(seconds)), first["log_odds_ratio"]
         print(f"{name}: {', '.join(f'{s:.1f}' for s in seconds)} s a step; log-odds ratio {firsts[name]:.5f}")
-    result = {"pairs_per_s": rates["ours"], "peer_pairs_per_s": rates[args.peer]}
+    result = {"pairs_per_s": rates["roserag"], "peer_pairs_per_s": rates[args.peer]}
     result = {name: round(value, 4) for name, value in result.items()}
-    print(json.dumps(result | {"ratio": round(rates["ours"] / rates[args.peer], 2), "peer": args.peer} | vars(args)))
+    print(json.dumps(result | {"ratio": round(rates["roserag"] / rates[args.peer], 2), "peer": args.peer} | vars(args)))
 
 
 if __name__ == "__main__":

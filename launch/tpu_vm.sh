@@ -6,7 +6,7 @@
 #
 #   create          ask for a queued resource and wait until it is there; a TPU VM of that name is used as it is
 #   setup           copy this folder to all workers and install it there
-#   start COMMAND   start the command on all workers; it goes on when you disconnect
+#   start COMMAND   start the command on all workers; it keeps running when you disconnect
 #   logs            follow the output of worker 0 until the command ends; exits with its status
 #   run COMMAND     all of these, and again after a preemption, until the command is done or fails
 #   status          the state of the queued resource and of the TPU VM

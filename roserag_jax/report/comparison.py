@@ -87,11 +87,11 @@ def paired(folder: epath.Path, results: dict[str, dict], against: str = "base", 
             other = plain[0] if plain else None
         if other in (None, name):
             continue
-        ours, theirs = (_scores(folder, n) for n in (name, other))
-        if set(ours) != set(theirs):
+        scores, other_scores = (_scores(folder, n) for n in (name, other))
+        if set(scores) != set(other_scores):
             raise UserError(f"{folder}: {name} and {other} are of different questions; evaluate them again.")
         for metric, label in _DRAWN.items():
-            test = metrics.paired([ours[i][metric] for i in ours], [theirs[i][metric] for i in ours])
+            test = metrics.paired([scores[i][metric] for i in scores], [other_scores[i][metric] for i in scores])
             low, high = (100 * edge for edge in test["interval"])
             difference = f"{100 * test['difference']:+.1f}  [{low:+.1f}, {high:+.1f}]"
             changed = [str(test["better"]), str(test["worse"])]
