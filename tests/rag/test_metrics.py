@@ -51,11 +51,24 @@ def test_interval_of_many_values_is_bounded_in_memory():
     tracemalloc.start()
     low, high = metrics.interval(values, 20)
     assert low < values.mean() < high and tracemalloc.get_traced_memory()[1] < 100e6
-    tracemalloc.reset_peak()
-    changed = np.where(values[:20_000] < 0.5, 1.0, 0.0)
-    assert metrics.paired(changed, 1 - changed, draws=500)["p"] > 0.001
-    assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
+
+
+def test_paired_of_many_questions_is_bounded_in_memory(monkeypatch):
+    """The permutations are drawn some at a time, with the same result."""
+    from scipy import stats
+
+    drawn, permutation_test = [], stats.permutation_test
+    monkeypatch.setattr(
+        stats, "permutation_test", lambda *a, **k: drawn.append(k["batch"]) or permutation_test(*a, **k)
+    )
+    rng = np.random.default_rng(0)
+    scores, others = rng.integers(0, 2, 900).astype(float), rng.integers(0, 2, 900).astype(float)
+    at_once = metrics.paired(scores, others, draws=200)
+    monkeypatch.setattr(metrics, "_AT_ONCE", 2000)
+    assert metrics.paired(scores, others, draws=200) == at_once
+    changed = at_once["better"] + at_once["worse"]
+    assert drawn == [10**6 // changed, 2000 // changed] and drawn[1] < 200
 
 
 def test_score_retrieval_tells_the_retriever_from_the_reader():
