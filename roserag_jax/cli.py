@@ -133,14 +133,14 @@ def print_help(doc: str) -> None:
             print(f"  --{flag.name:<31}{flag.help}")
 
 
-def _run(run: Callable[[ConfigDict], None], workdir: bool, alone: bool) -> None:
+def _run(run: Callable[[ConfigDict], None], workdir: bool, model: bool, alone: bool) -> None:
     """Read the options, join the run's other processes and call `run(config)`."""
     from roserag_jax.distributed import processes
 
     arguments, config = _parse_flags()
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; options are written --config.section.option=value.")
-    validate(config, workdir)
+    validate(config, workdir, model)
     if alone and config.distributed:
         raise UserError("config.distributed: this command is for one process; leave it empty.")
     cache_compilations()
@@ -162,11 +162,14 @@ def _exit_status(error: BaseException) -> int | None:
     return None
 
 
-def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True, alone: bool = False) -> None:
+def main(
+    run: Callable[[ConfigDict], None], doc: str, workdir: bool = True, model: bool = True, alone: bool = False
+) -> None:
     """Run a command: read its options, call `run(config)`, and turn what is not a defect into one line.
 
     Args:
       workdir: whether the command needs `config.workdir`.
+      model: whether it needs `config.model`.
       alone: whether it is for one process.
     """
     signals.install()
@@ -177,7 +180,7 @@ def main(run: Callable[[ConfigDict], None], doc: str, workdir: bool = True, alon
         if {"--help", "-h", "--options"} & set(sys.argv[1:]):
             print_help(doc)
         else:
-            _run(run, workdir, alone)
+            _run(run, workdir, model, alone)
         sys.stdout.flush()
     except BaseException as error:
         status = _exit_status(error)

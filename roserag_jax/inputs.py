@@ -19,7 +19,8 @@ def input_digest(config, option: str) -> dict[str, str]:
     """
     value = options.get(config, option)
     # An empty path would be the current folder.
-    path = epath.Path(value).expanduser() if value and not value.startswith(files.HUB) else None
+    is_file = value and not value.startswith((files.HUB, "http://", "https://"))
+    path = epath.Path(value).expanduser() if is_file else None
     if path is None or not path.exists():
         found = ""
     elif path.is_dir():

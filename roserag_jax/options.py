@@ -77,13 +77,7 @@ def together(check: Callable[[ConfigDict], Faults]) -> Callable[[ConfigDict], Fa
 
 
 GENERAL = {
-    "model": Option(
-        "",
-        "base model: a Hub id, a local Hugging Face folder or a .gguf file",
-        check=lambda value: (
-            None if value else "name a Hub id, a Hugging Face folder or a .gguf file, or a --config file that does"
-        ),
-    ),
+    "model": Option("", "base model: a Hub id, a local Hugging Face folder or a .gguf file"),
     "revision": Option("", "branch, tag or commit of the model's Hub id; empty is the default branch"),
     "tokenizer": Option("", "Hub id or folder of the tokenizer; empty uses the model's own"),
     "dtype": Option(
@@ -161,6 +155,7 @@ RETRIEVE = {
         "file", "title of a document's passages: its file's name, that and the heading, or none", CHUNK_TITLES
     ),
     "cache": Option("", "FlashRAG's retrieval_cache.json, or a folder of such files"),
+    "server": Option("", "URL of a server with POST /retrieve, such as that of `retrieve --serve`"),
     "k": Option(10, "number of passages that bm25 or the cache returns for a question", at_least=1),
 }
 
@@ -557,11 +552,12 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-def validate(config: ConfigDict, workdir: bool = True) -> None:
+def validate(config: ConfigDict, workdir: bool = True, model: bool = True) -> None:
     """Check everything that can be checked before anything expensive.
 
     Args:
       workdir: whether the command needs `config.workdir`.
+      model: whether it needs `config.model`.
 
     Raises:
       UserError: naming the option, its value and what is allowed.
@@ -576,6 +572,8 @@ def validate(config: ConfigDict, workdir: bool = True) -> None:
     for check in _TOGETHER:
         for name, why in check(config):
             fail(name, why)
+    if model and not config.model:
+        fail("model", "name a Hub id, a Hugging Face folder or a .gguf file, or a --config file that does")
     if workdir and not config.workdir:
         fail("workdir", "name the folder that every result goes to")
 

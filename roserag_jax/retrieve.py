@@ -1,11 +1,15 @@
 """Fetch the passages of every question.
 
     python -m roserag_jax.retrieve --config configs/quickstart.py
+    python -m roserag_jax.retrieve --serve 8000 --config.retrieve.corpus=PATH
 
 Writes `retrieved.jsonl` (training questions) and `retrieved_eval.jsonl` (held-out ones) in the workdir, rows of
 `{id, question, golden_answers, contexts: [{title, text, score?, is_supporting?}], gold_count?}`; the last is how many
-gold passages a question has, found or not.
+gold passages a question has, found or not. With `--serve` it offers the corpus to other machines instead
+(`--config.retrieve.retriever=server --config.retrieve.server=http://HOST:8000`).
 """
+
+from absl import flags
 
 from roserag_jax import cli, options
 from roserag_jax.distributed import processes
@@ -13,7 +17,10 @@ from roserag_jax.errors import UserError
 from roserag_jax.inputs import corpus_recipe, input_digest
 from roserag_jax.rag import questions
 from roserag_jax.retrieval.registry import RETRIEVERS, found_nothing
+from roserag_jax.retrieval.server import serve
 from roserag_jax.workdir import RETRIEVED, Recipe, Workdir, to_jsonl
+
+_SERVE = flags.DEFINE_integer("serve", None, "port on which to offer the corpus; nothing is written then", 0, 65535)
 
 
 def recipe(config, split: str) -> Recipe:
@@ -81,8 +88,27 @@ def _flagged(rows: list[dict], found: list[list[dict]]) -> list[dict]:
     return [{**row, "contexts": [flag(c, own) for c in contexts]} | total(own) for row, own, contexts in both]
 
 
+def _serve(config, port: int) -> None:
+    """Offer the index of the corpus, or another retriever, until the command is stopped."""
+    name = "bm25" if config.retrieve.retriever == "given" else config.retrieve.retriever
+    if name == "bm25" and not (config.retrieve.corpus or config.index):
+        raise UserError("--serve: name a corpus, --config.retrieve.corpus=PATH, or an index.")
+    retriever = RETRIEVERS[name].build(config)
+    try:
+        server = serve(retriever.search, port, topk=config.retrieve.k)
+    except OSError as error:
+        raise UserError(f"--serve {port}: {error.strerror}; name another port.") from error
+    with server:
+        print(f"Serving POST /retrieve on port {server.server_address[1]}.", flush=True)
+        server.serve_forever()
+
+
 def run(config) -> None:
     """The command."""
+    if _SERVE.value is not None:
+        _serve(config, _SERVE.value)
+        return
+    options.validate(config)
     workdir = Workdir(config.workdir)
     options.require_files(config, "data.train", "data.eval")
     with workdir.lock():
@@ -92,4 +118,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run, __doc__)
+    cli.main(run, __doc__, workdir=False, model=False)

@@ -33,7 +33,7 @@ class Cache:
                 where = f"{file}, question {quote(question)}"
                 if not isinstance(passages, list):
                     raise UserError(f"{where}: not a list of passages, as a retrieval_cache.json has.")
-                self.found[_key(question)] = [_context(passage, where) for passage in passages]
+                self.found[_key(question)] = [context_of(passage, where) for passage in passages]
 
     def search(self, queries: list[str], k: int) -> list[list[dict]]:
         """The first k passages kept for each query, as contexts `{title, text, score?}`."""
@@ -57,7 +57,7 @@ def _key(question: str) -> str:
     return " ".join(unicodedata.normalize("NFC", question).split())
 
 
-def _context(passage: Any, where: str) -> dict:
+def context_of(passage: Any, where: str) -> dict:
     """A FlashRAG document, with title and text or with `contents` alone."""
     if isinstance(passage, dict) and "text" not in passage and isinstance(passage.get("contents"), str):
         title, text = split_contents(passage["contents"])

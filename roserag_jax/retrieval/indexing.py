@@ -69,6 +69,9 @@ def update(folder: Path, corpus: Corpus, verify: bool = False) -> None:
     Raises:
       UserError: the folder is something else or damaged, is the index of another corpus, or cannot be written.
     """
+    is_ours = any((folder / name).exists() for name in (MANIFEST, _BUILDING, _LOCK))
+    if folder.is_dir() and not is_ours and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and not an index: name another folder in config.index.")
     try:
         with _locked(folder):
             _update(folder, corpus, verify)
@@ -119,8 +122,6 @@ def _verified(folder: Path, corpus: Corpus, verify: bool) -> dict | None:
     manifest, building, recipe = read_manifest(folder), folder / _BUILDING, _recipe(corpus)
     before = manifest or (json.loads(building.read_bytes()) if building.exists() else None)
     if before is None:
-        if any(entry.name != _LOCK for entry in folder.iterdir()):
-            raise UserError(f"{folder} is not empty and not an index: name another folder in config.index.")
         return None
     if before["corpus"] != recipe["corpus"] and os.path.exists(before["corpus"]):  # not the same, moved
         raise UserError(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 from roserag_jax.retrieval.cache import Cache
 from roserag_jax.retrieval.indexing import open_index
+from roserag_jax.retrieval.server import Server
 
 
 class Retriever(Protocol):
@@ -34,6 +35,9 @@ RETRIEVERS = {
     "bm25": RetrieverSpec("searches the corpus", open_index, ("corpus",)),
     "cache": RetrieverSpec(
         "looks each question up in a file", lambda config: Cache(config.retrieve.cache), ("cache",), ("cache",)
+    ),
+    "server": RetrieverSpec(
+        "asks a server in Search-R1's protocol", lambda config: Server(config.retrieve.server), ("server",), ("server",)
     ),
 }
 
