@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxtyping import install_import_hook
+
+install_import_hook("roserag_jax", "beartype.beartype")  # every annotation, shapes included, is checked at each call
 
 from roserag_jax import generate, options, session, train
 from roserag_jax.distributed.mesh import make_mesh

@@ -6,7 +6,7 @@ Each is opened as named tensors (`ModelFiles`) in Hugging Face's names and layou
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from roserag_jax.hub.huggingface import HuggingFaceFolder
 from roserag_jax.models import config as model_config
 
 
+@runtime_checkable
 class ModelFiles(Protocol):
     """Weights and their configuration."""
 

@@ -8,20 +8,16 @@ layers, or unstacked: a tuple of one array per layer.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
-def _register(*fields: str):
-    return functools.partial(jax.tree_util.register_dataclass, data_fields=list(fields), meta_fields=[])
+from roserag_jax.models.pytree import pytree_dataclass
 
 
-@_register("k", "v", "lengths")
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class PrefixCache:
     """Keys and values of the prompts, read by every branch and never written.
 
@@ -36,8 +32,7 @@ class PrefixCache:
     lengths: Int[Array, "B"]
 
 
-@_register("k", "v", "positions", "used", "write_position")
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class SuffixCache:
     """Keys and values of the branches themselves, in ring buffers of length M.
 
