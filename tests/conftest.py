@@ -16,10 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beartype import BeartypeConf, BeartypeHintOverrides, beartype
+from etils import epath
 from flax import nnx
 from jaxtyping import install_import_hook
+from ml_collections import ConfigDict
 
-install_import_hook("roserag_jax", "beartype.beartype")  # every annotation, shapes included, is checked at each call
+# Every annotation, shapes included, is checked at each call. As for a static type checker, an int is a float; either kind
+# of path passes for the other, and a ConfigDict for the mapping that it behaves like.
+_PATHS = Path | epath.Path
+typechecked = beartype(
+    conf=BeartypeConf(
+        is_pep484_tower=True,
+        hint_overrides=BeartypeHintOverrides({Path: _PATHS, epath.Path: _PATHS, Mapping: Mapping | ConfigDict}),
+    )
+)
+install_import_hook("roserag_jax", "conftest.typechecked")
 
 from roserag_jax import generate, options, session, train
 from roserag_jax.distributed.mesh import make_mesh

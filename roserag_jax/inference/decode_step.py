@@ -7,31 +7,24 @@ Axes: B slots, X devices that slots are split over, N branches, P prompt, S toke
 prefix), M suffix-cache length, R rows (B * N), V vocabulary, L layers.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from roserag_jax.inference.kv_cache import PREFIX_AXES, SUFFIX_AXES, put_ring, put_slot, take_slot
 from roserag_jax.inference.sampling import SamplingParams, sample_tokens
 from roserag_jax.models.cache import PrefixCache, SuffixCache
 from roserag_jax.models.logprobs import token_logprobs
+from roserag_jax.models.pytree import HostArray, pytree_dataclass
 
 CHUNK = 16  # steps between two polls of the host, if no slot finishes before
 
-Array = jax.Array | np.ndarray  # on the devices in a chunk; the host edits its copies between two
 
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["cache", "last_token", "tokens", "logprobs", "num_tokens", "active", "stopped"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class DecodeState:
     """What a decode step changes, for every branch of every slot.
 
@@ -46,20 +39,15 @@ class DecodeState:
     """
 
     cache: SuffixCache
-    last_token: Int[Array, "B N"]
-    tokens: Int[Array, "B N S"]
-    logprobs: Float[Array, "B N S"]
-    num_tokens: Int[Array, "B N"]
-    active: Bool[Array, "B N"]
-    stopped: Bool[Array, "B N"]
+    last_token: Int[HostArray, "B N"]
+    tokens: Int[HostArray, "B N S"]
+    logprobs: Float[HostArray, "B N S"]
+    num_tokens: Int[HostArray, "B N"]
+    active: Bool[HostArray, "B N"]
+    stopped: Bool[HostArray, "B N"]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["prompt_length", "max_new_tokens", "sampling", "question_seed", "first_sample", "use_extra_stop_ids"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class RequestParams:
     """What the running request of each slot asks for. All of it is traced: no change of it compiles anything.
 
@@ -72,15 +60,15 @@ class RequestParams:
       use_extra_stop_ids: the row of the stop mask in use: 0 has the model's own stop token ids, 1 the extra ones too.
     """
 
-    prompt_length: Int[Array, "B"]
-    max_new_tokens: Int[Array, "B"]
+    prompt_length: Int[HostArray, "B"]
+    max_new_tokens: Int[HostArray, "B"]
     sampling: SamplingParams
-    question_seed: UInt[Array, "B"]
-    first_sample: UInt[Array, "B"]
-    use_extra_stop_ids: Int[Array, "B"]
+    question_seed: UInt[HostArray, "B"]
+    first_sample: UInt[HostArray, "B"]
+    use_extra_stop_ids: Int[HostArray, "B"]
 
 
-def branch_keys(params: RequestParams, seed: Array, branches: int) -> Array:
+def branch_keys(params: RequestParams, seed: jax.Array, branches: int) -> jax.Array:
     """Random keys [R]: a branch's is a function of (seed, question, sample), whatever slot it is in."""
     samples = params.first_sample[:, None] + jnp.arange(branches, dtype=jnp.uint32)
     fold = lambda question, sample: jax.random.fold_in(jax.random.fold_in(seed, question), sample)

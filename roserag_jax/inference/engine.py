@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from roserag_jax.distributed.mesh import prefers_unstacked_layers
 from roserag_jax.distributed.sharding import sharding
 from roserag_jax.models.cache import PrefixCache, unstack
 from roserag_jax.models.logprobs import token_logprobs
@@ -36,8 +37,8 @@ class Engine:
 
     @functools.cached_property
     def unstacked_layers(self) -> tuple | None:
-        """The layers' parameters unstacked, which decoding on a CPU wants; they take their memory once more."""
-        return jax.jit(unstack)(self.state["layers"]) if self.on_cpu else None
+        """The layers' parameters unstacked, where decoding wants them so; they take their memory once more."""
+        return jax.jit(unstack)(self.state["layers"]) if prefers_unstacked_layers(self.mesh) else None
 
     def place(self, *arrays) -> list[jax.Array]:
         """Put host arrays on the devices, their first axis over the mesh's batch axes."""

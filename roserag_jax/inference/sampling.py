@@ -3,8 +3,6 @@
 Axes: R rows, V vocabulary; E entries of a row of weights.
 """
 
-import dataclasses
-import functools
 import itertools
 import zlib
 
@@ -12,14 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from roserag_jax.models.pytree import HostArray, pytree_dataclass
+
 _HALVINGS = 32  # of the interval in which a threshold is searched
 _BLOCK = 256  # tokens of a block of the vocabulary, the first of two levels of the draw
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["temperature", "top_p", "top_k", "min_p"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class SamplingParams:
     """How tokens are drawn: as numbers for a request, as arrays with an entry for each slot or row on the devices.
 
@@ -31,10 +28,10 @@ class SamplingParams:
       min_p: tokens at least this times as likely as the likeliest stay (arXiv 2407.01082); 0 keeps all.
     """
 
-    temperature: float | Float[Array, "R"] = 0.0
-    top_p: float | Float[Array, "R"] = 1.0
-    top_k: int | Int[Array, "R"] = 0
-    min_p: float | Float[Array, "R"] = 0.0
+    temperature: float | Float[HostArray, "R"] = 0.0
+    top_p: float | Float[HostArray, "R"] = 1.0
+    top_k: int | Int[HostArray, "R"] = 0
+    min_p: float | Float[HostArray, "R"] = 0.0
 
 
 def question_seed(question_id: str) -> int:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from roserag_jax.models.pytree import pytree_dataclass
+from roserag_jax.models.pytree import HostArray, pytree_dataclass
 
 
 @pytree_dataclass
@@ -29,7 +29,7 @@ class PrefixCache:
 
     k: Float[Array, "L B K h P"] | tuple[Float[Array, "B K h P"], ...]
     v: Float[Array, "L B K P h"] | tuple[Float[Array, "B K P h"], ...]
-    lengths: Int[Array, "B"]
+    lengths: Int[HostArray, "B"]
 
 
 @pytree_dataclass
@@ -48,9 +48,9 @@ class SuffixCache:
 
     k: Float[Array, "L B K N h M"] | tuple[Float[Array, "B K N h M"], ...]
     v: Float[Array, "L B K N M h"] | tuple[Float[Array, "B K N M h"], ...]
-    positions: Int[Array, "B N M"]
-    used: Bool[Array, "B N M"]
-    write_position: Int[Array, ""]
+    positions: Int[HostArray, "B N M"]
+    used: Bool[HostArray, "B N M"]
+    write_position: Int[HostArray, ""]
 
     def append(
         self, real: Bool[Array, "B N S"], lengths: Int[Array, "B"]

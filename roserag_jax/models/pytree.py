@@ -4,7 +4,9 @@ import dataclasses
 from typing import TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 
+HostArray = jax.Array | np.ndarray  # on the devices in a program; the host edits its copies between two
 _T = TypeVar("_T")
 
 

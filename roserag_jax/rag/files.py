@@ -33,7 +33,7 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def _number(digits: str) -> float:
+def _number(digits: str) -> float | None:
     """A finite number; the JSON of some programs has others."""
     value = float(digits)
     if math.isinf(value):

@@ -1,6 +1,7 @@
 """Scores of a whole evaluation: means with bootstrap intervals, by question type and gold passages, and compared."""
 
 import collections
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def score_retrieval(row: dict) -> dict:
     }
 
 
-def interval(values: list[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def interval(values: Sequence[float] | np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95% percentile bootstrap interval of a mean."""
     values = np.asarray(values)
     rng, means = np.random.default_rng(seed), []
@@ -100,7 +101,9 @@ def distraction_ratio(closed_book: float, rag: float) -> float | None:
     return max(0.0, (closed_book - rag) / closed_book) if closed_book else None
 
 
-def paired(scores: list[float], others: list[float], draws: int = 10_000, seed: int = 0) -> dict:
+def paired(
+    scores: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray, draws: int = 10_000, seed: int = 0
+) -> dict:
     """Two runs on the same questions, compared question by question.
 
     Returns:

@@ -197,7 +197,7 @@ def _step(
     state: TrainState,
     base: nnx.State,
     microbatches: Batch,
-    step: int,
+    step: int | Int[Array, ""],
     *,
     reference,
     graph,

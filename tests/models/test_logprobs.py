@@ -43,7 +43,7 @@ def test_token_logprobs_on_a_mesh_equal_one_device(shape, batch):
     hidden, table = RNG.normal(size=(batch, 2, 24, 16)).astype("f"), RNG.normal(size=(V, 16)).astype("f")
     targets = RNG.integers(0, V, (batch, 2, 24)).astype(np.int32)
     total = jax.value_and_grad(lambda *at: token_logprobs(*at, block=16).sum())
-    value, gradient = total(hidden, targets, table)
+    value, gradient = total(*map(jnp.asarray, (hidden, targets, table)))
     rows = lambda a: sharding(a.shape, ("batch",) + (None,) * (a.ndim - 1), mesh)
     placed = (
         *(jax.device_put(a, rows(a)) for a in (hidden, targets)),

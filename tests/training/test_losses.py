@@ -18,13 +18,17 @@ RNG = np.random.default_rng(0)
 CPU = types.SimpleNamespace(device="cpu")
 
 
+def pair_logprobs(*logprobs, **named) -> PairLogprobs:
+    return jax.tree.map(jnp.asarray, PairLogprobs(*logprobs, **named))
+
+
 def test_orpo_equals_trl():
     """TRL's own `odds_ratio_loss`, called on a bare object that only carries beta."""
     trainer = pytest.importorskip("trl.experimental.orpo").ORPOTrainer
     chosen, rejected = -RNG.uniform(0.01, 4, (2, 64)).astype(np.float32)
     bare = types.SimpleNamespace(beta=0.3, accelerator=CPU)
     expected = trainer.odds_ratio_loss(bare, torch.tensor(chosen), torch.tensor(rejected))[0].numpy()
-    loss, terms = losses.orpo(PairLogprobs(chosen, rejected, log_likelihood=chosen), beta=0.3)
+    loss, terms = losses.orpo(pair_logprobs(chosen, rejected, log_likelihood=chosen), beta=0.3)
     np.testing.assert_allclose(0.3 * terms["odds_loss"], -expected, rtol=1e-5)
     np.testing.assert_allclose(loss, -chosen - expected, rtol=1e-5)
 
@@ -38,12 +42,12 @@ def test_simpo_cpo_and_ipo_equal_trl(kind, smoothing):
     bare.accelerator = CPU
     if kind == "ipo":
         sides = torch.tensor(chosen - reference[0]), torch.tensor(rejected - reference[1])
-        loss, _ = losses.ipo(PairLogprobs(chosen, rejected, *reference), beta=0.7)
+        loss, _ = losses.ipo(pair_logprobs(chosen, rejected, *reference), beta=0.7)
     else:
         sides = torch.tensor(chosen), torch.tensor(rejected)
-        loss, _ = losses.simpo(PairLogprobs(chosen, rejected), 0.7, 0.4, smoothing)
+        loss, _ = losses.simpo(pair_logprobs(chosen, rejected), 0.7, 0.4, smoothing)
         if kind == "sigmoid":
-            loss, terms = losses.cpo(PairLogprobs(chosen, rejected, log_likelihood=chosen / 9), 0.7, 2.0, smoothing)
+            loss, terms = losses.cpo(pair_logprobs(chosen, rejected, log_likelihood=chosen / 9), 0.7, 2.0, smoothing)
             loss -= 2.0 * terms["nll"]
     np.testing.assert_allclose(loss, trainer.cpo_loss(bare, *sides)[0], rtol=1e-5, atol=1e-6)
 
@@ -53,7 +57,7 @@ def test_dpo_equals_torch():
     margin = torch.tensor(0.2 * ((chosen - reference[0]) - (rejected - reference[1])))
     logsigmoid = torch.nn.functional.logsigmoid
     expected = -0.9 * logsigmoid(margin) - 0.1 * logsigmoid(-margin)
-    loss, terms = losses.dpo(PairLogprobs(chosen, rejected, *reference), 0.2, 0.1)
+    loss, terms = losses.dpo(pair_logprobs(chosen, rejected, *reference), 0.2, 0.1)
     np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(terms["reward_margin"], margin, rtol=1e-5)
 
@@ -63,7 +67,7 @@ def test_orpo_gradient_equals_torch():
     c, r = (torch.tensor(x, requires_grad=True) for x in (chosen, rejected))
     odds = lambda x: x - torch.log1p(-torch.exp(x))
     (-c - 0.25 * torch.nn.functional.logsigmoid(odds(c) - odds(r))).sum().backward()
-    total = lambda c, r: losses.orpo(PairLogprobs(c, r, log_likelihood=c), 0.25)[0].sum()
+    total = lambda c, r: losses.orpo(pair_logprobs(c, r, log_likelihood=c), 0.25)[0].sum()
     of_chosen, of_rejected = jax.grad(total, argnums=(0, 1))(jnp.array(chosen), jnp.array(rejected))
     np.testing.assert_allclose(of_chosen, c.grad, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(of_rejected, r.grad, rtol=1e-4, atol=1e-6)
@@ -73,7 +77,7 @@ def test_orpo_is_finite_at_certainty():
     """A response of probability one, or next to none, gives finite loss and gradient."""
     extremes = jnp.array([0.0, -1e-12, -1e-9, -1e-6, -0.6931472, -1.0, -50.0, -1e4])
     pair = tuple(a.ravel() for a in jnp.meshgrid(extremes, extremes))
-    total = lambda pair: losses.orpo(PairLogprobs(*pair, log_likelihood=pair[0]), 0.5)[0].sum()
+    total = lambda pair: losses.orpo(pair_logprobs(*pair, log_likelihood=pair[0]), 0.5)[0].sum()
     value, gradients = jax.value_and_grad(total)(pair)
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
 
@@ -90,7 +94,7 @@ def test_losses_are_choices_and_are_described():
     assert option.choices == tuple(LOSSES) and all(f"{name}: " in option.help for name in LOSSES)
     for name, spec in LOSSES.items():
         assert set(spec.options) <= set(options.OPTIONS["train"]), name
-        pair = PairLogprobs(*-jnp.ones((5, 3)))
+        pair = pair_logprobs(*-jnp.ones((5, 3)))
         value, terms = Objective(name)(pair)
         assert value.shape == (3,) and all(term.shape == (3,) for term in terms.values())
         assert ("reward_margin" in terms) == spec.rejected

@@ -1,0 +1,107 @@
+"""The network computes what transformers computes, also behind caches, prefixes and on meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import FAMILIES, branch_logits, cached_logits, hf_logits
+from flax import nnx
+
+from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.hub import loading, model_files
+from roserag_jax.models.cache import unstack
+
+torch = pytest.importorskip("torch")
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(3, 131, (2, 40))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family, tiny_folder, one_device):
+    """Two prompts of unequal length, two branches each, at once and token by token."""
+    folder, reference = tiny_folder(family)
+    opened = model_files.open_model(str(folder))
+    model = loading.assemble(opened.config, loading.load_base(opened, jnp.dtype("float32"), one_device))
+    lengths = np.array([30, 21])
+    branches = RNG.integers(3, 131, (2, 2, 9))
+    logits = branch_logits(model, TOKENS, lengths, branches)
+    for b in range(2):
+        for n in range(2):
+            expected = hf_logits(reference, [*TOKENS[b, : lengths[b]], *branches[b, n]])[lengths[b] :]
+            np.testing.assert_allclose(logits[b, n], expected, atol=1e-4, rtol=0)
+    stepped = cached_logits(model, TOKENS, lengths, branches, opening=5)
+    np.testing.assert_allclose(stepped, logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_equal_transformers(family, tiny_folder, one_device):
+    """After every layer, and far beyond the window and the original length of RoPE's scaling."""
+    folder, reference = tiny_folder(family)
+    opened = model_files.open_model(str(folder))
+    base = loading.load_base(opened, jnp.dtype("float32"), one_device)
+    tokens = jnp.asarray(RNG.integers(3, 131, 400))
+    with torch.no_grad():
+        expected = reference.model(torch.tensor(np.asarray(tokens))[None], output_hidden_states=True).hidden_states
+        expected = [reference.model.norm(hidden)[0, 380:].numpy() for hidden in expected[1:-1]] + [
+            expected[-1][0, 380:]
+        ]
+    for count in range(1, 4):
+        config = dataclasses.replace(
+            opened.config, num_layers=count, sliding_layers=opened.config.sliding_layers[:count]
+        )
+        cut = lambda path, v, count=count: (path, v.replace(v.get_value()[:count] if path[0] == "layers" else v[...]))
+        first = nnx.from_flat_state([cut(path, v) for path, v in nnx.to_flat_state(base)])
+        model = loading.assemble(config, first)
+        hidden = model.extend(tokens[None, None, 380:], model.prefill(tokens[None, :380], jnp.array([380])))[0, 0]
+        np.testing.assert_allclose(hidden, expected[count - 1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_prefill_behind_a_shared_prefix(family, tiny_folder, one_device):
+    """Prompts behind their shared prefix have the keys and values that they have when prefilled whole."""
+    opened = model_files.open_model(str(tiny_folder(family)[0]))
+    model = loading.assemble(opened.config, loading.load_base(opened, jnp.dtype("float32"), one_device))
+    prompts = jnp.asarray(TOKENS).at[1, :17].set(TOKENS[0, :17])
+    whole = model.prefill(prompts, jnp.array([40, 29]))
+    shared = model.prefill(prompts[:1, :17], jnp.array([17]))
+    behind = model.prefill(prompts[:, 17:], jnp.array([23, 12]), shared)
+    assert behind.lengths.tolist() == [40, 29]
+    np.testing.assert_allclose(behind.k, whole.k, atol=1e-5)
+    np.testing.assert_allclose(behind.v, whole.v, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_extend_unstacked_equals_extend_cached(family, tiny_folder, one_device):
+    """The same hidden states and caches, layer by layer, with padding inside the branches."""
+    opened = model_files.open_model(str(tiny_folder(family)[0]))
+    model = loading.assemble(opened.config, loading.load_base(opened, jnp.dtype("float32"), one_device))
+    tokens = jnp.asarray(TOKENS)
+    prefix = model.prefill(tokens[:, :20], jnp.array([20, 13]))
+    suffix = model.empty_suffix_cache(2, 2, 16)
+    branches, real = tokens[:, 20:36].reshape(2, 2, 8), jnp.ones((2, 2, 8), bool).at[1, 0, 5:].set(False)
+    both = lambda cache: dataclasses.replace(cache, k=unstack(cache.k), v=unstack(cache.v))
+    layers = unstack(nnx.state(model.layers))
+    hidden, stacked = model.extend_cached(branches, real, prefix, suffix)
+    other, unstacked = model.extend_unstacked(layers, branches, real, both(prefix), both(suffix))
+    np.testing.assert_allclose(other, hidden, atol=1e-5, rtol=0)
+    for a, b in zip(unstacked.k + unstacked.v, [*stacked.k, *stacked.v], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+    assert int(unstacked.write_position) == int(stacked.write_position) == 8
+    np.testing.assert_array_equal(unstacked.used, stacked.used)
+    np.testing.assert_array_equal(unstacked.positions, stacked.positions)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_logits_on_a_mesh_equal_one_device(family, shape, tiny_folder, one_device):
+    """Eight devices, also with more tensor devices than key/value heads."""
+    opened = model_files.open_model(str(tiny_folder(family)[0]))
+    prompts, lengths, branches = np.tile(TOKENS, (4, 1)), np.arange(20, 28), RNG.integers(3, 131, (8, 2, 7))
+    results = []
+    for mesh in (one_device, make_mesh(*shape)):
+        model = loading.assemble(opened.config, loading.load_base(opened, jnp.dtype("float32"), mesh))
+        with jax.set_mesh(mesh):
+            results.append(branch_logits(model, prompts, lengths, branches))
+    np.testing.assert_allclose(results[0], results[1], atol=1e-4, rtol=0)
