@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch's; the tests run in two processes a
 
 import json
 import shutil
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from flax import nnx
 from jaxtyping import install_import_hook
 from ml_collections import ConfigDict
 
-# Every annotation, shapes included, is checked at each call. As for a static type checker, an int is a float; either kind
-# of path passes for the other, and a ConfigDict for the mapping that it behaves like.
+# Every annotation, shapes included, is checked at each call. As for a static type checker, an int is a float; either
+# kind of path passes for the other, and a ConfigDict for the mapping that it behaves like.
 _PATHS = Path | epath.Path
 typechecked = beartype(
     conf=BeartypeConf(

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -77,10 +78,10 @@ class Linear(nnx.Module):
         y = project(x, self.weight[...])
         if self.bias is not None:
             y += self.bias[...]
-        if self.lora is None:
-            return y
-        if dropout_key is not None and self.lora.dropout > 0:
-            key = jax.random.fold_in(dropout_key, PROJECTIONS.index(self.name))
-            keep = 1.0 - self.lora.dropout
-            x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
-        return y + self.lora.scale * (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+        if self.lora is not None:
+            if dropout_key is not None and self.lora.dropout > 0:
+                key = jax.random.fold_in(dropout_key, PROJECTIONS.index(self.name))
+                keep = 1.0 - self.lora.dropout
+                x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
+            y += self.lora.scale * (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+        return checkpoint_name(y, "projection")  # the sum alone: saved apart, its two terms would take twice the memory

@@ -103,7 +103,7 @@ class Layer(nnx.Module):
         k, v, kept = store(k, v)
 
         def block(x):
-            attended = checkpoint_name(attend(q, k, v), "attended")
+            attended = checkpoint_name(attend(q, k, v), "attention")
             x += self.post_attn_norm(self.o_proj(attended, dropout_key))
             x += self.post_mlp_norm(self.mlp(self.mlp_norm(x), dropout_key))
             return x
@@ -136,10 +136,7 @@ _REMAT = {
     "dots": functools.partial(
         jax.checkpoint,
         prevent_cse=False,
-        policy=jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            jax.checkpoint_policies.save_only_these_names("attended"),
-        ),
+        policy=jax.checkpoint_policies.save_only_these_names("projection", "attention"),
     ),
 }
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from roserag_jax.distributed.sharding import sharding, state_shardings
 from roserag_jax.hub.loading import assemble
