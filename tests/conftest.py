@@ -9,29 +9,31 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch's; the tests run in two processes a
 
 import json
 import shutil
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from beartype import BeartypeConf, BeartypeHintOverrides, beartype
-from etils import epath
+from beartype import BeartypeConf, beartype
 from flax import nnx
-from jaxtyping import install_import_hook
-from ml_collections import ConfigDict
+from jaxtyping import AbstractArray, install_import_hook
 
-# Every annotation, shapes included, is checked at each call. As for a static type checker, an int is a float; either
-# kind of path passes for the other, and a ConfigDict for the mapping that it behaves like.
-_PATHS = Path | epath.Path
-typechecked = beartype(
-    conf=BeartypeConf(
-        is_pep484_tower=True,
-        hint_overrides=BeartypeHintOverrides({Path: _PATHS, epath.Path: _PATHS, Mapping: Mapping | ConfigDict}),
-    )
-)
+
+def _is_array(hint) -> bool:
+    if isinstance(hint, type) and issubclass(hint, AbstractArray):
+        return True
+    return any(map(_is_array, get_args(hint)))
+
+
+def typechecked(function):
+    """Check the arguments and the result of every call of a function that declares the shape of an array."""
+    checks = any(map(_is_array, getattr(function, "__annotations__", {}).values()))
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function) if checks else function
+
+
 install_import_hook("roserag_jax", "conftest.typechecked")
 
 from roserag_jax import generate, options, session, train

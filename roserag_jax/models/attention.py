@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+_MAX_SEGMENTS = 8  # for compile time: each is a program of its own
 _MASKED = -1e30  # finite: a row with every key masked stays finite, and so does its gradient
 
 
@@ -32,8 +33,9 @@ def prompt_attention(
 ) -> Float[Array, "B P H h"]:
     """Causal self-attention in blocks of queries; `q` is already scaled. The C + P keys begin C tokens before them.
 
-    Each block attends to a static number of keys, which halves the work of a full square and keeps the scores small.
-    Padding is on the right, so causality alone hides it from every real query; padded queries give finite nonsense.
+    Each segment of blocks attends to a static number of keys, which all but halves the work of a full square; blocks
+    keep the scores small. Padding is on the right, so causality alone hides it from every real query; padded queries
+    give finite nonsense.
 
     Args:
       window: how many positions back a query attends, itself included; None for no limit.
@@ -45,22 +47,38 @@ def prompt_attention(
     # The backward pass recomputes a block's scores: saved, they would be most of a step's memory, and cost more to
     # write and read back than the matmuls that give them.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def attend(q, k, v, window):
+    def attend(q, k, v, window, first):
+        """Queries, the first of them at key `first`, over all the keys."""
         T, keys = q.shape[3], k.shape[3]
         scores = _scores(q.reshape(B, K, -1, h), k, softcap).reshape(B, K, H // K, T, keys)
-        query, key = jnp.arange(keys - T, keys)[:, None], jnp.arange(keys)[None]
+        query, key = first + jnp.arange(T)[:, None], jnp.arange(keys)[None]
         mask = key <= query
         if window is not None:
             mask &= query - key < window
         weights = jax.nn.softmax(jnp.where(mask, scores, _MASKED), axis=-1).astype(v.dtype)
         return (weights.reshape(B, K, -1, keys) @ v).reshape(q.shape)
 
-    blocks = []
-    for start in range(0, P, block):
-        stop = min(start + block, P)
+    def attend_blocks(q, k, v, first):
+        """The same of several blocks, one after another in a loop, the last one padded."""
+        T = q.shape[3]
+        count = -(-T // block)
+        q = jnp.pad(q, [(0, 0)] * 3 + [(0, count * block - T), (0, 0)]).reshape(B, K, H // K, count, block, h)
+        firsts = first + block * jnp.arange(count)
+        out = jax.lax.map(lambda xs: attend(xs[0], k, v, window, xs[1]), (jnp.moveaxis(q, 3, 0), firsts))
+        return jnp.moveaxis(out, 0, 3).reshape(B, K, H // K, count * block, h)[:, :, :, :T]
+
+    # Each segment is compiled for its own number of keys. In a short prompt it is one block.
+    segment = block * -(-P // (block * _MAX_SEGMENTS))
+    segments = []
+    for start in range(0, P, segment):
+        stop = min(start + segment, P)
         keys = C + stop
-        blocks.append(attend(q[:, :, :, start:stop], k[..., :keys], v[:, :, :keys], window))
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, P, H, h)
+        queries, seen_k, seen_v = q[:, :, :, start:stop], k[..., :keys], v[:, :, :keys]
+        if segment == block:
+            segments.append(attend(queries, seen_k, seen_v, window, C + start))
+        else:
+            segments.append(attend_blocks(queries, seen_k, seen_v, C + start))
+    return jnp.concatenate(segments, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, P, H, h)
 
 
 def branch_attention(
