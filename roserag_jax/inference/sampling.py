@@ -3,6 +3,7 @@
 Axes: R rows, V vocabulary; E entries of a row of weights.
 """
 
+import functools
 import itertools
 import zlib
 
