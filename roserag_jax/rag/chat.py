@@ -98,7 +98,7 @@ class TurnMarks:
         if tokenizer.chat_template is not None:
             turns = [{"role": role, "content": "\0"} for role in ("user", "assistant", "user")]
             written = render_chat(tokenizer, turns, template_arguments).split("\0")
-            # Without the tokens, which stand right before it (Mistral's </s>[INST]).
+            # Without the tokens, which come right before it (Mistral's </s>[INST]).
             text = " ".join(_any_of(marks).sub(" ", between) for between in written[1:])
             marks |= set(not_a_word.findall(text))
         self._pattern = _any_of({mark.translate(_FOLDING) for mark in marks} - {""})

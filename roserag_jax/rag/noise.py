@@ -1,6 +1,6 @@
 """Noise conditions: what is done to the K passages of a question before they are shown, to see what answers survive.
 
-`CONDITIONS` lists them. Added passages come from a pool (a corpus, or the contexts of all questions), stand at
+`CONDITIONS` lists them. Added passages come from a pool (a corpus, or the contexts of all questions), come at
 drawn places among the K, which keep their order. They are never passages of the question that are flagged as gold, and
 never contain a golden answer, except a counterfactual statement that quotes a question that names it. Every draw is a
 function of (seed, condition, question id) alone.

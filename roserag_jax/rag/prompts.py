@@ -1,6 +1,6 @@
 """Prompts: numbered passages, the question, and how to answer, in the model's own chat template.
 
-Passages are data. Each stands on one line, and what begins or ends a turn is broken up in it (`rag.chat`), so none can
+Passages are data. Each is one line, and what begins or ends a turn is broken up in it (`rag.chat`), so none can
 close its block, pose as an 'Answer:' line or end the turn. When the prompt is over its limit, passages are cut; the
 question never is.
 """
@@ -55,7 +55,7 @@ class Prompt:
 
     Attributes:
       cut: tokens of the passages that were cut to make the prompt fit.
-      passage_spans: where each passage of the question stands in the text, so that it can be cut later.
+      passage_spans: where each passage of the question is in the text, so that it can be cut later.
     """
 
     text: str
@@ -132,7 +132,7 @@ class PromptBuilder:
         return [f"{title}: {text}" if title else text for title, text in texts]
 
     def _content(self, passages: list[str], row: dict, guided: bool) -> tuple[str, list[Span]]:
-        """The text of a user turn, and where its passages stand in it."""
+        """The text of a user turn, and where its passages are in it."""
         text, spans = "", []
         for number, passage in enumerate(passages, 1):
             text += f"Passage {number}: "
@@ -190,7 +190,7 @@ def cut_passages(tokenizer, prompt: Prompt, limit: int) -> Prompt | None:
 
 
 def _replaced(prompt: Prompt, passages: list[str]) -> tuple[str, tuple[Span, ...]]:
-    """A prompt's text with other passages in the places of its own, and where they stand."""
+    """A prompt's text with other passages in the places of its own, and where they are."""
     text, spans, behind = "", [], 0
     for (start, end), passage in zip(prompt.passage_spans, passages, strict=True):
         text += prompt.text[behind:start]

@@ -2,7 +2,7 @@
 
     python -m roserag_jax.rag.synthetic --rows 200 --split eval --passages 8 --counterfactual 0.5 --output eval.jsonl
 
-Every row holds a question (one- or two-hop, comparison, yes/no), its gold passages, distractors that share an entity
+Every row has a question (one- or two-hop, comparison, yes/no), its gold passages, distractors that share an entity
 with them, and, on request, a counterfactual passage: an unproven claim that names a wrong answer. The splits draw their
 names from disjoint pools, so train and eval share no entity whatever their seeds and sizes.
 """
@@ -255,7 +255,7 @@ def generate(
       rows: how many questions; types take turns.
       split: 'train' or 'eval'; the two share no entity.
       passages: K, passages of a row, in random order; at least 2.
-      missing_gold: fraction of rows that lack one gold passage (a distractor stands in its place).
+      missing_gold: fraction of rows that lack one gold passage (a distractor takes its place).
       counterfactual: fraction of rows with a passage that states a wrong answer as an unproven claim.
       types: which of `TYPES` to make.
 

@@ -90,7 +90,7 @@ def terms(text: str) -> list[str]:
 
 
 def spans(text: str) -> list[tuple[int, int]]:
-    """Where each word of a text stands in it: positions [start, end)."""
+    """Find each word of a text: positions [start, end)."""
     found = []
     for run in _RUN.finditer(text):
         if run["run"]:
@@ -101,7 +101,7 @@ def spans(text: str) -> list[tuple[int, int]]:
 
 
 def pieces(text: str) -> list[str]:
-    """A text in pieces of one word each, with what stands behind it; joined they are the text."""
+    """Split a text into pieces of one word each, with what follows it; joined they are the text."""
     starts = [start for start, _ in spans(text)]
     return (
         [text[a:b] for a, b in zip([0, *starts[1:]], [*starts[1:], len(text)], strict=True)]
@@ -127,6 +127,6 @@ def pattern(*parts: str) -> regex.Pattern:
 
 
 def contains(text: str, part: str) -> bool:
-    """Whether the words of a part stand in a text, one after another; False for a part without words."""
+    """Whether a text contains the words of a part, one after another; False for a part without words."""
     wanted = words(part)
     return bool(wanted) and f" {' '.join(wanted)} " in f" {' '.join(words(text))} "

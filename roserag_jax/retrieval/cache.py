@@ -14,10 +14,10 @@ from roserag_jax.rag.questions import checked_context
 class Cache:
     """Passages that another retriever found before: FlashRAG's `retrieval_cache.json`, lists of passages by question.
 
-    A folder holds several, one for the training questions and one for the held-out ones, say.
+    A folder has several, one for the training questions and one for the held-out ones, say.
 
     Raises:
-      UserError: a file cannot be read as such, or a folder holds none.
+      UserError: a file cannot be read as such, or a folder has none.
     """
 
     def __init__(self, path: str):

@@ -69,6 +69,21 @@ def test_prompt_spans_are_its_passages(examples, smollm_tokenizer):
             assert prompt.text.index("Question: Passage 1: T0?") > prompt.passage_spans[-1][1]
 
 
+@pytest.mark.parametrize("K", [20, 50])
+def test_prompt_of_many_passages_shows_all_of_them(K, smollm_tokenizer):
+    """Each is cut to the same length where they do not fit, and no more is retrieved than is asked for."""
+    contexts = [{"title": f"T{i}", "text": "word " * (60 + i)} for i in range(K)]
+    prompt = PromptBuilder(smollm_tokenizer, 1000, K).plain({**ROW, "contexts": contexts})
+    shown = [prompt.text[start:end] for start, end in prompt.passage_spans]
+    assert len(shown) == K and all(text.startswith(f"T{i}: word") for i, text in enumerate(shown))
+    assert 1000 - 2 * K <= len(prompt.tokens) <= 1000 and len({len(text.split()) for text in shown}) <= 2
+    config = options.defaults()
+    config.model = config.workdir = config.retrieve.corpus = "x"
+    config.retrieve.retriever, config.retrieve.k, config.evaluate.passages = "bm25", K - 1, (5, K)
+    with pytest.raises(UserError, match="is less than the largest of config.evaluate.passages"):
+        options.validate(config)
+
+
 @pytest.mark.parametrize("text", ["word " * 300, "燕鸥博物馆由伦德女士创办。" * 40, "🦉🦊" * 90, "नदी के पास " * 60])
 def test_cut_passages_keeps_beginnings(text, smollm_tokenizer):
     """In any script: no half characters, nothing but the passages changes, and no more is cut than must be."""
