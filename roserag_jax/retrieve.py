@@ -15,11 +15,13 @@ from roserag_jax import cli, options
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
 from roserag_jax.inputs import corpus_recipe, input_digest
+from roserag_jax.progress import Progress
 from roserag_jax.rag import questions
 from roserag_jax.retrieval.registry import RETRIEVERS, found_nothing
 from roserag_jax.retrieval.server import serve
 from roserag_jax.workdir import RETRIEVED, Recipe, Workdir, to_jsonl
 
+_BATCH = 1000  # questions between two lines of progress
 _SERVE = flags.DEFINE_integer("serve", None, "port on which to offer the corpus; nothing is written then", 0, 65535)
 
 
@@ -63,12 +65,21 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
         rows = questions.questions(config, split)
         if config.retrieve.retriever != "given":
             index = index or RETRIEVERS[config.retrieve.retriever].build(config)
-            found = index.search([row["question"] for row in rows], config.retrieve.k)
+            found = _search(index, [row["question"] for row in rows], config.retrieve.k, split)
             if nothing := found_nothing(found):
                 print(nothing)
             rows = _flagged(rows, found)
         workdir.publish(name, wanted, to_jsonl(rows), len(rows))
         print(f"{name}: {len(rows)} questions, {sum(len(r['contexts']) for r in rows) / len(rows):.1f} passages each.")
+
+
+def _search(index, queries: list[str], k: int, split: str) -> list[list[dict]]:
+    """The passages found for each query, with progress."""
+    progress, found = Progress(f"retrieve {split}", len(queries), "questions"), []
+    for start in range(0, len(queries), _BATCH):
+        found += index.search(queries[start : start + _BATCH], k)
+        progress.update(len(found))
+    return found
 
 
 def _flagged(rows: list[dict], found: list[list[dict]]) -> list[dict]:

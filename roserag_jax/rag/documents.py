@@ -23,6 +23,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_BYTES = 1 << 30  # of one document, also of what a .docx decompresses to
 
 
+_LOCK = ".lock"  # what a workdir and an index hold while they are written, and keep
+
+
 class Unreadable(Exception):
     """A document that cannot be read; the message says why."""
 
@@ -226,7 +229,8 @@ def is_document(path: Path) -> bool:
 def find(folder: Path) -> Found:
     """Find the documents below a folder, through links too, each folder once.
 
-    Hidden files and folders, `__MACOSX` and the lock files of Office are no documents and are not named.
+    Hidden files and folders, `__MACOSX` and the lock files of Office are no documents and are not named. A workdir or
+    an index below the folder is left out, so that no run reads what another has written.
     """
     files, left_out, seen, waiting = [], {}, set(), [folder]
     while waiting:
@@ -237,6 +241,9 @@ def find(folder: Path) -> Found:
                 continue
             seen.add((status.st_dev, status.st_ino))
             entries = list(os.scandir(path))
+            if path != folder and any(entry.name == _LOCK for entry in entries):
+                left_out[name_below(folder, path)] = "workdir or index"
+                continue
         except OSError as error:
             left_out[name_below(folder, path)] = f"cannot be read: {error.strerror}"
             continue

@@ -11,6 +11,8 @@ import pytest
 from roserag_jax import inputs, options
 from roserag_jax.errors import UserError
 from roserag_jax.rag import corpora, documents
+from roserag_jax.retrieval import indexing
+from roserag_jax.workdir import Workdir
 
 HTML = """<!doctype html><html><head><title>no</title><style>p {}</style></head><body><nav>Home</nav>
 <h1>Moss</h1><p>Moss is <b>gre</b>en.<p>It &amp; fern<br>grow.<script>var x</script>
@@ -142,6 +144,17 @@ def test_find_leaves_out_what_is_no_document(tmp_path, capsys):
     for reason in ("1 broken link (gone.txt)", "1 not a regular file (pipe.txt)", "without text (empty.txt)"):
         assert reason in out
     assert not any(name in out for name in ("hidden", "MACOSX", "checkpoints", "DS_Store", "._a", "~$"))
+
+
+def test_find_leaves_out_workdirs_and_indexes(tmp_path):
+    """A workdir below the documents holds texts of its own, as `merged/merges.txt`."""
+    write(tmp_path, a__md="Moss.")
+    with Workdir(str(tmp_path / "runs" / "mine")).lock():
+        write(tmp_path / "runs" / "mine" / "merged", merges__txt="x")
+    indexing.update(tmp_path / "index", corpora.Corpus(str(tmp_path)))
+    found = documents.find(tmp_path)
+    assert [file.name for file in found.files] == ["a.md"]
+    assert found.left_out == {"index": "workdir or index", "runs/mine": "workdir or index"}
 
 
 def zip_of(name: str) -> bytes:
