@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-compat test-launch lint clean
+.PHONY: quickstart test test-compat test-launch test-processes lint clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m roserag_jax.train --config configs/quickstart.py
@@ -21,6 +21,10 @@ test-compat: $(VENV)/.test .venv-compat/.installed
 # The files of launch/, each checked by its own tool, without any cloud.
 test-launch: .venv-launch/.installed
 	PATH="$(CURDIR)/.venv-launch/bin:$$PATH" .venv-launch/bin/python -m pytest --noconftest -o addopts="" -q tests/launch
+
+# Whole runs of several processes with faults; minutes.
+test-processes: $(VENV)/.test
+	TEST_PROCESSES=1 $(BIN)/python -m pytest -n 0 -q tests/distributed/test_several_processes.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -2,8 +2,9 @@
 
 A command takes `--config file.py` (a file with `get_config()`) and any number of `--config.section.option=value`.
 
-Exit status: 0 done; 2 something for the user to put right, in one line; 130 Ctrl-C and 143 SIGTERM, after which the
-same command resumes where it stopped; 141 nobody reads the output any more. Anything else is a defect and a traceback.
+Exit status: 0 done; 2 something for the user to put right, in one line; 130 Ctrl-C and 143 SIGTERM, and 134 one of
+several processes was lost or hangs, after which the same command resumes where it stopped; 141 nobody reads the output
+any more. Anything else is a defect and a traceback.
 """
 
 import contextlib
@@ -12,14 +13,16 @@ import itertools
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from roserag_jax import signals
-from roserag_jax.errors import UserError, disk_error
+from roserag_jax.distributed.channel import LOST, ProcessLost
+from roserag_jax.errors import UserError, disk_error, first_line
 from roserag_jax.options import defaults, describe, validate, walk
 from roserag_jax.workdir import to_json
 
@@ -144,8 +147,31 @@ def _run(run: Callable[[ConfigDict], None], workdir: bool, model: bool, alone: b
     if alone and config.distributed:
         raise UserError("config.distributed: this command is for one process; leave it empty.")
     cache_compilations()
-    processes.start(config.distributed)
-    run(config)
+    try:
+        processes.start(config)
+        if config.distributed:  # or a run would mix the texts of two models
+            _check_same_model(config)
+        run(config)
+        processes.leave(0)
+    except BaseException as error:
+        if processes.several():
+            _end_with_others(error)
+        raise
+
+
+def _check_same_model(config: ConfigDict) -> None:
+    """Check that all processes find the same files where the options say.
+
+    Raises:
+      UserError: they do not, in every process.
+    """
+    from roserag_jax.distributed import processes
+    from roserag_jax.hub import model_files
+
+    for name, revision, weights in (("model", config.revision, True), ("tokenizer", "", False)):
+        if config[name]:
+            found = model_files.fingerprint(config[name], revision or None, weights)
+            processes.check_equal(f"config.{name}={config[name]}", found)
 
 
 def _exit_status(error: BaseException) -> int | None:
@@ -156,10 +182,39 @@ def _exit_status(error: BaseException) -> int | None:
     if isinstance(error, BrokenPipeError):  # as in `roserag score ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python flushes it again at the end
         return 141
-    if why := str(error) if isinstance(error, UserError) else disk_error(error):
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    if isinstance(error, ProcessLost):
+        print(f"error: {error}", file=sys.stderr)
+        return LOST
+    if why := _user_message(error):
         print(f"error: {why}", file=sys.stderr)
         return 2
     return None
+
+
+def _user_message(error: BaseException) -> str | None:
+    """What the user can put right about an error; None for a defect."""
+    return str(error) if isinstance(error, UserError) else disk_error(error)
+
+
+def _end_with_others(error: BaseException) -> NoReturn:
+    """End this process of several, and the others with it, for the same reason and with the same status."""
+    from roserag_jax.distributed import processes
+
+    message = _user_message(error) or first_line(error)
+    if number := signals.stopped():
+        message = signals.message(number)
+    defect = not (number or _user_message(error) or isinstance(error, SystemExit | BrokenPipeError | ProcessLost))
+    processes.begin_end(defect)
+    if defect:
+        traceback.print_exception(error)
+        message = f"{type(error).__name__}: {message}"
+    status = _exit_status(error)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    processes.leave(1 if status is None else status, message)
+    os._exit(1 if status is None else status)  # in its own way of ending JAX would wait for the others
 
 
 def main(

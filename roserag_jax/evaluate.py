@@ -137,28 +137,30 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
         )
         measure = answers.Measure(config.evaluate.metric, config.data.language)
         clock = time.monotonic()
-        for response in responses:
-            row, prompt = rows[response.number], prompts[response.number]
-            rationale, prediction, parsed = answers.parse(response.text, opens_thoughts(prompt.text))
-            example = {
-                "id": row["id"],
-                "question": row["question"],
-                "golden_answers": row["golden_answers"],
-                "prediction": prediction,
-                "rationale": rationale,
-                "response": response.text,
-                "finished": response.finished,
-                "scores": metrics.score_row(row, prediction, parsed, measure),
-                "prompt_tokens": len(prompt.tokens),
-                "response_tokens": response.tokens,
-                "prompt_cut": prompt.cut,
-                "prompt": prompt.text,
-                "seconds": time.monotonic() - clock,
-            }
-            clock = time.monotonic()
-            parts.add(example)
-            em += example["scores"]["em"]
-            progress.update(len(parts.done), f"EM {100 * em / len(parts.done):.1f}")
+        with processes.watched():
+            for response in responses:
+                row, prompt = rows[response.number], prompts[response.number]
+                rationale, prediction, parsed = answers.parse(response.text, opens_thoughts(prompt.text))
+                example = {
+                    "id": row["id"],
+                    "question": row["question"],
+                    "golden_answers": row["golden_answers"],
+                    "prediction": prediction,
+                    "rationale": rationale,
+                    "response": response.text,
+                    "finished": response.finished,
+                    "scores": metrics.score_row(row, prediction, parsed, measure),
+                    "prompt_tokens": len(prompt.tokens),
+                    "response_tokens": response.tokens,
+                    "prompt_cut": prompt.cut,
+                    "prompt": prompt.text,
+                    "seconds": time.monotonic() - clock,
+                }
+                clock = time.monotonic()
+                parts.add(example)
+                processes.step()
+                em += example["scores"]["em"]
+                progress.update(len(parts.done), f"EM {100 * em / len(parts.done):.1f}")
     examples = parts.gather()
     with processes.main_first():
         if processes.is_main():

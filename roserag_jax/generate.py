@@ -141,11 +141,13 @@ def make(session: Session, workdir: Workdir) -> None:
         progress.phase(f"{capacity.slots} questions at a time, {capacity.branches} rationales of each")
         counts = [candidates.count_correct(row) for row in partial.done.values()]
         correct, total = sum(c for c, _ in counts), sum(n for _, n in counts)
-        for row in generate_rows(session, builder, questions, capacity, missing):
-            partial.add(row)
-            correct_here, total_here = candidates.count_correct(row)
-            correct, total = correct + correct_here, total + total_here
-            progress.update(len(partial.done), f"{correct} of {total} candidates correct")
+        with processes.watched():
+            for row in generate_rows(session, builder, questions, capacity, missing):
+                partial.add(row)
+                processes.step()
+                correct_here, total_here = candidates.count_correct(row)
+                correct, total = correct + correct_here, total + total_here
+                progress.update(len(partial.done), f"{correct} of {total} candidates correct")
     results = partial.gather()
     with processes.main_first():
         if processes.is_main():

@@ -104,6 +104,13 @@ GENERAL = {
         "how several processes of one run find each other: 'auto' on a TPU pod or under Slurm, else "
         "'HOST:PORT,PROCESSES,INDEX'; empty is a single process",
     ),
+    "join_seconds": Option(120, "how long several processes wait for all of them to join", at_least=1),
+    "watchdog_seconds": Option(
+        120,
+        "several processes end with status 134 when one of them gives no sign of life, or finishes no training step or "
+        "question, for so long, compilation aside, and ten times as long as ever before; 0 is never",
+        at_least=0,
+    ),
     "merge": Option(False, "merge the adapter into a copy of the weights before decoding: faster, for more memory"),
 }
 

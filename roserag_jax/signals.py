@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # and the exit status of each
 
@@ -50,6 +50,17 @@ class _State:
 
 
 _state = _State()
+_before_end: list[Callable[[int, str], None]] = []
+
+
+def before_end(call: Callable[[int, str], None]) -> None:
+    """Have `call(exit status, message)` called before a signal ends the process without its main thread."""
+    _before_end.append(call)
+
+
+def stop(number: int) -> None:
+    """End the command as if the signal had just come."""
+    _handle(number, None)
 
 
 def install() -> None:
@@ -118,6 +129,8 @@ def end(number: int) -> None:
         sys.stdout.flush()
     with contextlib.suppress(OSError):
         os.write(2, f"{message(number)}\n".encode())
+    for call in _before_end:
+        call(STOPS[number], message(number))
     os._exit(STOPS[number])
 
 

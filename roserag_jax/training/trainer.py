@@ -1,6 +1,5 @@
 """The training loop: steps, their log, checkpoints, evaluation on held-out pairs, and what ends a run early."""
 
-import sys
 import time
 
 import jax
@@ -62,7 +61,8 @@ class Trainer:
         self.state = found.state
         with self.log.resume(found.step, found.evaluations), processes.shared_preemption():
             try:
-                self._run()
+                with processes.watched():
+                    self._run()
             except (KeyboardInterrupt, SystemExit):
                 if self.done > self.saved and jax.process_count() == 1:  # several would have to save together
                     self._save()
@@ -94,10 +94,13 @@ class Trainer:
                 progress.update(self.done, f"loss {metrics['loss']:.3f}{margin}")
             if self._evaluate_if_due():
                 clock = time.monotonic()
-            if processes.preempted():
+            processes.step()
+            if stop := processes.preempted():
                 self._save()
+                self.checkpoints.wait()
+                processes.barrier("saved")
                 print(f"\nSaved step {self.done}.")
-                sys.exit(143)
+                signals.stop(stop)
             if self.done % self.checkpoint_every == 0 and self.done < len(self.stream):
                 self._save()
         if self.done > self.saved:

@@ -97,7 +97,7 @@ def test_two_processes_train_as_one(config_of, questions, finished):
         runs = start_both()
         said = [run.communicate(timeout=200)[0] for run in runs]
     assert [run.returncode for run in runs] == [2, 2], said
-    assert "in use by another run" in said[0] and "Process 0 stopped" in said[1]
+    assert "in use by another run" in said[0] and "error: process 0: config.workdir" in said[1]
 
     first, second = start_both()
     decoding = lambda: any((work / ".parts").glob("generate*/*.jsonl"))
