@@ -10,9 +10,11 @@ any more. Anything else is a defect and a traceback.
 import contextlib
 import difflib
 import itertools
+import logging
 import os
 import platform
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
@@ -61,16 +63,12 @@ def _config_files() -> list[str]:
 
 
 def _let_configs_import_one_another() -> None:
-    """Put the folder above a configuration file's package on the path, so that `from configs import base` finds it.
-
-    From the repository's root it is there already where `python -m` runs a command, but not for `roserag`.
-    """
+    """Put the folder above a configuration file's package first on the path, for its `from configs import base`."""
     for file in _config_files():
         folder = os.path.dirname(os.path.abspath(os.path.expanduser(file)))
         while os.path.isfile(os.path.join(folder, "__init__.py")):
             folder = os.path.dirname(folder)
-            if folder not in sys.path:
-                sys.path.insert(0, folder)
+            sys.path.insert(0, folder)
 
 
 def _parse_flags() -> tuple[list[str], ConfigDict]:
@@ -86,7 +84,7 @@ def _parse_flags() -> tuple[list[str], ConfigDict]:
         arguments, config = flags.FLAGS(sys.argv), flags.FLAGS.config
         if {name for name, _ in defaults().items()} - set(config):
             raise ValueError("a configuration file's get_config() must start from roserag_jax.options.defaults()")
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
         raise UserError(_flag_error(error)) from error
     return arguments, config
 
@@ -144,6 +142,7 @@ def _run(run: Callable[[ConfigDict], None], workdir: bool, model: bool, alone: b
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; options are written --config.section.option=value.")
     validate(config, workdir, model)
+    _disk_errors.place = config.workdir
     if alone and config.distributed:
         raise UserError("config.distributed: this command is for one process; leave it empty.")
     cache_compilations()
@@ -174,6 +173,42 @@ def _check_same_model(config: ConfigDict) -> None:
             processes.check_equal(f"config.{name}={config[name]}", found)
 
 
+class _DiskErrors(logging.Filter):
+    """Keeps what libraries report of a full disk off the terminal, where our one line is to be read.
+
+    Their threads find it first, log it with tracebacks, die, and leave errors of other kinds behind.
+    """
+
+    first: str | None = None  # the message for it
+    place = ""  # the workdir
+
+    def message(self, error: BaseException | None) -> str | None:
+        """The message for an error of a full disk, or for one that came after it; None for any other."""
+        self.first = self.first or disk_error(error, self.place)
+        return self.first
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a log record is to be shown."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not self.message(error or Exception(record.getMessage()))
+
+    def install(self) -> None:
+        """Listen to the loggers and threads of Orbax, tensorstore and TensorBoard."""
+        for name in ("absl", "asyncio", "orbax"):
+            logging.getLogger(name).addFilter(self)
+        in_thread, unraisable = threading.excepthook, sys.unraisablehook
+        threading.excepthook = lambda args: None if self.message(args.exc_value) else in_thread(args)
+        sys.unraisablehook = lambda args: None if self.message(args.exc_value) else unraisable(args)
+
+
+_disk_errors = _DiskErrors()
+
+
+def _user_message(error: BaseException) -> str | None:
+    """What the user can put right about an error; None for a defect."""
+    return str(error) if isinstance(error, UserError) else _disk_errors.message(error)
+
+
 def _exit_status(error: BaseException) -> int | None:
     """The exit status for an error that is not a defect, after printing its one line; None for a defect."""
     if number := signals.stopped():
@@ -191,11 +226,6 @@ def _exit_status(error: BaseException) -> int | None:
         print(f"error: {why}", file=sys.stderr)
         return 2
     return None
-
-
-def _user_message(error: BaseException) -> str | None:
-    """What the user can put right about an error; None for a defect."""
-    return str(error) if isinstance(error, UserError) else disk_error(error)
 
 
 def _end_with_others(error: BaseException) -> NoReturn:
@@ -228,6 +258,7 @@ def main(
       alone: whether it is for one process.
     """
     signals.install()
+    _disk_errors.install()
     for stream in (sys.stdout, sys.stderr):  # an encoding that lacks a letter must not end a run
         stream.reconfigure(errors="backslashreplace")
     flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")

@@ -60,10 +60,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
             pending += [*getattr(error, "exceptions", ()), error.__context__, error.__cause__]
 
 
-def disk_error(error: BaseException) -> str | None:
+def disk_error(error: BaseException | None, place: str = "") -> str | None:
     """The message for an error of the disk (full, read-only, not permitted), named with its file; None for any other.
 
-    Libraries written in C++ report theirs as text.
+    Libraries written in C++ report theirs as text, and some do not name the file.
+
+    Args:
+      place: what is named where the file is not.
     """
     for cause in _causes(error):
         for code, advice in _REFUSALS.items():
@@ -73,5 +76,6 @@ def disk_error(error: BaseException) -> str | None:
             quoted = _QUOTED_PATH.search(str(cause))
             file = getattr(cause, "filename", None) or (quoted.group(1) if quoted else None)
             if said and (file or code not in (errno.EACCES, errno.EPERM)):  # which are not of the disk alone
-                return f"{f'{file}: ' if file else ''}{os.strerror(code).lower()}; {advice}."
+                where = f"{file or place}: " if file or place else ""
+                return f"{where}{os.strerror(code).lower()}; {advice}."
     return None

@@ -9,6 +9,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch's; the tests run in two processes a
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
@@ -64,7 +67,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Longest first, so that both processes end together.
-LONG = ("test_real_weights", "test_processes", "test_train_step", "test_scheduler", "test_network", "test_commands")
+LONG = ("test_real_weights", "test_processes", "test_train_step", "test_scheduler", "test_network", "test_train")
 
 
 def pytest_collection_modifyitems(items):
@@ -410,7 +413,45 @@ def engine_on(opened, mesh, stop_ids=(2,)):
     return Engine(loading.assemble(opened.config, base), mesh, stop_ids, 0)
 
 
-@pytest.fixture(scope="module")
+def write_config(config, file: str) -> list[str]:
+    """The arguments that give a command this configuration, from a file that this writes."""
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    flat = options.subset(config, *(name for name, _ in options.walk()))
+    with open(file, "w") as stream:
+        stream.write("from roserag_jax import options\ndef get_config():\n    config = options.defaults()\n")
+        stream.writelines(f"    config.{name} = {value!r}\n" for name, value in flat.items())
+        stream.write("    return config\n")
+    return ["--config", file]
+
+
+def command_line(stage, config, *arguments, file=None) -> list[str]:
+    file = file or os.path.join(config.workdir, "config_for_test.py")
+    return [sys.executable, "-m", f"roserag_jax.{stage}", *write_config(config, file), *arguments]
+
+
+def run_command(stage, config, *arguments, file=None, **environment):
+    """Run a command in a process of its own, with further environment variables, to its end."""
+    line, environment = command_line(stage, config, *arguments, file=file), {**os.environ, **environment}
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def start_command(stage, config, *arguments, stderr=subprocess.STDOUT, **environment):
+    """Start a command in a process of its own."""
+    line, environment = command_line(stage, config, *arguments), {**os.environ, **environment}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+
+
+def stop_when(process, seen, how):
+    """Signal a running command as soon as `seen()` is true; returns its status and output."""
+    deadline = time.monotonic() + 200
+    while not seen() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    output = process.communicate(timeout=60)[0]
+    return process.returncode, output
+
+
+@pytest.fixture(scope="session")
 def alone():
     """For tests about files: one device compiles faster."""
     with pytest.MonkeyPatch.context() as patch:
@@ -418,7 +459,7 @@ def alone():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A random Llama of two layers with a tokenizer of single bytes."""
     torch = pytest.importorskip("torch")
@@ -451,7 +492,7 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def config_of(alone, model_folder, tmp_path_factory):
     """A function: a small configuration in its own workdir, on the given questions."""
 
@@ -475,7 +516,7 @@ def config_of(alone, model_folder, tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def questions(config_of, tmp_path_factory):
     """Questions whose golden answers are what the random model says once, so that pairs come to exist."""
     config = config_of()
@@ -490,7 +531,7 @@ def questions(config_of, tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(config_of, questions):
     """A workdir after `train`."""
     config = config_of(questions)

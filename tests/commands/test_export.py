@@ -1,0 +1,40 @@
+"""`export`: the merged folder and the adapter in other tools."""
+
+import copy
+import json
+
+import pytest
+
+from roserag_jax import export
+from roserag_jax.errors import UserError
+from roserag_jax.workdir import Workdir, digest
+
+torch = pytest.importorskip("torch")
+
+
+def test_export_and_adapter_load_elsewhere(finished, model_folder):
+    """peft on the adapter and transformers on the merged folder give the same logits."""
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    export.run(finished)
+    export.run(finished)  # its own folder it makes again
+    work = Workdir(finished.workdir)
+    assert json.loads((work / "merged/merged_from.json").read_text())["adapter"] == str(work / "adapter")
+    elsewhere = copy.deepcopy(finished)
+    elsewhere.export.folder = str(model_folder)
+    before = digest(model_folder)
+    with pytest.raises(UserError, match="was not made by this command"):
+        export.run(elsewhere)
+    assert digest(model_folder) == before
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    # In float64 the files are compared, not torch's order of summation.
+    adapted = peft.PeftModel.from_pretrained(base, work / "adapter").eval().double()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(work / "merged").eval().double()
+    assert transformers.AutoTokenizer.from_pretrained(work / "merged")("abc").input_ids
+    tokens = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        original = transformers.AutoModelForCausalLM.from_pretrained(model_folder).eval().double()(tokens).logits
+        size = original.abs().max()  # this model's weights are large, and so are its logits
+        assert (adapted(tokens).logits - merged(tokens).logits).abs().max() < 1e-5 * size
+        assert (merged(tokens).logits - original).abs().max() > 1e-4 * size

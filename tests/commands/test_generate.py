@@ -1,0 +1,58 @@
+"""`generate`: candidates from samples of the model and from elsewhere."""
+
+import json
+import re
+
+import pytest
+
+from roserag_jax import generate, session
+from roserag_jax.errors import UserError
+from roserag_jax.workdir import Workdir
+
+
+def test_generate_verifies_samples_from_elsewhere(finished, config_of, questions, tmp_path, capsys):
+    """Responses in a file are verified as our own are, in batches that fit a memory limit, with the same result."""
+    made = Workdir(finished.workdir).rows("candidates.jsonl")
+    file, ours = tmp_path / "samples.jsonl", [row for row in made if row["candidates"]]
+    lines = [{"id": row["id"], "samples": [c["response"] for c in row["candidates"]]} for row in ours]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"id": "other", "samples": ["x"]}]))
+    changes = {"generate.plain_samples": 0, "generate.samples": str(file), "generate.memory_gb": 0.0005}
+    config = config_of(questions, **changes)
+    generate.run(config)
+    out = capsys.readouterr().out
+    assert f"samples for {len(ours)} of {len(made)} questions; 1 lines for others" in out
+    assert re.search(r"generate: [12] questions at a time, \d+ MB each, of 0.0005 GB", out)
+    for row, found in zip(made, Workdir(config.workdir).rows("candidates.jsonl"), strict=True):
+        assert {c["source"] for c in found["candidates"]} <= {"outside"}
+        by_rationale = {c["rationale"]: c for c in row["candidates"]}
+        assert len(found["candidates"]) >= len(by_rationale) - 1  # a parsed answer may leave two rationales the same
+        for candidate in found["candidates"]:
+            same = by_rationale[candidate["rationale"]]
+            assert candidate["answer"] == same["answer"] and candidate["correct"] == same["correct"]
+            assert candidate["logprob"] == pytest.approx(same["logprob"], abs=1e-3)
+
+    config.generate.memory_gb = 1e-6
+    with pytest.raises(UserError, match="one question with"):
+        generate.make(session.Session(config), Workdir(config_of(questions, **changes).workdir))
+    config.generate.samples = str(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="There is no file"):
+        generate.run(config)
+
+
+def test_generate_judges_sampled_answers(config_of, questions, tmp_path):
+    """`generate.answer=sampled`: a sample's own answer line is right or wrong, and the whole response is scored."""
+    texts = ["Passage 1 says so.\nAnswer: red", "Passage 1 says so.\nAnswer: blue", "Nobody knows."]
+    file = tmp_path / "samples.jsonl"
+    file.write_text(json.dumps({"id": json.loads(questions.read_text().splitlines()[0])["id"], "samples": texts}))
+    config = config_of(
+        questions, **{"generate.plain_samples": 0, "generate.samples": str(file), "generate.answer": "sampled"}
+    )
+    generate.run(config)
+    row = Workdir(config.workdir).rows("candidates.jsonl")[0]
+    assert [(c["response"], c["answer"]) for c in row["candidates"]] == [(texts[0], "red"), (texts[1], "blue")]
+    assert row["dropped"] == {"no answer": 1} and row["candidates"][0]["tokens"] == len(texts[0])
+    run = session.Session(config)
+    prompt, engine = list(run.tokenizer(row["prompt"]).input_ids), run.engine()
+    sums = engine.score(engine.prefill([prompt]), [prompt], [[list(run.tokenizer(t).input_ids) for t in texts]], 48)
+    for candidate, logprob in zip(row["candidates"], sums[0].sum(-1), strict=False):
+        assert candidate["logprob"] == pytest.approx(float(logprob), abs=1e-3)

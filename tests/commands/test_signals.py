@@ -1,0 +1,132 @@
+"""Ctrl-C and SIGTERM: wherever they fall, one line and 130 or 143."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import start_command
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+# A command whose main thread is nearly always in a place where an exception does not arrive.
+PROGRAM = """
+import gc, hashlib, sys, time, weakref
+from roserag_jax import signals
+
+def busy(*_):
+    until = time.monotonic() + 0.05
+    while time.monotonic() < until:
+        pass
+
+class Dying:
+    __del__ = busy
+
+class Swallowing:
+    def __getattr__(self, name):
+        busy()
+        raise AttributeError(name)
+
+def collector():
+    if busy not in gc.callbacks:
+        gc.callbacks.append(busy)
+    gc.collect()
+
+def destructor():
+    Dying()
+
+def weak():
+    key = Swallowing()
+    reference = weakref.ref(key, busy)
+    del key
+
+def library():
+    try:
+        busy()
+    except BaseException:
+        pass
+
+def c_code():
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)
+
+def deferred():
+    with signals.deferred():
+        busy()
+
+def convert():
+    try:
+        busy()
+    except BaseException as error:
+        raise ValueError("something else") from error
+
+def run():
+    print("running", flush=True)
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        globals()[sys.argv[1]]()
+
+signals._BUSY_SECONDS = 1.0
+signals.install()
+status = 0
+try:
+    run()
+except BaseException:
+    number = signals.stopped()
+    print(signals.message(number), file=sys.stderr)
+    status = signals.STOPS[number]
+sys.exit(status)
+"""
+
+
+def assert_stopped(process, how, timeout):
+    err = process.communicate(timeout=timeout)[1]
+    assert process.returncode == STATUS[how], err
+    assert err.count("Stopped by") == 1 and "Traceback" not in err and "ignored" not in err, err
+
+
+@pytest.mark.parametrize("place", ["collector", "destructor", "weak", "library", "c_code", "deferred", "convert"])
+def test_signal_arrives_where_an_exception_would_be_lost(place):
+    how = signal.SIGINT if place in ("collector", "c_code") else signal.SIGTERM
+    line = [sys.executable, "-c", PROGRAM, place]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "running\n"
+    time.sleep(0.13)
+    process.send_signal(how)
+    assert_stopped(process, how, 30)
+
+
+@pytest.mark.parametrize("how", list(STATUS), ids=lambda how: how.name)
+def test_signal_ends_a_command_while_it_imports(how, tmp_path):
+    """Jax takes seconds to import; the command's own code has not begun."""
+    (tmp_path / "jax.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    for line in ((sys.executable, "-m", "roserag_jax.train"), (sys.executable, "-m", "roserag_jax", "train")):
+        process = subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        )
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(how)
+        assert_stopped(process, how, 30)
+
+
+def test_signal_at_any_moment_of_a_run_ends_it_in_one_line(config_of, questions):
+    """Seeded moments of `generate`; `SIGNAL_MOMENTS=100` for a campaign."""
+    draw = random.Random(0)
+    for _ in range(int(os.environ.get("SIGNAL_MOMENTS", "2"))):
+        config, how = config_of(questions), draw.choice(list(STATUS))
+        process = start_command("generate", config, stderr=subprocess.PIPE)
+        time.sleep(draw.uniform(1, 12))
+        if process.poll() is None:
+            process.send_signal(how)
+            assert_stopped(process, how, 120)
+        else:
+            assert process.returncode == 0
+
+
+def test_signals_are_left_alone_where_the_package_is_a_library():
+    program = "import signal; before = [signal.getsignal(s) for s in (2, 15)]; import roserag_jax.cli\n"
+    program += "assert [signal.getsignal(s) for s in (2, 15)] == before"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
