@@ -1,6 +1,5 @@
 """Settings in JSON files that others wrote, read field by field with the type that is expected."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ class Fields:
     def number(self, name: str, default: float | None, least: float, most: float) -> float | None:
         """Read a finite number from `least` to `most`."""
         number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
-        fits = lambda v: number(v) and least <= v <= most and math.isfinite(v)
+        fits = lambda v: number(v) and least <= v <= most
         return self._read(name, default, f"a number from {least:g} to {most:g}", fits)
 
     def flag(self, name: str, default: bool) -> bool:

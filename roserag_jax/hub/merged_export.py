@@ -72,9 +72,8 @@ def save_config(source: ModelFiles, dtype: str, folder: Path) -> None:
     config = json.loads(file.read_bytes()) if file.is_file() else source.transformers_config().to_dict()
     spelled = [key for key in ("dtype", "torch_dtype") if key in config] if file.is_file() else ["dtype", "torch_dtype"]
     config |= dict.fromkeys(spelled or ["torch_dtype"], dtype)
-    rope = config.get("rope_parameters")
-    if rope and "rope_theta" not in config:
-        config |= _rope_of_version_4(rope)
+    if config.get("rope_parameters") and "rope_theta" not in config:
+        config |= _rope_of_version_4(source.transformers_config().rope_parameters)
     _write_json(folder / huggingface.CONFIG, config)
 
 

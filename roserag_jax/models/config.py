@@ -59,7 +59,7 @@ _ROPE_TYPES = {
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _rope(parameters: dict, source: str) -> tuple[float, tuple]:

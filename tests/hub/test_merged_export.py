@@ -43,3 +43,14 @@ def test_save_generation_config_without_one(tiny_folder, tmp_path):
     file.unlink()
     merged_export.save_generation_config(opened, (2, 7), 0, tmp_path)
     assert json.loads((tmp_path / file.name).read_text()) == {"eos_token_id": [2, 7], "pad_token_id": 0}
+
+
+def test_save_config_spells_rope_for_version_4_too(tiny_folder, tmp_path):
+    """Its base has no default in version 4's spelling; a base that version 5 did not write is in both."""
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    folder = copy_folder(tiny_folder("llama")[0], tmp_path / "model", config={"rope_parameters": scaling})
+    opened = model_files.open_model(str(folder))
+    merged_export.save_config(opened, "float32", tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["rope_theta"] == opened.config.rope_theta == 10000.0
+    assert saved["rope_scaling"] == scaling and saved["rope_parameters"] == scaling

@@ -18,8 +18,10 @@ TOKENS = np.random.default_rng(0).integers(3, 131, 24)
 
 
 def with_adapter(tiny_llama, folder, mesh):
+    """The network with an adapter in its weights: one program for all adapters."""
     opened, base = tiny_llama
-    return loading.assemble(opened.config, base, *peft_adapter.load_adapter(folder, opened.config, mesh))
+    adapter = peft_adapter.load_adapter(folder, opened.config, mesh)
+    return loading.merge_adapter(loading.assemble(opened.config, base, *adapter))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
