@@ -204,10 +204,12 @@ def _step(
     objective: Objective,
     optimizer: Optimizer,
     seed: int,
-    shared_prefix,
+    shared_prefix: Int[np.ndarray, "C"] | None,
     skip_nonfinite: bool,
 ) -> tuple[TrainState, dict]:
     """One update of the state, and its metrics."""
+    if shared_prefix is not None:
+        shared_prefix = jnp.asarray(shared_prefix)
     total, span = microbatches.weights.sum(), mean_span(microbatches, shared_prefix)
 
     def weighted_loss(adapter, microbatch, index):
