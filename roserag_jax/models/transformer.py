@@ -23,7 +23,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from roserag_jax.distributed.sharding import constrain
+from roserag_jax.distributed.sharding import constrain, devices
 from roserag_jax.models import rope
 from roserag_jax.models.attention import branch_attention, prompt_attention
 from roserag_jax.models.cache import PrefixCache, SuffixCache
@@ -132,6 +132,12 @@ class Layer(nnx.Module):
 
 _REMAT = {
     "none": lambda body: body,
+    # As 'none', but gathered weights are gathered again: kept, those of all layers would stand on every device.
+    "gathered": functools.partial(
+        jax.checkpoint,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.save_anything_except_these_names("gathered"),
+    ),
     "layer": functools.partial(jax.checkpoint, prevent_cse=False),  # inside a scan nothing can be merged
     "dots": functools.partial(
         jax.checkpoint,
@@ -139,6 +145,17 @@ _REMAT = {
         policy=jax.checkpoint_policies.save_only_these_names("projection", "attention"),
     ),
 }
+
+
+def _gathered(layer: nnx.State) -> nnx.State:
+    """A layer's parameters with the dimensions gathered that fsdp shards."""
+
+    def gather(variable):
+        _, *axes = variable.get_metadata()["axes"]  # the first is the layer's, which the scan has taken
+        value = constrain(variable.get_value(), *(None if axis == "embed" else axis for axis in axes))
+        return variable.replace(checkpoint_name(value, "gathered"))
+
+    return jax.tree.map(gather, layer, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))
 
 
 class _Visible(NamedTuple):
@@ -209,25 +226,9 @@ class Transformer(nnx.Module):
 
         def step(x, layer, angles, window, key, xs):
             number, prefix = xs
-
-            def store(k, v):
-                k, v = (a.reshape(B, P, c.num_kv_heads, c.head_dim) for a in (k, v))
-                k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-                if prefix is not None:
-                    join = lambda first, rest, axis: jnp.concatenate([jnp.repeat(first, B, axis=0), rest], axis)
-                    k, v = join(prefix[0], k, 3), join(prefix[1], v, 2)
-                k, v = (constrain(a, "batch", "heads", None, None) for a in (k, v))
-                return k, v, (k, v)
-
-            def attend(q, k, v):
-                q = q.reshape(B, P, c.num_heads, c.head_dim)
-                with jax.named_scope("prompt_attention"):
-                    out = prompt_attention(q, k, v, window=window, softcap=c.attention_softcap)
-                return out.reshape(B * P, -1)
-
             # Without hidden states, only keys and values of the last layer are needed.
             needs_output = None if return_hidden else number < c.num_layers - 1
-            return layer(x, angles, store=store, attend=attend, dropout_key=key, needs_output=needs_output)
+            return self._prompt_layer(x, layer, angles, window, key, prefix, (B, P), needs_output)
 
         xs = jnp.arange(c.num_layers), None if shared is None else (shared.k, shared.v)
         x, (k, v) = self._scan(step, self._embed(prompt), positions, xs, remat, dropout_key)
@@ -259,6 +260,64 @@ class Transformer(nnx.Module):
         prefix = cache.k, cache.v
         x, _ = self._scan(step, self._embed(branches), positions.reshape(-1), prefix, remat, dropout_key)
         return self.final_norm(x).reshape(B, N, S, -1)
+
+    def prefill_and_extend(
+        self,
+        prompt: Int[Array, "B P"],
+        lengths: Int[Array, "B"],
+        branches: Int[Array, "B N S"],
+        shared: Int[Array, "C"] | None = None,
+        *,
+        remat: str = "none",
+        dropout_key: Key[Array, ""] | None = None,
+        return_hidden: bool = False,
+    ) -> tuple[Float[Array, "B N S D"], Float[Array, "B P D"] | None, Float[Array, "C D"] | None]:
+        """`prefill` and `extend` in one scan over the layers, for training; the arguments are theirs.
+
+        A layer of a branch needs no more of its prompt than the same layer's keys and values. So each layer's weights
+        are gathered once for both (in fsdp), and in the backward pass once more; and no cache of all layers exists.
+
+        Args:
+          shared: the C tokens that all prompts begin with and that `prompt` leaves out.
+
+        Returns:
+          The branches' normed hidden states, and with `return_hidden` those of `prompt` and of `shared`.
+        """
+        c = self.config
+        (B, P), (_, N, S), C = prompt.shape, branches.shape, 0 if shared is None else shared.size
+        start = jnp.broadcast_to((C + lengths)[:, None, None], (B, N, 1))
+        branch_positions = start + jnp.arange(S)
+        suffix_mask = jnp.broadcast_to(jnp.tril(jnp.ones((S, S), bool)), (B, N, S, S))
+        prefix_mask = (jnp.arange(C + P) < (C + lengths)[:, None])[:, None, None]
+        visible = _Visible(branch_positions, branch_positions, prefix_mask, suffix_mask)
+        prompt_positions = jnp.broadcast_to(C + jnp.arange(P), (B, P))
+        positions = jnp.arange(C), prompt_positions.reshape(-1), branch_positions.reshape(-1)
+
+        def step(carry, layer, angles, window, key, number):
+            (x_shared, x_prompt, x_branches), prefix = carry, None
+            keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+            of_shared, of_prompt, of_branches = angles
+            needs_output = None if return_hidden else number < c.num_layers - 1
+            if C:
+                x_shared, prefix = self._prompt_layer(
+                    x_shared, layer, of_shared, window, keys[2], None, (1, C), needs_output
+                )
+            x_prompt, prefix = self._prompt_layer(
+                x_prompt, layer, of_prompt, window, keys[0], prefix, (B, P), needs_output
+            )
+            keep_nothing = lambda k, v: (k, v, None)
+            x_branches, _ = self._branch_layer(
+                x_branches, layer, of_branches, window, keys[1], prefix, visible, keep_nothing
+            )
+            return (x_shared, x_prompt, x_branches), None
+
+        x = (self._embed(shared) if C else None), self._embed(prompt), self._embed(branches)
+        x, _ = self._scan(step, x, positions, jnp.arange(c.num_layers), remat, dropout_key, gather=True)
+        x_shared, x_prompt, x_branches = x
+        hidden = self.final_norm(x_branches).reshape(B, N, S, -1)
+        if not return_hidden:
+            return hidden, None, None
+        return hidden, self.final_norm(x_prompt).reshape(B, P, -1), self.final_norm(x_shared) if C else None
 
     def extend_cached(
         self, branches: Int[Array, "B N S"], real: Bool[Array, "B N S"], cache: PrefixCache, suffix: SuffixCache
@@ -336,6 +395,27 @@ class Transformer(nnx.Module):
             jnp.int32(0),
         )
 
+    def _prompt_layer(self, x, layer, angles, window, key, prefix, shape: tuple[int, int], needs_output):
+        """A layer on the tokens of prompts [B, P], behind those of a shared prefix; with the joined keys and values."""
+        c, (B, P) = self.config, shape
+
+        def store(k, v):
+            k, v = (a.reshape(B, P, c.num_kv_heads, c.head_dim) for a in (k, v))
+            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+            if prefix is not None:
+                join = lambda first, rest, axis: jnp.concatenate([jnp.repeat(first, B, axis=0), rest], axis)
+                k, v = join(prefix[0], k, 3), join(prefix[1], v, 2)
+            k, v = (constrain(a, "batch", "heads", None, None) for a in (k, v))
+            return k, v, (k, v)
+
+        def attend(q, k, v):
+            q = q.reshape(B, P, c.num_heads, c.head_dim)
+            with jax.named_scope("prompt_attention"):
+                out = prompt_attention(q, k, v, window=window, softcap=c.attention_softcap)
+            return out.reshape(B * P, -1)
+
+        return layer(x, angles, store=store, attend=attend, dropout_key=key, needs_output=needs_output)
+
     def _branch_layer(self, x, layer, angles, window, key, prefix, visible: _Visible, write):
         """A layer on the branches' tokens, its new keys and values stored by `write(k, v)`; what that keeps of them."""
         c = self.config
@@ -380,28 +460,40 @@ class Transformer(nnx.Module):
             return full, full
         return full, rope.tables(positions, rope.inverse_frequencies(c.head_dim, c.rope_local_theta))
 
-    def _scan(self, step, carry, positions, xs, remat="none", dropout_key=None):
+    def _scan(self, step, carry, positions, xs, remat="none", dropout_key=None, gather=False):
         """Scan `step(carry, layer, angles, window, key, xs) -> (carry, out)` over the stacked layers.
 
-        Layers that differ (sliding or full attention, and their RoPE base) differ in scanned data, not in code.
+        Layers that differ (sliding or full attention, and their RoPE base) differ in scanned data, not in code. The
+        angles are those of `positions`, or a tuple of them where that is a tuple.
+
+        Args:
+          gather: gather each layer's weights in fsdp before it uses them, once in each pass. Left to the partitioner,
+            they are gathered for each product, and activations move where it takes that to be cheaper.
         """
         c = self.config
         graph, layers = nnx.split(self.layers)
-        full, local = self._angles(positions)
+        several = isinstance(positions, tuple)
+        tables = [self._angles(each) for each in (positions if several else (positions,))]
         slides = window = None
         if c.sliding_window is not None:
             slides = jnp.asarray(c.sliding_layers)
             window = jnp.where(slides, c.sliding_window, np.iinfo(np.int32).max)
         keys = None if dropout_key is None else jax.random.split(dropout_key, c.num_layers)
+        mesh = jax.sharding.get_abstract_mesh()
+        gather = gather and not mesh.empty and devices("embed", mesh) > 1
 
         def body(carry, scanned):
             layer, slides, window, key, xs = scanned
-            angles = full
-            if local is not full:
-                angles = jax.tree.map(lambda full, local: jnp.where(slides, local, full), full, local)
-            return step(carry, nnx.merge(graph, layer), angles, window, key, xs)
+            if gather:
+                layer = _gathered(layer)
+            angles = tuple(
+                full if local is full else jax.tree.map(lambda full, local: jnp.where(slides, local, full), full, local)
+                for full, local in tables
+            )
+            return step(carry, nnx.merge(graph, layer), angles if several else angles[0], window, key, xs)
 
-        return jax.lax.scan(_REMAT[remat](body), carry, (layers, slides, window, keys, xs))
+        wrap = _REMAT["gathered" if gather and remat == "none" else remat]
+        return jax.lax.scan(wrap(body), carry, (layers, slides, window, keys, xs))
 
     def _unroll(self, step, x, layers, positions, xs):
         """Run `step` as `_scan` does, over unstacked layers; each of `xs` has an entry per layer."""

@@ -4,9 +4,7 @@ Axes: B pairs, N = 2 branches (chosen, rejected), C shared-prefix tokens, P prom
 """
 
 import dataclasses
-import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -63,15 +61,16 @@ def summed_logprobs(
 
     A prompt's first token is given, never predicted. The other arguments are those of `pair_losses`.
     """
-    keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
-    prefix_cache, C = None, 0 if shared_prefix is None else shared_prefix.size
-    prefill = functools.partial(model.prefill, remat=remat, return_hidden=prompts)
-    if C:
-        prefix_cache = prefill(shared_prefix[None], jnp.full(1, C), dropout_key=keys[2])
-        prefix_cache, prefix_hidden = prefix_cache if prompts else (prefix_cache, None)
-    cache = prefill(batch.prompt, batch.prompt_lengths, prefix_cache, dropout_key=keys[0])
-    cache, prompt_hidden = cache if prompts else (cache, None)
-    hidden = model.extend(batch.branches, cache, remat=remat, dropout_key=keys[1])
+    C = 0 if shared_prefix is None else shared_prefix.size
+    hidden, prompt_hidden, prefix_hidden = model.prefill_and_extend(
+        batch.prompt,
+        batch.prompt_lengths,
+        batch.branches,
+        shared_prefix,
+        remat=remat,
+        dropout_key=dropout_key,
+        return_hidden=prompts,
+    )
 
     def logprobs(hidden, targets):
         return token_logprobs(hidden, targets, model.table, model.config.final_softcap)
@@ -87,8 +86,8 @@ def summed_logprobs(
     prompt_logprobs = _sum_real(logprobs(prompt_hidden, after), batch.prompt_lengths)
     if C:  # every row's prompt begins with these tokens; the last of them predicts each row's own next one
         first = jnp.where(batch.prompt_lengths > 0, batch.prompt[:, 0], opening[:, 0])
-        last = jnp.broadcast_to(prefix_hidden[:, -1], (B, prefix_hidden.shape[-1]))
-        prompt_logprobs += logprobs(prefix_hidden[0, :-1], shared_prefix[1:]).sum() + logprobs(last, first)
+        last = jnp.broadcast_to(prefix_hidden[-1], (B, prefix_hidden.shape[-1]))
+        prompt_logprobs += logprobs(prefix_hidden[:-1], shared_prefix[1:]).sum() + logprobs(last, first)
     return responses, prompt_logprobs
 
 
