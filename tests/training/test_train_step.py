@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import LORA, PAIRS
 
+from roserag_jax.distributed.collectives import count_collectives
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.hub import loading, model_files
 from roserag_jax.models.lora import LoRAConfig
@@ -103,13 +104,26 @@ def test_adamw_learns_in_the_last_step_too():
     assert 0 < schedule(9) < schedule(8) and schedule(1) == pytest.approx(1e-2)
 
 
-def test_train_step_compiles_from_shapes_alone(llama, one_device):
-    """Nothing is computed before the first call: an abstract network is enough to know what the step will take."""
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1)], ids=["replicated", "fsdp"])
+def test_train_step_sends_no_more_than_it_must(shape, llama):
+    """Compiled from shapes alone. Replicated, only the adapter's gradients and the metrics are summed; in fsdp, each
+    layer is gathered once forward and once backward, and activations stay where they are."""
     abstract = loading.abstract_model(llama.config, LORA, jnp.dtype("float32"))
     batch = Stream(PAIRS, batch=8, pad_id=0).collate(0)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
-    mesh = make_mesh(2, 2, 2)
-    step = TrainStep(abstract, mesh, optimizer=adamw(1e-2, steps=9), accumulate=2)
-    assert step.memory(shapes) > 0
+    mesh = make_mesh(*shape)
+    step = TrainStep(abstract, mesh, optimizer=adamw(1e-2, steps=9))
     for leaf in jax.tree.leaves(step.abstract_state):
         assert isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.mesh == mesh
+    compiled = step.lower(shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes > 0
+    traffic = count_collectives(compiled.as_text())
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    adapter, weights = size(step.adapter), size(step.base)
+    assert traffic["all-reduce"].bytes <= 2 * adapter + 1000
+    if shape[0] == 8:
+        assert set(traffic) == {"all-reduce"}
+    else:
+        assert "collective-permute" not in traffic
+        assert sum(each.bytes for each in traffic.values()) <= 2 * weights + 4 * adapter + 1e5
+        assert traffic["all-gather"].bytes <= 2 * (weights + adapter)
