@@ -146,9 +146,9 @@ class Checkpoints:
         """The steps of all checkpoints as process 0 sees them, the latest first."""
         steps = np.array(sorted(self._manager.all_steps(), reverse=True), np.int32)
         if jax.process_count() > 1:
-            count = multihost_utils.broadcast_one_to_all(np.int32(steps.size))
-            steps = np.resize(steps if steps.size else np.zeros(1, np.int32), int(count))
-            steps = multihost_utils.broadcast_one_to_all(steps)
+            if not (count := int(multihost_utils.broadcast_one_to_all(np.int32(steps.size)))):
+                return []
+            steps = multihost_utils.broadcast_one_to_all(np.resize(np.append(steps, 0), count).astype(np.int32))
         return steps.tolist()
 
     def _read(self, step: int, like: TrainState) -> tuple[int, tuple | str]:

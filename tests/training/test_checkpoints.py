@@ -156,6 +156,7 @@ mesh = jax.make_mesh((2,), ("data",))
 split = jax.NamedSharding(mesh, jax.P("data"))
 state = lambda value: module.TrainState({"a": jax.device_put(jnp.full(4, value), split)}, {})
 with module.Checkpoints(epath.Path(folder), keep=2) as checkpoints:
+    assert checkpoints.restore(state(0.0)) is None
     for step in (1, 2):
         checkpoints.save(step, state(float(step)))
     checkpoints.wait()
