@@ -120,7 +120,8 @@ def test_train_step_sends_no_more_than_it_must(shape, llama):
     traffic = count_collectives(compiled.as_text())
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     adapter, weights = size(step.adapter), size(step.base)
-    assert traffic["all-reduce"].bytes <= 2 * adapter + 1000
+    # A ring sends an array twice; the gradients from prompts and from branches are summed apart.
+    assert traffic["all-reduce"].bytes <= 2 * 2 * adapter + 1000
     if shape[0] == 8:
         assert set(traffic) == {"all-reduce"}
     else:
