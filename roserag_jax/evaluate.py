@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 import time
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -24,7 +25,7 @@ from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, metrics
 from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.rag.noise import Noise
-from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.rag.prompts import Prompt, PromptBuilder
 from roserag_jax.report.comparison import summary
 from roserag_jax.retrieval.indexing import open_index
 from roserag_jax.session import Session, adapter_digest, adapter_folder, checked_adapter
@@ -94,6 +95,42 @@ def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict
     return [{**row, "contexts": made.passages(row, passages)} for row in rows]
 
 
+def _answer(session: Session, engine, rows: list[dict], prompts: list[Prompt], stop, only) -> Iterator[dict]:
+    """Answer the questions numbered in `only`; yields each with its scores as soon as it is finished."""
+    config = session.config
+    measure = answers.Measure(config.evaluate.metric, config.data.language)
+    responses = respond(
+        engine,
+        session.tokenizer,
+        [prompt.tokens for prompt in prompts],
+        slots=config.evaluate.batch,
+        max_new_tokens=config.evaluate.max_tokens,
+        stop_strings=stop,
+        only=only,
+    )
+    clock = time.monotonic()
+    for response in responses:
+        row, prompt = rows[response.number], prompts[response.number]
+        rationale, prediction, parsed = answers.parse(response.text, opens_thoughts(prompt.text))
+        now = time.monotonic()
+        yield {
+            "id": row["id"],
+            "question": row["question"],
+            "golden_answers": row["golden_answers"],
+            "prediction": prediction,
+            "rationale": rationale,
+            "response": response.text,
+            "finished": response.finished,
+            "scores": metrics.score_row(row, prediction, parsed, measure),
+            "prompt_tokens": len(prompt.tokens),
+            "response_tokens": response.tokens,
+            "prompt_cut": prompt.cut,
+            "prompt": prompt.text,
+            "seconds": now - clock,
+        }
+        clock = now
+
+
 def make(session: Session, workdir: Workdir, system: str, passages: int | None = None, noise: str = "none") -> dict:
     """Bring one evaluation up to date and return its metrics.
 
@@ -120,52 +157,23 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     if cut := sum(prompt.cut > 0 for prompt in prompts):
         print(f"{cut} of {len(rows)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
     label = name.removeprefix("eval/")
-    parts = PartialResults(workdir, f"evaluate-{label}", wanted.fingerprint(), [row["id"] for row in rows])
-    missing, em = parts.missing(), sum(example["scores"]["em"] for example in parts.done.values())
-    progress = Progress(f"evaluate {label}", len(parts.done) + len(missing), "questions", len(parts.done))
+    partial = PartialResults(workdir, f"evaluate-{label}", wanted.fingerprint(), [row["id"] for row in rows])
+    missing, em = partial.missing(), sum(example["scores"]["em"] for example in partial.done.values())
+    progress = Progress(f"evaluate {label}", len(partial.done) + len(missing), "questions", len(partial.done))
     if missing:
         engine = session.decoding_session.engine(folder)
         progress.phase(f"answering {len(missing)} questions")
-        responses = respond(
-            engine,
-            session.tokenizer,
-            [prompt.tokens for prompt in prompts],
-            slots=config.evaluate.batch,
-            max_new_tokens=config.evaluate.max_tokens,
-            stop_strings=builder.stop,
-            only=missing,
-        )
-        measure = answers.Measure(config.evaluate.metric, config.data.language)
-        clock = time.monotonic()
         with processes.watched():
-            for response in responses:
-                row, prompt = rows[response.number], prompts[response.number]
-                rationale, prediction, parsed = answers.parse(response.text, opens_thoughts(prompt.text))
-                example = {
-                    "id": row["id"],
-                    "question": row["question"],
-                    "golden_answers": row["golden_answers"],
-                    "prediction": prediction,
-                    "rationale": rationale,
-                    "response": response.text,
-                    "finished": response.finished,
-                    "scores": metrics.score_row(row, prediction, parsed, measure),
-                    "prompt_tokens": len(prompt.tokens),
-                    "response_tokens": response.tokens,
-                    "prompt_cut": prompt.cut,
-                    "prompt": prompt.text,
-                    "seconds": time.monotonic() - clock,
-                }
-                clock = time.monotonic()
-                parts.add(example)
+            for example in _answer(session, engine, rows, prompts, builder.stop, missing):
+                partial.add(example)
                 processes.step()
                 em += example["scores"]["em"]
-                progress.update(len(parts.done), f"EM {100 * em / len(parts.done):.1f}")
-    examples = parts.gather()
+                progress.update(len(partial.done), f"EM {100 * em / len(partial.done):.1f}")
+    examples = partial.gather()
     with processes.main_first():
         if processes.is_main():
             _publish(workdir, name, wanted, examples, {"system": system, "passages": K, "noise": noise})
-            parts.clear()
+            partial.clear()
     return json.loads((workdir / name / "metrics.json").read_text())
 
 

@@ -1,5 +1,7 @@
 """`inspect`: what a model is."""
 
+import re
+
 import pytest
 
 from roserag_jax import inspect
@@ -13,5 +15,5 @@ def test_inspect_describes_a_model(config_of, model_folder, capsys):
     inspect.run(config_of())
     out = capsys.readouterr().out
     reference = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    assert f"parameters           {reference.num_parameters():,}" in out
+    assert re.search(rf"^parameters +{reference.num_parameters():,}$", out, re.MULTILINE)
     assert "rank 4 on 7 projections" in out and "without a chat template" in out and "'</s>'" in out
