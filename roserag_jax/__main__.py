@@ -9,7 +9,19 @@ from pathlib import Path
 from roserag_jax import signals
 
 # In the order of a run; each is a module that can also be run by itself (`python -m roserag_jax.train`).
-COMMANDS = ("train", "index", "retrieve", "generate", "select", "evaluate", "answer", "export", "score", "inspect")
+COMMANDS = (
+    "train",
+    "index",
+    "retrieve",
+    "generate",
+    "select",
+    "evaluate",
+    "answer",
+    "export",
+    "score",
+    "inspect",
+    "plan",
+)
 
 
 def _summary(command: str) -> str:

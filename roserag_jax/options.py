@@ -115,8 +115,12 @@ GENERAL = {
 }
 
 MESH = {
-    "data": Option(1, "number of devices over which batches are split and weights are replicated"),
-    "fsdp": Option(-1, "number of devices over which batches and weights are split; -1 takes all that remain"),
+    "data": Option(
+        -1, "number of devices over which batches are split and weights are replicated; -1 takes all that remain"
+    ),
+    "fsdp": Option(
+        1, "number of devices over which batches and weights are split: for weights that do not fit on one (-1, data=1)"
+    ),
     "tensor": Option(1, "number of devices over which heads, MLP and vocabulary are split"),
 }
 

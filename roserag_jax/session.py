@@ -69,7 +69,9 @@ class Session:
         if jax.process_count() == 1:
             return self
         session = Session(self.config)
-        session.mesh = make_mesh(1, -1, self.config.mesh.tensor, jax.local_devices())
+        mesh = self.config.mesh
+        data, fsdp = (-1, 1) if mesh.fsdp == 1 else (1, -1)  # replicated here too, where training replicates
+        session.mesh = make_mesh(data, fsdp, mesh.tensor, jax.local_devices())
         return session
 
     def free_decoding_session(self) -> None:

@@ -12,6 +12,9 @@ _CALLED = re.compile(
     r"(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)"
     r"|(?:branch_computations|called_computations)=\{([^}]*)\}"
 )
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CONSTANT = re.compile(r"%?([\w.-]+) = s32\[\](?:\{\S*\})? constant\((\d+)\)")
+_LIMIT = re.compile(r"ROOT .* compare\(.*?%?([\w.-]+)\), direction=LT")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 
@@ -33,6 +36,7 @@ def count_collectives(hlo: str) -> dict[str, Traffic]:
       hlo: optimized, as `compiled.as_text()` gives it.
     """
     local, called, entry = collections.defaultdict(list), collections.defaultdict(list), None
+    constants, limits = {}, {}  # by name; of the computations that are a loop's condition, how far it counts
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
             name = header.group(2)
@@ -40,10 +44,15 @@ def count_collectives(hlo: str) -> dict[str, Traffic]:
             continue
         if found := _COLLECTIVE.search(line):
             local[name].append((found.group(2), _sent(*found.groups(), line)))
-        trips = _TRIPS.search(line)
+        if constant := _CONSTANT.search(line):
+            constants[name, constant.group(1)] = int(constant.group(2))
+        if limit := _LIMIT.search(line):
+            limits[name] = constants.get((name, limit.group(1)), 1)
+        trips, condition = _TRIPS.search(line), _CONDITION.search(line)
         for one, several in _CALLED.findall(line):
             names = [one] if one else [each.strip().lstrip("%") for each in several.split(",")]
-            called[name] += [(each, int(trips.group(1)) if trips else 1) for each in names]
+            times = int(trips.group(1)) if trips else condition.group(1) if condition else 1
+            called[name] += [(each, times) for each in names]
 
     totals = collections.defaultdict(lambda: [0, 0.0])
 
@@ -51,8 +60,8 @@ def count_collectives(hlo: str) -> dict[str, Traffic]:
         for kind, size in local[name]:
             totals[kind][0] += times
             totals[kind][1] += times * size
-        for each, trips in called[name]:
-            visit(each, times * trips)
+        for each, trips in called[name]:  # a number, or on a TPU the loop's condition, which a scan ends at a constant
+            visit(each, times * (trips if isinstance(trips, int) else limits.get(trips, 1)))
 
     visit(entry, 1)
     return {kind: Traffic(*total) for kind, total in totals.items()}

@@ -1,0 +1,319 @@
+"""Compile a run's programs for hardware that is not there, and say what they take.
+
+    python -m roserag_jax.plan --config configs/gemma2b.py --topology v5e:2x4 [--slices 2]
+
+Needs the extra `plan` (libtpu) and minutes, but no accelerator and no weights: of the model only `config.json` is read,
+so `config.model` may be a folder with that file alone. Prints the mesh that suits decoding and the one that suits
+training, and for the prefill of prompts, a decode step, scoring and a training step: memory per device and whether it
+fits, collectives, FLOPs and bytes, the roofline time and what bounds it, and how long it took to compile.
+
+Shapes are the largest of the configuration: prompts of `prompt.max_tokens`, responses of `train.max_response`. The
+roofline takes the chip's published rates and no latencies; a real step takes longer. Several processes decode each by
+itself, so decoding is planned for the devices of one host.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from roserag_jax import cli
+from roserag_jax.distributed import automatic_mesh, hardware
+from roserag_jax.distributed.collectives import count_collectives
+from roserag_jax.distributed.hardware import Chip
+from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.distributed.sharding import devices, sharding, state_shardings
+from roserag_jax.errors import UserError, first_line
+from roserag_jax.hub import loading, model_files
+from roserag_jax.inference import decode_step, engine, kv_cache
+from roserag_jax.inference.decode_step import DecodeState, RequestParams
+from roserag_jax.inference.engine import bucket
+from roserag_jax.inference.requests import DecoderCapacity
+from roserag_jax.inference.sampling import SamplingParams
+from roserag_jax.models.cache import PrefixCache, SuffixCache
+from roserag_jax.models.lora import PROJECTIONS, LoRAConfig
+from roserag_jax.training.objective import Objective
+from roserag_jax.training.pair_loader import Batch
+from roserag_jax.training.train_step import TrainStep, adamw
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "chips to compile for, as in v5e:2x4 or v5p:2x2x2")
+_SLICES = flags.DEFINE_integer("slices", 1, "how many slices of them")
+_PROGRAMS = flags.DEFINE_list("programs", ["prefill", "decode", "score", "train"], "which to compile")
+_MESH = flags.DEFINE_enum("mesh", "best", ["best", "config"], "compile for the meshes that suit best, or config.mesh")
+SCORED = 8  # responses of a prompt that are scored together
+
+
+class Program(NamedTuple):
+    """A program of a run: how to lower it, and what its mathematics takes on all devices together."""
+
+    name: str
+    work: str
+    lower: Callable
+    flops: float
+    bytes: float
+
+
+class Plan:
+    """A configuration's programs for some devices, made of shapes alone."""
+
+    def __init__(self, config, found: list):
+        self.config, self.devices = config, found
+        _, self.model_config = model_files.read_config(config.model, config.revision or None)
+        self.dtype = jnp.dtype(config.dtype)
+        self.lora = LoRAConfig(
+            config.lora.rank,
+            config.lora.alpha,
+            config.lora.dropout,
+            tuple(t for t in PROJECTIONS if t in config.lora.targets),
+            config.lora.rslora,
+        )
+        self.weights = automatic_mesh.weight_bytes(self.model_config, self.dtype.itemsize)
+        self.capacity = DecoderCapacity(
+            config.generate.batch,
+            max(config.generate.guided_samples, config.generate.plain_samples, 1),
+            ((1, config.generate.max_tokens), (config.generate.max_tokens + 8, config.generate.answer_tokens)),
+        )
+        self.prompt_length = config.prompt.max_tokens
+
+    def meshes(self, kind: str) -> dict[str, tuple]:
+        """The mesh for decoding and the one for training, each with the reason.
+
+        Args:
+          kind: 'best', or 'config' for `config.mesh`.
+        """
+        first = self.devices[0]
+        local = [device for device in self.devices if device.process_index == first.process_index]
+        if kind == "config":
+            mesh = self.config.mesh
+            data, fsdp = (-1, 1) if mesh.fsdp == 1 else (1, -1)  # as several processes do
+            decoding = {"data": data, "fsdp": fsdp, "tensor": mesh.tensor}
+            decoding = dict(mesh) if len(local) == len(self.devices) else decoding
+            return {
+                "decoding": (make_mesh(**decoding, devices=local), "config.mesh"),
+                "training": (make_mesh(**mesh, devices=self.devices), "config.mesh"),
+            }
+        memory, itemsize = hardware.memory_of(first), self.dtype.itemsize
+        slot = self.capacity.slot_bytes(self.model_config, itemsize, self.prompt_length)
+        decoding = automatic_mesh.for_decoding(
+            self.model_config, itemsize, devices=len(local), memory=memory, slots=self.capacity.slots, slot_bytes=slot
+        )
+        train = self.config.train
+        training = automatic_mesh.for_training(
+            self.model_config,
+            self.lora,
+            itemsize,
+            devices=len(self.devices),
+            memory=memory,
+            pairs=train.batch // train.accumulate,
+            tokens=self.prompt_length + 2 * train.max_response,
+            remat=train.remat,
+        )
+        return {
+            "decoding": (make_mesh(**decoding.sizes, devices=local), decoding.why),
+            "training": (make_mesh(**training.sizes, devices=self.devices), training.why),
+        }
+
+    def programs(self, meshes: dict) -> list[Program]:
+        """The programs that were asked for."""
+        decoding, training = meshes["decoding"][0], meshes["training"][0]
+        made = {
+            "prefill": lambda: self._prefill(decoding),
+            "decode": lambda: self._decode(decoding),
+            "score": lambda: self._score(decoding),
+            "train": lambda: self._train(training),
+        }
+        return [made[name]() for name in _PROGRAMS.value]
+
+    def _network(self, mesh):
+        """The frozen network as its graph and the shapes of its weights, laid over a mesh."""
+        graph, state = nnx.split(loading.abstract_model(self.model_config, LoRAConfig(), self.dtype))
+        shape = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return graph, jax.tree.map(shape, state, state_shardings(state, mesh))
+
+    def _array(self, mesh, shape, dtype, axes=("batch",)):
+        axes = tuple(axes) + (None,) * (len(shape) - len(axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(shape, axes, mesh))
+
+    def _forward(self, tokens: float, keys: float) -> float:
+        """FLOPs of `tokens` tokens that attend to `keys` keys each, the vocabulary aside."""
+        c = self.model_config
+        tables = c.vocab_size * c.embed_dim * (1 if c.tie_embeddings else 2)
+        attention = 4 * keys * c.num_layers * c.num_heads * c.head_dim
+        return tokens * (2 * (self.weights / self.dtype.itemsize - tables) + attention)
+
+    def _cache_bytes(self, tokens: float) -> float:
+        c = self.model_config
+        return 2 * tokens * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize
+
+    def _prompts(self, mesh, count: int) -> PrefixCache:
+        c, P = self.model_config, bucket(self.prompt_length)
+        heads = (c.num_layers, count, c.num_kv_heads)
+        axes = (None, *kv_cache.PREFIX_AXES)
+        return PrefixCache(
+            self._array(mesh, (*heads, c.head_dim, P), self.dtype, axes),
+            self._array(mesh, (*heads, P, c.head_dim), self.dtype, axes),
+            self._array(mesh, (count,), np.int32),
+        )
+
+    def _prefill(self, mesh) -> Program:
+        X, P = devices("batch", mesh), bucket(self.prompt_length)
+        graph, weights = self._network(mesh)
+        tokens, lengths = self._array(mesh, (X, P), np.int32), self._array(mesh, (X,), np.int32)
+        lower = lambda: engine._prefill.lower(graph, weights, tokens, lengths)
+        work = f"{X} prompts of {P} tokens"
+        return Program("prefill", work, lower, self._forward(X * P, P / 2), self._weights_read(mesh))
+
+    def _weights_read(self, mesh) -> float:
+        """Bytes of weights that all devices read: once by each group that has all of them."""
+        return self.weights * devices("batch", mesh)
+
+    def _decode(self, mesh) -> Program:
+        c, capacity, X = self.model_config, self.capacity, devices("batch", mesh)
+        B, N, S, M = -(-capacity.slots // X) * X, capacity.branches, capacity.max_new_tokens, capacity.suffix_length
+        graph, weights = self._network(mesh)
+        prompts = self._prompts(mesh, B)
+        array = lambda *shape, dtype=np.int32: self._array(mesh, shape, dtype)
+        heads, axes = (c.num_layers, B, c.num_kv_heads, N), (None, *kv_cache.SUFFIX_AXES)
+        state = DecodeState(
+            cache=SuffixCache(
+                self._array(mesh, (*heads, c.head_dim, M), self.dtype, axes),
+                self._array(mesh, (*heads, M, c.head_dim), self.dtype, axes),
+                array(B, N, M),
+                array(B, N, M, dtype=bool),
+                jax.ShapeDtypeStruct((), np.int32),
+            ),
+            last_token=array(B, N),
+            tokens=array(B, N, S),
+            logprobs=array(B, N, S, dtype=np.float32),
+            num_tokens=array(B, N),
+            active=array(B, N, dtype=bool),
+            stopped=array(B, N, dtype=bool),
+        )
+        rate = lambda: array(B, dtype=np.float32)
+        params = RequestParams(
+            prompt_length=array(B),
+            max_new_tokens=array(B),
+            sampling=SamplingParams(rate(), rate(), array(B), rate()),
+            question_seed=array(B, dtype=np.uint32),
+            first_sample=array(B, dtype=np.uint32),
+            use_extra_stop_ids=array(B),
+        )
+        stop_mask = jax.ShapeDtypeStruct((2, c.vocab_size), bool)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        lower = lambda: decode_step.decode_chunk.lower(
+            graph, weights, None, (prompts.k, prompts.v), state, params, stop_mask, key
+        )
+        flops = self._forward(B * N, self.prompt_length + M / 2) + 2 * B * N * c.vocab_size * c.embed_dim
+        read = self._weights_read(mesh) + self._cache_bytes(B * (self.prompt_length + N * M / 2))
+        return Program("decode step", f"{B} questions x {N} samples", lower, flops, read)
+
+    def _score(self, mesh) -> Program:
+        X, S = devices("batch", mesh), bucket(self.config.generate.max_tokens)
+        graph, weights = self._network(mesh)
+        cache = self._prompts(mesh, X)
+        tokens = self._array(mesh, (X, SCORED, S), np.int32)
+        lower = lambda: engine._score.lower(graph, weights, cache, tokens, tokens)
+        flops = self._forward(X * SCORED * S, self.prompt_length + S / 2)
+        flops += 2 * X * SCORED * S * self.model_config.vocab_size * self.model_config.embed_dim
+        return Program("scoring", f"{X} prompts x {SCORED} responses of {S}", lower, flops, self._weights_read(mesh))
+
+    def _train(self, mesh) -> Program:
+        train, c = self.config.train, self.model_config
+        model = loading.abstract_model(c, self.lora, self.dtype)
+        del base
+        step = TrainStep(
+            model,
+            mesh,
+            objective=Objective.from_options(train, dropout=self.lora.dropout > 0),
+            optimizer=adamw(train.learning_rate, steps=1000, warmup=train.warmup),
+            accumulate=train.accumulate,
+        )
+        B, P, S = train.batch, bucket(self.prompt_length), bucket(train.max_response)
+        batch = Batch(
+            prompt=np.zeros((B, P), np.int32),
+            prompt_lengths=np.full(B, P, np.int32),
+            branches=np.zeros((B, 2, S), np.int32),
+            targets=np.zeros((B, 2, S), np.int32),
+            response_lengths=np.full((B, 2), S, np.int32),
+            weights=np.ones(B, np.float32),
+        )
+        passes = 3 * train.accumulate  # forward, its recomputation, backward
+        read = passes * self._weights_read(mesh)
+        work = f"{B} pairs of {P} + 2 x {S} tokens"
+        return Program("training step", work, lambda: step.lower(batch), step.flops(batch), read)
+
+
+def report(program: Program, mesh, chip: Chip) -> str:
+    """Compile a program and describe it in a few lines."""
+    start = time.monotonic()
+    try:
+        with jax.set_mesh(mesh):
+            compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
+            raise
+        return f"{program.name} ({program.work}): DOES NOT FIT. {first_line(error)[:300]}"
+    seconds, memory, n = time.monotonic() - start, compiled.memory_analysis(), mesh.size
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = arguments + temporary + results
+    traffic = count_collectives(compiled.as_text())
+    wire = sum(kind.bytes for kind in traffic.values())
+    times = {
+        "arithmetic": program.flops / n / chip.flops,
+        "memory": program.bytes / n / chip.bandwidth,
+        "wire": wire / chip.links,
+    }
+    bound = max(times, key=times.get)
+    sent = ", ".join(f"{kind} {t.count} x, {_size(t.bytes)}" for kind, t in sorted(traffic.items())) or "none"
+    fits = "fits" if total < chip.memory else "DOES NOT FIT"
+    lines = [
+        f"{program.name} ({program.work})",
+        f"memory per device  {_size(total)} of {_size(chip.memory)} ({fits}): arguments {_size(arguments)}, temporary "
+        f"{_size(temporary)}, results {_size(results)}",
+        f"collectives        {sent}",
+        f"per device         {program.flops / n / 1e9:.4g} GFLOPs, at least {_size(program.bytes / n)} read, "
+        f"{_size(wire)} sent",
+        f"roofline           {1e3 * times[bound]:.3g} ms, bound by {bound} "
+        f"({', '.join(f'{kind} {1e3 * t:.3g}' for kind, t in times.items())})",
+        f"compiled in        {seconds:.0f} s",
+    ]
+    return "\n  ".join(lines)
+
+
+def _size(count: float) -> str:
+    """A number of bytes, for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
+
+
+def run(config) -> None:
+    """The command."""
+    if not _TOPOLOGY.value:
+        raise UserError("--topology is needed, as in --topology=v5e:2x4.")
+    if unknown := set(_PROGRAMS.value) - {"prefill", "decode", "score", "train"}:
+        raise UserError(f"--programs: {sorted(unknown)} unknown; known: prefill, decode, score, train.")
+    jax.config.update("jax_platforms", "cpu")  # a chip that is there is not needed
+    jax.config.update("jax_enable_compilation_cache", False)  # its time is part of the answer
+    found = hardware.topology(_TOPOLOGY.value, _SLICES.value)
+    chip = hardware.chip_of(found[0])
+    if chip is None:
+        raise UserError(f"--topology={_TOPOLOGY.value}: the rates of a {found[0].device_kind!r} are not known.")
+    plan = Plan(config, found)
+    print(f"{config.model} in {config.dtype} on {len(found)} x {chip.name}: weights {plan.weights / 1e9:.2f} GB")
+    meshes = plan.meshes(_MESH.value)
+    for name, (mesh, why) in meshes.items():
+        set_by = " ".join(f"--config.mesh.{axis}={size}" for axis, size in mesh.shape.items())
+        print(f"mesh for {name}: {set_by} ({why})")
+    for program in plan.programs(meshes):
+        print(
+            report(program, meshes["training" if program.name == "training step" else "decoding"][0], chip), flush=True
+        )
+
+
+if __name__ == "__main__":
+    cli.main(run, __doc__, workdir=False, alone=True)

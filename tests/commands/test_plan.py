@@ -1,0 +1,123 @@
+"""`plan`: the mesh that suits, and the programs of a run compiled for TPUs that are not there (with libtpu)."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from roserag_jax.distributed import automatic_mesh, hardware
+from roserag_jax.distributed.collectives import count_collectives
+from roserag_jax.models.config import ModelConfig
+from roserag_jax.models.lora import PROJECTIONS, LoRAConfig
+
+V5E = hardware._CHIPS["TPU v5 lite"].memory
+GEMMA_2B = {"num_layers": 26, "embed_dim": 2304, "num_heads": 8, "num_kv_heads": 4, "head_dim": 256, "mlp_dim": 9216}
+LLAMA_8B = {"num_layers": 32, "embed_dim": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "mlp_dim": 14336}
+
+
+def model(shape, vocab_size, tied):
+    transformers = pytest.importorskip("transformers")
+    from roserag_jax.models import config
+
+    s = shape
+    return config.from_hf(
+        transformers.LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=s["embed_dim"],
+            intermediate_size=s["mlp_dim"],
+            num_hidden_layers=s["num_layers"],
+            num_attention_heads=s["num_heads"],
+            num_key_value_heads=s["num_kv_heads"],
+            head_dim=s["head_dim"],
+            tie_word_embeddings=tied,
+        ),
+        "here",
+    )
+
+
+def training(config: ModelConfig, pairs, devices=1):
+    lora = LoRAConfig(16, 32.0, 0.0, PROJECTIONS, False)
+    sizes = {"devices": devices, "memory": V5E, "pairs": pairs, "tokens": 1536 + 2 * 192, "remat": "layer"}
+    return automatic_mesh.for_training(config, lora, 2, **sizes)
+
+
+def test_weights_are_replicated_where_they_fit_and_split_where_not():
+    """What compiling for v5e showed: Gemma-2-2B trains on one chip with up to 10 pairs, Llama-3.1-8B on none."""
+    gemma, llama = model(GEMMA_2B, 256000, True), model(LLAMA_8B, 128256, False)
+    assert automatic_mesh.weight_bytes(gemma, 2) == pytest.approx(5.23e9, rel=0.01)
+    assert automatic_mesh.weight_bytes(llama, 2) == pytest.approx(16.06e9, rel=0.01)
+    for pairs, devices in ((8, 8), (64, 8), (4, 1)):
+        assert training(gemma, pairs, devices).sizes == {"data": devices, "fsdp": 1, "tensor": 1}
+    assert training(gemma, 12 * 8, 8).sizes == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert training(llama, 8, 8).sizes == {"data": 1, "fsdp": 8, "tensor": 1}
+    decode = lambda config, slots, each, devices=8: automatic_mesh.for_decoding(
+        config, 2, devices=devices, memory=V5E, slots=slots, slot_bytes=each
+    )
+    assert decode(gemma, 64, 300e6).sizes == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert decode(gemma, 1024, 300e6, devices=4).sizes["tensor"] == 4  # does not fit; split as far as it goes
+    choice = decode(llama, 8, 300e6)
+    assert choice.sizes == {"data": 4, "fsdp": 1, "tensor": 2} and "weights split over 2 devices" in choice.why
+
+
+def test_unknown_memory_replicates():
+    gemma = model(GEMMA_2B, 256000, True)
+    choice = automatic_mesh.for_decoding(gemma, 2, devices=4, memory=None, slots=8, slot_bytes=1)
+    assert choice.sizes == {"data": 4, "fsdp": 1, "tensor": 1}
+
+
+# As libtpu writes a scan of three layers: its trip count stands in the condition alone.
+LOOP = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %ag = f32[8]{0:T(256)} all-gather(%x), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %constant.3 = s32[]{:T(128)} constant(3)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.3), direction=LT
+}
+
+ENTRY %main (a: f32[2]) -> f32[8] {
+  %loop = (s32[], f32[8]{0}) while(%init), condition=%condition, body=%body
+}
+"""
+
+
+def test_collectives_in_a_scan_count_once_for_each_layer():
+    assert count_collectives(LOOP) == {"all-gather": (3, 3 * 8 * 4 * 3 / 4)}
+
+
+FSDP = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
+
+
+def plan(model_folder, *arguments):
+    sizes = ["--config.prompt.max_tokens=128", "--config.train.max_response=32", "--config.generate.max_tokens=16"]
+    line = [sys.executable, "-m", "roserag_jax.plan", f"--config.model={model_folder}", *sizes, *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=600, env={**os.environ})
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (the extra 'plan')")
+def test_programs_are_compiled_for_tpus(model_folder):
+    done = plan(model_folder, "--topology=v5e:2x2", "--programs=decode,train")
+    assert done.returncode == 0, done.stderr
+    assert "mesh for training: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1" in done.stdout
+    decode, train = done.stdout.split("decode step")[1].split("training step")
+    # Replicated weights: a decode step sends no arrays, a training step the adapter's gradients.
+    assert "all-gather" not in decode and "all-reduce" in train and "(fits)" in decode and "(fits)" in train
+    done = plan(model_folder, "--topology=v5e:2x2", "--programs=decode", "--mesh=config", *FSDP)
+    assert "all-gather" in done.stdout.split("decode step")[1]  # the weights, for each token
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (the extra 'plan')")
+def test_unknown_topology_is_one_line(model_folder):
+    done = plan(model_folder, "--topology=v5e:3x77")
+    assert done.returncode == 2 and "error: --topology=v5e:3x77: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_is_missing_is_one_line(model_folder):
+    done = plan(model_folder)
+    assert done.returncode == 2 and "error: --topology is needed" in done.stderr
+    done = plan(model_folder, "--topology=v5e:2x2", "--programs=dance")
+    assert done.returncode == 2 and "error: --programs: ['dance'] unknown" in done.stderr
