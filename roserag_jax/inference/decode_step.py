@@ -3,10 +3,12 @@
 `decode_step` is one step, from top to bottom; `decode_chunk` runs up to `CHUNK` of them in one program. What is run
 when is decided on the host, in `scheduler`.
 
-Axes: B slots, X devices that slots are split over, N branches, P prompt, S tokens of a branch (new ones, or its forced
-prefix), M suffix-cache length, R rows (B * N), V vocabulary, L layers.
+Axes: B slots, X devices that slots are split over, W slots of a device that are served together, N branches, P prompt,
+S tokens of a branch (new ones, or its forced prefix), M suffix-cache length, R rows (B * N or X * W), V vocabulary,
+L layers.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -14,13 +16,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from roserag_jax.inference.kv_cache import PREFIX_AXES, SUFFIX_AXES, put_ring, put_slot, take_slot
+from roserag_jax.inference.kv_cache import PREFIX_AXES, SUFFIX_AXES, put_rings, put_slots, take_slots
 from roserag_jax.inference.sampling import SamplingParams, sample_tokens
 from roserag_jax.models.cache import PrefixCache, SuffixCache
 from roserag_jax.models.logprobs import token_logprobs
 from roserag_jax.models.pytree import HostArray, pytree_dataclass
 
-CHUNK = 16  # steps between two polls of the host, if no slot finishes before
+CHUNK = 16  # steps between two polls of the host, if no slots finish before
 
 
 @pytree_dataclass
@@ -115,40 +117,74 @@ def decode_step(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def decode_chunk(graph, weights, layers, prompts, state: DecodeState, params: RequestParams, stop_mask, seed):
-    """Run up to `CHUNK` decode steps of all slots; fewer if one of them finishes.
+    """Run up to `CHUNK` decode steps of all slots; fewer once an eighth of the busy ones has finished, or one.
 
     Args:
       graph, weights, layers: the network, and its layers' parameters unstacked if the caches are.
       prompts: keys and values of the prefix cache.
+
+    Returns:
+      The new state, and a copy of what the host reads of it, while the state itself goes into the next program.
     """
     model = nnx.merge(graph, weights)
     keys = branch_keys(params, seed, state.tokens.shape[1])
     prompts = PrefixCache(*prompts, params.prompt_length)
-    busy = state.active.any(-1)
+    busy = state.active.any(-1).sum()
 
     def goes_on(carry):
         step, state = carry
-        return (step < CHUNK) & state.active.any() & (state.active.any(-1) == busy).all()
+        still_busy = state.active.any(-1).sum()
+        return (step < CHUNK) & (still_busy > 0) & (busy - still_busy < jnp.maximum(busy // 8, 1))
 
     def advance(carry):
         step, state = carry
         return step + 1, decode_step(model, layers, prompts, state, params, keys, stop_mask)
 
-    return jax.lax.while_loop(goes_on, advance, (jnp.int32(0), state))[1]
+    state = jax.lax.while_loop(goes_on, advance, (jnp.int32(0), state))[1]
+    return state, (state.active, state.stopped, state.num_tokens, state.tokens, state.logprobs)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def update_slots(
+    state: DecodeState,
+    started: Bool[Array, "B"],
+    empty_suffix: Bool[Array, "B"],
+    last_token: Int[Array, "B N"],
+    active: Bool[Array, "B N"],
+    ended: Bool[Array, "B N"],
+) -> DecodeState:
+    """Start the branches of slots, and end branches by their stop function.
+
+    Args:
+      started: the slots that start.
+      empty_suffix: those of them without forced prefixes, whose suffix cache is emptied.
+      last_token, active: of the slots that start.
+      ended: the branches that end, in other slots.
+    """
+    of_slot = started[:, None]
+    used = state.cache.used & ~empty_suffix[:, None, None]
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(state.cache, used=used),
+        last_token=jnp.where(of_slot, last_token, state.last_token),
+        num_tokens=jnp.where(of_slot, 0, state.num_tokens),
+        active=jnp.where(of_slot, active, state.active & ~ended),
+        stopped=~of_slot & (state.stopped | ended),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def prefill_slots(graph, weights, prompts, tokens: Int[Array, "X P"], lengths, slots, served, shared_prefix):
-    """Prefill a prompt into one slot of each device.
+def prefill_slots(graph, weights, prompts, tokens: Int[Array, "R P"], lengths, slots, served, shared_prefix):
+    """Prefill prompts into W slots of each device.
 
     Args:
       prompts: keys and values of the prefix cache.
-      tokens, lengths: what follows the shared prefix of each prompt, right-padded, and its length [X].
-      slots, served: the slot of each device and whether it has a prompt, [X].
+      tokens, lengths: what follows the shared prefix of each prompt, right-padded, and its length [R].
+      slots, served: the slot of each row, counted within its device, and whether the row holds a prompt, [R].
     """
     cache = nnx.merge(graph, weights).prefill(tokens, lengths, shared_prefix)
     new = cache.k, cache.v
-    return tuple(put_slot(a, PREFIX_AXES, rows, slots, served) for a, rows in zip(prompts, new, strict=True))
+    return tuple(put_slots(a, PREFIX_AXES, rows, slots, served) for a, rows in zip(prompts, new, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -156,34 +192,45 @@ def extend_slots(
     graph,
     weights,
     prompts,
-    suffix,
-    tokens: Int[Array, "X N S"],
-    targets: Int[Array, "X N S"],
-    lengths: Int[Array, "X N"],
-    prompt_length: Int[Array, "X"],
-    slots: Int[Array, "X"],
-    served: Bool[Array, "X"],
-    first: Int[Array, "X"],
-):
-    """Put forced prefixes through the network, into the suffix cache of one slot of each device.
+    suffix: SuffixCache,
+    tokens: Int[Array, "R N S"],
+    targets: Int[Array, "R N S"],
+    lengths: Int[Array, "R N"],
+    prompt_length: Int[Array, "R"],
+    slots: Int[Array, "R"],
+    served: Bool[Array, "R"],
+) -> tuple[SuffixCache, Float[Array, "R N S"]]:
+    """Put forced prefixes through the network, into the suffix cache of W slots of each device.
+
+    They end just before the position that the next step writes.
 
     Args:
-      prompts, suffix: keys and values of the prefix cache and of the suffix cache.
+      prompts: keys and values of the prefix cache.
       tokens, lengths: the forced prefixes without their last tokens, right-padded, and their lengths.
       targets: the tokens that follow `tokens`.
       prompt_length: how many prompt tokens the branches see.
-      slots, served: the slot of each device and whether it has forced prefixes.
-      first: where in the ring the slot's forced prefixes begin.
+      slots, served: the slot of each row, counted within its device, and whether the row holds forced prefixes.
 
     Returns:
-      Keys and values of the suffix cache, and the log-probabilities [X N S] of `targets`.
+      The suffix cache, and the log-probabilities of `targets`.
     """
     model = nnx.merge(graph, weights)
-    X, N, S = tokens.shape
-    cache = PrefixCache(*(take_slot(a, PREFIX_AXES, slots) for a in prompts), prompt_length)
-    empty = model.empty_suffix_cache(X, N, S)
+    R, N, S = tokens.shape
+    M = suffix.used.shape[-1]
+    cache = PrefixCache(*(take_slots(a, PREFIX_AXES, slots) for a in prompts), prompt_length)
+    empty = model.empty_suffix_cache(R, N, S)
     hidden, new = model.extend_cached(tokens, jnp.arange(S) < lengths[..., None], cache, empty)
     logprobs = token_logprobs(hidden, targets, model.table, model.config.final_softcap)
-    k = put_ring(suffix[0], SUFFIX_AXES, new.k, -1, slots, served, first)
-    v = put_ring(suffix[1], SUFFIX_AXES, new.v, -2, slots, served, first)
-    return (k, v), logprobs
+
+    first = (suffix.write_position - lengths.max(-1)) % M
+    number = (jnp.arange(M) - first[:, None]) % M  # of the token in each entry of the ring
+    used = number[:, None] < lengths[..., None]
+    positions = jnp.broadcast_to((prompt_length[:, None] + number)[:, None], used.shape)
+    put = lambda a, rows: put_slots((a,), ("batch", None, None), (rows,), slots, served)[0]
+    return SuffixCache(
+        k=put_rings(suffix.k, SUFFIX_AXES, new.k, -1, slots, served, first),
+        v=put_rings(suffix.v, SUFFIX_AXES, new.v, -2, slots, served, first),
+        positions=put(suffix.positions, positions),
+        used=put(suffix.used, used),
+        write_position=suffix.write_position,
+    ), logprobs

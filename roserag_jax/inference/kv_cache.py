@@ -1,7 +1,7 @@
-"""KV caches of the decoder's slots: their sizes and allocation, and how one slot on each device is read and written.
+"""KV caches of the decoder's slots: their sizes and allocation, and how slots are read and written.
 
-Axes: B slots, X devices that slots are split over, N branches, P prompt, M suffix-cache length, L layers,
-K key/value heads, h head size.
+Axes: B slots, X devices that slots are split over, W slots of a device that are served together, N branches, P prompt,
+M suffix-cache length, L layers, K key/value heads, h head size.
 
 Two caches belong to a slot. The prefix cache [L B K h P] holds its prompt, which all branches read. The suffix cache
 [L B K N h M] holds each branch's own tokens. Both are stacked over layers, or unstacked (a tuple with an array for each
@@ -45,30 +45,31 @@ def _allocate(num_layers, shape, axes, dtype, mesh, stacked):
     return tuple(zeros(shape, axes) for _ in range(num_layers))
 
 
-def take_slot(cache, axes: tuple, slots: jax.Array):
-    """Read one slot of each device, [L X ...]: the `slots` [X], counted within each device."""
+def take_slots(cache, axes: tuple, slots: jax.Array):
+    """Read W slots of each device, [L X*W ...]: the `slots` [X*W], counted within each device."""
 
-    def take(slot_axis, cache, slot):
-        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, slot[0], 1, axis=slot_axis), cache)
+    def take(slot_axis, cache, slots):
+        read = lambda a, slot: jax.lax.dynamic_slice_in_dim(a, slot, 1, axis=slot_axis)
+        return jax.tree.map(lambda a: jnp.concatenate([read(a, slot) for slot in slots], axis=slot_axis), cache)
 
     rows = _on_each_device(take, axes, cache, slots)
     return jnp.stack(rows) if isinstance(rows, tuple) else rows
 
 
-def put_slot(cache, axes: tuple, rows, slots: jax.Array, served: jax.Array):
-    """Write `rows` [L X ...], one for each device, into its slot `slots` [X], from the front of all other axes.
+def put_slots(cache, axes: tuple, rows, slots: jax.Array, served: jax.Array):
+    """Write `rows` [L X*W ...], W of each device, into its `slots` [X*W], from the front of all other axes.
 
-    Devices where `served` [X] is False keep what they have.
+    Rows where `served` [X*W] is False are not written.
     """
 
-    def put(slot_axis, cache, rows, slot, served):
-        return jax.tree.map(lambda a, row: _write(a, row, slot_axis, slot[0], served[0]), cache, rows)
+    def put(slot_axis, cache, rows, slots, served):
+        return jax.tree.map(lambda a, row: _write(a, row, slot_axis, slots, served), cache, rows)
 
     return _on_each_device(put, axes, cache, _as_cache(cache, rows), slots, served)
 
 
-def put_ring(cache, axes: tuple, rows, token_axis: int, slots: jax.Array, served: jax.Array, first: jax.Array):
-    """Write `rows` [L X ...] as `put_slot` does, but as a ring: tokens from `first` [X] on, wrapping round at the end.
+def put_rings(cache, axes: tuple, rows, token_axis: int, slots: jax.Array, served: jax.Array, first: jax.Array):
+    """Write `rows` as `put_slots` does, but as rings: tokens from `first` [X*W] on, wrapping round at the end.
 
     Each slot has a `first` of its own, because a row is padded to the longest that is written together: only then does
     its padding take no place among the entries that the slot's own tokens need.
@@ -77,12 +78,11 @@ def put_ring(cache, axes: tuple, rows, token_axis: int, slots: jax.Array, served
       token_axis: the axis of tokens, counted from the end.
     """
 
-    def put(slot_axis, cache, rows, slot, served, first):
-        def write(a, row):
-            widths = [(0, 0)] * row.ndim
-            widths[token_axis] = (0, a.shape[token_axis] - row.shape[token_axis])
-            ring = jnp.roll(jnp.pad(row, widths), first[0], token_axis)
-            return _write(a, ring, slot_axis, slot[0], served[0])
+    def put(slot_axis, cache, rows, slots, served, first):
+        def write(a, rows):
+            widths = [(0, 0)] * rows.ndim
+            widths[token_axis] = (0, a.shape[token_axis] - rows.shape[token_axis])
+            return _write(a, jnp.pad(rows, widths), slot_axis, slots, served, first, token_axis)
 
         return jax.tree.map(write, cache, rows)
 
@@ -90,14 +90,19 @@ def put_ring(cache, axes: tuple, rows, token_axis: int, slots: jax.Array, served
 
 
 def _as_cache(cache, rows):
-    return unstack(rows) if isinstance(cache, tuple) else rows
+    return unstack(rows) if isinstance(cache, tuple) and not isinstance(rows, tuple) else rows
 
 
-def _write(a, row, slot_axis, slot, served):
-    start = [0] * a.ndim
-    start[slot_axis] = slot
-    row = jnp.where(served, row, jax.lax.dynamic_slice(a, start, row.shape))
-    return jax.lax.dynamic_update_slice(a, row, start)
+def _write(a, rows, slot_axis, slots, served, first=None, token_axis=None):
+    for w in range(slots.shape[0]):
+        row = jax.lax.slice_in_dim(rows, w, w + 1, axis=slot_axis)
+        if first is not None:
+            row = jnp.roll(row, first[w], token_axis)
+        start = [0] * a.ndim
+        start[slot_axis] = slots[w]
+        row = jnp.where(served[w], row, jax.lax.dynamic_slice(a, start, row.shape))
+        a = jax.lax.dynamic_update_slice(a, row, start)
+    return a
 
 
 def _on_each_device(function, axes, cache, *rest):

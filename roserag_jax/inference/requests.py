@@ -107,7 +107,12 @@ class DecoderCapacity:
         return max(-(-tokens // 16) * 16, bucket(longest))
 
     def slot_bytes(self, config: ModelConfig, itemsize: int, prompt_length: int) -> int:
-        """Bytes that one slot takes, weights aside: its prompt, its branches and three arrays of their logits."""
-        token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-        cached = token * (bucket(prompt_length) + self.branches * self.suffix_length)
-        return cached + 3 * 4 * self.branches * config.vocab_size
+        """Bytes that one slot takes, weights aside, as the program compiled for a TPU v5e allocates them.
+
+        These are keys and values of the prompt; those of the branches, whose values a chunk of steps holds in a second
+        layout; and four arrays of the branches' logits. With small heads the suffix cache is padded to tiles of 128.
+        """
+        token = config.num_layers * config.num_kv_heads * config.head_dim * itemsize  # keys, or values
+        suffix = self.suffix_length if config.head_dim >= 128 else -(-self.suffix_length // 128) * 128
+        cached = token * (2 * bucket(prompt_length) + 3 * self.branches * suffix)
+        return cached + 4 * 4 * self.branches * config.vocab_size

@@ -1,17 +1,18 @@
 """The decoder's host side: which task has which sequence slot, which request is served next, who has finished.
 
 A task has a slot to itself from its first request to its result. All slots decode together, in one program on the
-devices, whatever each is doing; between two chunks of steps the host polls who has finished, sends tasks their
+devices, whatever each is doing; after a chunk of steps the host polls who has finished, sends tasks their
 completions and serves the next requests. So nobody waits for the longest of a batch. On a CPU two schedulers, each with
 half of the slots, run in decoder threads side by side.
 
 Axes: B slots, X devices that slots are split over, N branches, S tokens of a forced prefix, M suffix-cache length.
 """
 
+import collections
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ from roserag_jax.models.cache import SuffixCache
 
 _COMPILING = threading.Lock()  # so that two threads do not both compile a program; running it holds no lock
 _TASKS = threading.Lock()  # tasks share a tokenizer, which is not made for several threads at once
+_MANY_SLOTS = 16  # with so many the devices run ahead of the host
+_TOGETHER, _TOGETHER_TOKENS = 8, 2048  # slots of a device served in one program where so many wait, and their tokens
 
 
 def run_tasks(
@@ -112,16 +115,18 @@ class SequenceSlot:
       number: the task's.
       request: what it waits for.
       running: whether branches of the request are being decoded; otherwise it is pending.
+      first_chunk: the chunk in which they started; what chunks before it say of the slot is not about them.
       completions: of the request's branches that are finished, in order.
-      forced_logprobs: [N S] of the forced prefixes of the branches that are running.
+      forced_logprobs: [R N S] of forced prefixes, on the devices, and the slot's row: of the branches that are running.
     """
 
     number: int
     task: Task
     request: PrefillRequest | DecodeRequest | None = None
     running: bool = False
+    first_chunk: int = 0
     completions: list[Completion] = dataclasses.field(default_factory=list)
-    forced_logprobs: np.ndarray | None = None
+    forced_logprobs: tuple[jax.Array, int] | None = None
 
     def next_prefixes(self, branches: int) -> list[list[int]]:
         """The forced prefixes of the next `branches` branches, or of those that are running."""
@@ -129,11 +134,28 @@ class SequenceSlot:
         return self.request.forced_prefixes[start : start + branches]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Updates:
+    """What `decode_step.update_slots` is to change before the next chunk: NumPy arrays with an entry for each slot."""
+
+    started: np.ndarray
+    empty_suffix: np.ndarray
+    last_token: np.ndarray
+    active: np.ndarray
+    ended: np.ndarray
+
+    @classmethod
+    def none(cls, slots: int, branches: int) -> "_Updates":
+        flat, square = (slots,), (slots, branches)
+        return cls(*map(np.zeros, (flat, flat, square, square, square), (bool, bool, np.int32, bool, bool)))
+
+
 class Scheduler:
     """B sequence slots for prompts of one length class.
 
-    Keys and values live on the devices; everything small (counts, flags, tokens) is NumPy between two chunks, and is
-    there edited in place.
+    Caches and state live on the devices, and only what changes is sent there. With few slots the host waits for each
+    chunk of steps. With many, the devices run the next chunk while the host reads the one before; what is decoded when
+    is a function of the requests, never of who is faster.
     """
 
     def __init__(
@@ -143,27 +165,28 @@ class Scheduler:
         self.X = devices("batch", engine.mesh)
         B, N = -(-capacity.slots // self.X) * self.X, capacity.branches
         S, M = capacity.max_new_tokens, capacity.suffix_length
-        self.N, self.P, self.M = N, bucket(prompt_length), M
+        self.B, self.N, self.P, self.M, self.S = B, N, bucket(prompt_length), M, S
         stop_mask = np.zeros((2, engine.config.vocab_size), bool)
         stop_mask[:, list(engine.stop_ids)] = True
         stop_mask[1, list(extra_stop_ids)] = True
-        self.stop_mask = jnp.asarray(stop_mask)
+        self.stop_mask, self.seed = jnp.asarray(stop_mask), jax.random.key(engine.seed)
         self.slots: list[SequenceSlot | None] = [None] * B
         self.cancelled = False
+        self.run_ahead = int(B >= _MANY_SLOTS)  # chunks that are dispatched before an earlier one is read
+        self.chunks = 0  # dispatched so far
         options = {"dtype": engine.dtype, "mesh": engine.mesh, "stacked": engine.unstacked_layers is None}
         self.prompts = kv_cache.allocate_prefix(engine.config, B, self.P, **options)
         self.prompt_lengths = np.zeros(B, np.int32)  # tokens of the prefix cache
         suffix = kv_cache.allocate_suffix(engine.config, B, N, M, **options)
+        zeros = lambda dtype, *shape: engine.place(np.zeros((B, *shape), dtype))[0]
         self.state = DecodeState(
-            cache=SuffixCache(
-                *suffix, np.zeros((B, N, M), np.int32), np.zeros((B, N, M), bool), np.zeros((), np.int32)
-            ),
-            last_token=np.zeros((B, N), np.int32),
-            tokens=np.zeros((B, N, S), np.int32),
-            logprobs=np.zeros((B, N, S), np.float32),
-            num_tokens=np.zeros((B, N), np.int32),
-            active=np.zeros((B, N), bool),
-            stopped=np.zeros((B, N), bool),
+            cache=SuffixCache(*suffix, zeros(np.int32, N, M), zeros(bool, N, M), jnp.int32(0)),
+            last_token=zeros(np.int32, N),
+            tokens=zeros(np.int32, N, S),
+            logprobs=zeros(np.float32, N, S),
+            num_tokens=zeros(np.int32, N),
+            active=zeros(bool, N),
+            stopped=zeros(bool, N),
         )
         zeros = lambda dtype: np.zeros(B, dtype)
         self.params = RequestParams(
@@ -174,19 +197,27 @@ class Scheduler:
             first_sample=zeros(np.uint32),
             use_extra_stop_ids=zeros(np.int32),
         )
+        self.placed_params = self._place(self.params)
+        self.updates: _Updates | None = None
 
     def run(self, tasks: Iterable[tuple[int, Task]]) -> Iterator[tuple[int, Any]]:
         """Run numbered tasks of one length class, as `run_tasks` does; they begin in their order."""
-        waiting = iter(tasks)
+        waiting, unread = iter(tasks), collections.deque()
         while not self.cancelled:
-            for b in range(len(self.slots)):
-                while self.slots[b] is None and (following := next(waiting, None)):
-                    self.slots[b] = SequenceSlot(*following)
-                    yield from self._advance(b)
+            yield from self._fill_slots(waiting)
             if not any(self.slots):
                 return
-            served = self._serve_pending()
-            for b in self._decode_chunk() if served is None else served:
+            if (served := self._serve_pending()) is None:
+                unread.append((self.chunks, self._dispatch_chunk()))
+                served = self._read_chunk(*unread.popleft()) if len(unread) > self.run_ahead else []
+            for b in served:
+                yield from self._advance(b)
+
+    def _fill_slots(self, waiting: Iterator[tuple[int, Task]]) -> Iterator[tuple[int, Any]]:
+        """Give each free slot the next task; yields the results of tasks that request nothing."""
+        for b in range(self.B):
+            while self.slots[b] is None and (following := next(waiting, None)):
+                self.slots[b] = SequenceSlot(*following)
                 yield from self._advance(b)
 
     def _advance(self, b: int) -> Iterator[tuple[int, Any]]:
@@ -210,162 +241,197 @@ class Scheduler:
                 raise ValueError(f"a prompt of {len(request.tokens)} tokens is longer than the {self.P} of the decoder")
             return
         forced, new = max(map(len, request.forced_prefixes)) - 1, request.max_new_tokens
-        if new > self.state.tokens.shape[2] or forced + new > self.M or (forced and bucket(forced) > self.M):
+        if new > self.S or forced + new > self.M or (forced and bucket(forced) > self.M):
             raise ValueError(
                 f"a forced prefix of {forced + 1} tokens and {new} new ones fit none of the decoder's request shapes"
             )
 
     def _serve_pending(self) -> list[int] | None:
-        """Serve the next pending request of one slot of every device, prompts first.
+        """Serve pending requests, prompts first.
 
         Returns:
-          The slots that have what they waited for; None if it is time to decode. Devices work in step, so a request is
-          served once half of them have one that is pending, or nothing is being decoded.
+          The slots that have what they waited for; None if it is time to decode. Devices work in step, so requests are
+          served once half of the devices have one that is pending, or nothing is being decoded.
         """
-        per_device = len(self.slots) // self.X
         decoding = any(slot and slot.running for slot in self.slots)
         for kind, serve in ((PrefillRequest, self._prefill), (DecodeRequest, self._start)):
-            pending: dict[int, int] = {}  # a slot of each device
+            pending: list[list[int]] = [[] for _ in range(self.X)]  # slots of each device
             for b, slot in enumerate(self.slots):
                 if slot and not slot.running and isinstance(slot.request, kind):
-                    pending.setdefault(b // per_device, b)
-            if pending and (2 * len(pending) >= self.X or not decoding):
+                    pending[b * self.X // self.B].append(b)
+            waiting = sum(map(bool, pending))
+            if waiting and (2 * waiting >= self.X or not decoding):
                 return serve(pending)
         return None
 
-    def _rows(self, pending: dict[int, int], of_slot, otherwise) -> tuple[list, np.ndarray, np.ndarray]:
-        """One row for each device, of its slot that is served or else `otherwise`; the slots [X] and whether any is."""
-        rows = [of_slot(pending[x]) if x in pending else otherwise for x in range(self.X)]
-        per_device = len(self.slots) // self.X
-        slots = np.array([pending.get(x, 0) % per_device for x in range(self.X)], np.int32)
-        return rows, slots, np.array([x in pending for x in range(self.X)])
+    def _take_group(self, pending: list[list[int]], length_of: Callable, tokens: int = 1):
+        """Take from `pending` the slots to serve in one program: the next of each device, or several where many wait.
 
-    def _prefill(self, pending: dict[int, int]) -> list[int]:
-        """Prefill the prompts of slots that have the same shared prefix; returns these slots."""
-        shared = self.slots[next(iter(pending.values()))].request.shared_prefix
-        pending = {x: b for x, b in pending.items() if self.slots[b].request.shared_prefix is shared}
+        Args:
+          length_of: the padded length of a slot's rows; `tokens` are that many times as many.
+
+        Returns:
+          The slots [R], None where a row is empty; where they lie within their devices, [R]; which rows are slots, [R].
+        """
+        length = max(length_of(of_device[0]) for of_device in pending if of_device)
+        alike = [[b for b in of_device if length_of(b) <= length] for of_device in pending]
+        many = max(map(len, alike)) >= _TOGETHER and _TOGETHER * length * tokens <= _TOGETHER_TOKENS
+        W = _TOGETHER if many else 1
+        group = [(of_device + [None] * W)[:W] for of_device in alike]
+        for of_device, taken in zip(pending, group, strict=True):
+            of_device[:] = [b for b in of_device if b not in taken]
+        rows = [b for of_device in group for b in of_device]
+        per_device = self.B // self.X
+        slots = np.array([0 if b is None else b % per_device for b in rows], np.int32)
+        return rows, slots, np.array([b is not None for b in rows])
+
+    def _prefill(self, pending: list[list[int]]) -> list[int]:
+        """Prefill prompts that have the same shared prefix; returns their slots."""
+        shared = next(self.slots[of_device[0]].request.shared_prefix for of_device in pending if of_device)
         C = 0 if shared is None else shared.v.shape[3]
-        rows, slots, served = self._rows(pending, lambda b: self.slots[b].request.tokens[C:-1], [])
-        tokens, lengths = pad(rows, min(bucket(max(map(len, rows))), self.P - C), self.engine.pad_id)
-        for x, b in pending.items():
-            self.prompt_lengths[b] = C + lengths[x]
+        rest_of = lambda b: self.slots[b].request.tokens[C:-1]
+        pending = [[b for b in bs if self.slots[b].request.shared_prefix is shared] for bs in pending]
+        rows, slots, served = self._take_group(pending, lambda b: min(bucket(len(rest_of(b))), self.P - C))
+        rests = [[] if b is None else rest_of(b) for b in rows]
+        tokens, lengths = pad(rests, min(bucket(max(map(len, rests))), self.P - C), self.engine.pad_id)
+        taken = [(b, length) for b, length in zip(rows, lengths, strict=True) if b is not None]
+        for b, length in taken:
+            self.prompt_lengths[b] = C + length
         e = self.engine
         with jax.set_mesh(e.mesh), _COMPILING:
-            placed = e.place(tokens, lengths, slots, served)
+            placed = self._place((tokens, lengths, slots, served))
             self.prompts = decode_step.prefill_slots(e.graph, e.state, self.prompts, *placed, shared)
-        return list(pending.values())
+        return [b for b, _ in taken]
 
-    def _start(self, pending: dict[int, int]) -> list[int]:
+    def _start(self, pending: list[list[int]]) -> list[int]:
         """Start the next branches of slots; returns those that have no tokens to decode and so are finished."""
-        state, params, N = self.state, self.params, self.N
         if not any(slot and slot.running for slot in self.slots):
-            state.cache.write_position[...] = (
-                0  # so that one task at a time gives the same bits whatever was decoded before
-            )
-        no_branch = [[]] * N
-        prefixes_of = lambda b: (self.slots[b].next_prefixes(N) + no_branch)[:N]
-        prefixes, slots, served = self._rows(pending, prefixes_of, no_branch)
-        for x, b in pending.items():
-            slot, request = self.slots[b], self.slots[b].request
-            slot.running, slot.forced_logprobs = True, np.zeros((N, 0), np.float32)
-            state.cache.used[b], state.cache.positions[b] = False, 0
-            state.last_token[b] = [prefix[-1] if prefix else 0 for prefix in prefixes[x]]
-            state.num_tokens[b], state.stopped[b] = 0, False
-            state.active[b] = [bool(prefix) and request.max_new_tokens > 0 for prefix in prefixes[x]]
-            visible = self.prompt_lengths[b] if request.prompt_length is None else request.prompt_length
-            params.prompt_length[b], params.max_new_tokens[b] = visible, request.max_new_tokens
-            params.question_seed[b] = question_seed(request.question_id)
-            params.first_sample[b] = request.first_sample + len(slot.completions)
-            params.use_extra_stop_ids[b] = request.use_extra_stop_ids
-            for field in dataclasses.fields(SamplingParams):
-                getattr(params.sampling, field.name)[b] = getattr(request.sampling, field.name)
-        if any(len(prefix) > 1 for row in prefixes for prefix in row):
-            self._extend(prefixes, pending, slots, served)
-        return self._collect()
+            # So that one task at a time gives the same bits whatever was decoded before.
+            cache = dataclasses.replace(self.state.cache, write_position=jnp.int32(0))
+            self.state = dataclasses.replace(self.state, cache=cache)
+        started = [b for of_device in pending for b in of_device]
+        for b in started:
+            self._start_slot(b)
+        self.placed_params = None
+        forced = [[b for b in bs if self._longest_prefix(b) > 1] for bs in pending]
+        while any(forced):
+            self._extend(forced)
+        return self._collect([b for b in started if not self.slots[b].request.max_new_tokens], None)
 
-    def _extend(self, prefixes: list[list[list[int]]], pending: dict[int, int], slots, served) -> None:
-        """Put forced prefixes, all but their last token, into the suffix cache, just before the next write position."""
-        e, N, cache = self.engine, self.N, self.state.cache
-        longest = np.array([max(len(prefix) for prefix in row) - 1 for row in prefixes])  # of each device
-        S, flat = bucket(longest.max()), [prefix for row in prefixes for prefix in row]
-        tokens, lengths = pad([prefix[:-1] for prefix in flat], S, e.pad_id)
-        targets, _ = pad([prefix[1:] for prefix in flat], S, e.pad_id)
-        tokens, targets, lengths = (a.reshape(self.X, N, *a.shape[1:]) for a in (tokens, targets, lengths))
-        visible = [self.params.prompt_length[pending[x]] if x in pending else 0 for x in range(self.X)]
-        first = ((cache.write_position - longest) % self.M).astype(np.int32)
-        placed = e.place(tokens, targets, lengths, np.array(visible, np.int32), slots, served, first)
+    def _start_slot(self, b: int) -> None:
+        """Note what the next branches of a slot start from."""
+        self.updates = updates = self.updates or _Updates.none(self.B, self.N)
+        slot, request, params = self.slots[b], self.slots[b].request, self.params
+        slot.running, slot.first_chunk, slot.forced_logprobs = True, self.chunks, None
+        prefixes = slot.next_prefixes(self.N)
+        updates.started[b], updates.empty_suffix[b] = True, self._longest_prefix(b) == 1
+        updates.last_token[b], updates.active[b] = 0, False
+        updates.last_token[b, : len(prefixes)] = [prefix[-1] for prefix in prefixes]
+        updates.active[b, : len(prefixes)] = request.max_new_tokens > 0
+        visible = self.prompt_lengths[b] if request.prompt_length is None else request.prompt_length
+        params.prompt_length[b], params.max_new_tokens[b] = visible, request.max_new_tokens
+        params.question_seed[b] = question_seed(request.question_id)
+        params.first_sample[b] = request.first_sample + len(slot.completions)
+        params.use_extra_stop_ids[b] = request.use_extra_stop_ids
+        for field in dataclasses.fields(SamplingParams):
+            getattr(params.sampling, field.name)[b] = getattr(request.sampling, field.name)
+
+    def _longest_prefix(self, b: int) -> int:
+        return max(map(len, self.slots[b].next_prefixes(self.N)))
+
+    def _extend(self, pending: list[list[int]]) -> None:
+        """Put forced prefixes, all but their last token, into the suffix cache of a group of slots."""
+        e, N = self.engine, self.N
+        rows, slots, served = self._take_group(pending, lambda b: bucket(self._longest_prefix(b) - 1), tokens=N)
+        prefixes = [prefix for b in rows for prefix in self._padded_prefixes(b)]
+        S = bucket(max(map(len, prefixes)) - 1)
+        tokens, lengths = pad([prefix[:-1] for prefix in prefixes], S, e.pad_id)
+        targets, _ = pad([prefix[1:] for prefix in prefixes], S, e.pad_id)
+        tokens, targets, lengths = (a.reshape(len(rows), N, *a.shape[1:]) for a in (tokens, targets, lengths))
+        visible = np.array([0 if b is None else self.params.prompt_length[b] for b in rows], np.int32)
         with jax.set_mesh(e.mesh), _COMPILING:
-            (k, v), logprobs = decode_step.extend_slots(e.graph, e.state, self.prompts, (cache.k, cache.v), *placed)
-        self.state = dataclasses.replace(self.state, cache=dataclasses.replace(cache, k=k, v=v))
-        logprobs = np.asarray(logprobs)
-        for x, b in pending.items():
-            self.slots[b].forced_logprobs = logprobs[x]
-            written = (first[x] + np.arange(S)) % self.M
-            cache.used[b][:, written] = np.arange(S) < lengths[x, :, None]
-            cache.positions[b][:, written] = visible[x] + np.arange(S)
+            placed = self._place((tokens, targets, lengths, visible, slots, served))
+            cache, logprobs = decode_step.extend_slots(e.graph, e.state, self.prompts, self.state.cache, *placed)
+        self.state = dataclasses.replace(self.state, cache=cache)
+        for row, b in enumerate(rows):
+            if b is not None:
+                self.slots[b].forced_logprobs = logprobs, row
 
-    def _decode_chunk(self) -> list[int]:
-        """Decode a chunk of steps; returns the slots whose requests are finished."""
+    def _padded_prefixes(self, b: int | None) -> list[list[int]]:
+        prefixes = [] if b is None else self.slots[b].next_prefixes(self.N)
+        return prefixes + [[]] * (self.N - len(prefixes))
+
+    def _dispatch_chunk(self) -> tuple:
+        """Dispatch a chunk of steps, with what has changed since the last one; returns what `_read_chunk` reads."""
         e = self.engine
         with jax.set_mesh(e.mesh), _COMPILING:
-            self.state = decode_step.decode_chunk(
+            if self.updates:
+                fields = [getattr(self.updates, field.name) for field in dataclasses.fields(_Updates)]
+                self.state = decode_step.update_slots(self.state, *self._place(fields))
+                self.updates = None
+            if self.placed_params is None:
+                # A copy: the devices may read it when the host has long gone on to change the parameters.
+                self.placed_params = self._place(jax.tree.map(np.copy, self.params))
+            self.state, outputs = decode_step.decode_chunk(
                 e.graph,
                 e.state,
                 e.unstacked_layers,
                 self.prompts,
-                self._place(self.state),
-                self._place(self.params),
+                self.state,
+                self.placed_params,
                 self.stop_mask,
-                jax.random.key(e.seed),
+                self.seed,
             )
-        self.state = self._to_host(self.state)
-        self._apply_stop_functions()
-        return self._collect()
+        self.chunks += 1
+        return outputs
 
     def _place(self, tree):
-        """A tree with its host arrays on the devices, slots over the mesh's batch axes; a scalar is left as is."""
+        """A tree of host arrays on the devices, slots over the mesh's batch axes; on one device the call does that."""
+        if self.engine.mesh.size == 1:
+            return tree
         leaves, structure = jax.tree.flatten(tree)
-        on_host = [i for i, leaf in enumerate(leaves) if isinstance(leaf, np.ndarray) and leaf.ndim]
-        for i, placed in zip(on_host, self.engine.place(*(leaves[i] for i in on_host)), strict=True):
-            leaves[i] = placed
-        return structure.unflatten(leaves)
+        return structure.unflatten(self.engine.place(*leaves))
 
-    @staticmethod
-    def _to_host(state: DecodeState) -> DecodeState:
-        """The state with everything but keys and values as NumPy arrays that can be written."""
-        leaves, structure = jax.tree.flatten(state)
-        kept = {id(leaf) for leaf in jax.tree.leaves((state.cache.k, state.cache.v))}
-        on_host = jax.device_get([leaf for leaf in leaves if id(leaf) not in kept])
-        copies = map(np.array, on_host)
-        return structure.unflatten([leaf if id(leaf) in kept else next(copies) for leaf in leaves])
-
-    def _apply_stop_functions(self) -> None:
-        """End the branches whose request's stop function says so."""
-        for b, slot in enumerate(self.slots):
-            if not (slot and slot.running and slot.request.stop_function):
-                continue
-            for n in np.flatnonzero(self.state.active[b]):
-                with _TASKS:
-                    stops = slot.request.stop_function(self._new_tokens(b, n))
-                if stops:
-                    self.state.active[b, n], self.state.stopped[b, n] = False, True
-
-    def _new_tokens(self, b: int, n: int) -> list[int]:
-        return self.state.tokens[b, n, : self.state.num_tokens[b, n]].tolist()
-
-    def _collect(self) -> list[int]:
-        """Take the completions of slots whose branches are all finished; returns those whose requests are finished."""
+    def _read_chunk(self, number: int, outputs: tuple) -> list[int]:
+        """Wait for a chunk and take what it has finished; returns the slots whose requests are finished."""
+        active, *rest = jax.device_get(outputs)
+        active = np.array(active)
+        stopped, num_tokens, tokens, logprobs = rest
+        stopped = np.array(stopped)
         finished = []
         for b, slot in enumerate(self.slots):
-            if not (slot and slot.running) or self.state.active[b].any():
+            if not (slot and slot.running and slot.first_chunk <= number):
                 continue
+            if slot.request.stop_function:
+                for n in np.flatnonzero(active[b]):
+                    with _TASKS:
+                        stops = slot.request.stop_function(tokens[b, n, : num_tokens[b, n]].tolist())
+                    if stops:
+                        self.updates = self.updates or _Updates.none(self.B, self.N)
+                        self.updates.ended[b, n], active[b, n], stopped[b, n] = True, False, True
+            if not active[b].any():
+                finished.append(b)
+        return self._collect(finished, (stopped, num_tokens, tokens, logprobs))
+
+    def _collect(self, finished: list[int], outputs: tuple | None) -> list[int]:
+        """Take the completions of slots whose branches are all finished; returns those whose requests are finished.
+
+        Args:
+          outputs: what was decoded; None where nothing was to be.
+        """
+        done = []
+        for b in finished:
+            slot = self.slots[b]
+            array, row = slot.forced_logprobs or (np.zeros((1, self.N, 0), np.float32), 0)
+            forced_logprobs = np.asarray(array)[row]
             for n, prefix in enumerate(slot.next_prefixes(self.N)):
-                tokens = self._new_tokens(b, n)
-                logprobs = self.state.logprobs[b, n, : len(tokens)].copy()
-                forced_logprobs = slot.forced_logprobs[n, : len(prefix) - 1]
-                stopped = bool(self.state.stopped[b, n])
-                slot.completions.append(Completion(tokens, logprobs, stopped, forced_logprobs))
+                tokens, logprobs, stops = [], np.zeros(0, np.float32), False
+                if outputs is not None:
+                    stopped, num_tokens, all_tokens, all_logprobs = outputs
+                    count, stops = num_tokens[b, n], bool(stopped[b, n])
+                    tokens, logprobs = all_tokens[b, n, :count].tolist(), all_logprobs[b, n, :count].copy()
+                slot.completions.append(Completion(tokens, logprobs, stops, forced_logprobs[n, : len(prefix) - 1]))
             slot.running = False
             if len(slot.completions) == len(slot.request.forced_prefixes):
-                finished.append(b)
-        return finished
+                done.append(b)
+        return done

@@ -7,12 +7,13 @@ import threading
 import jax
 import numpy as np
 import pytest
-from conftest import PROMPTS, decode, engine_on, sample, tokens_of
+from conftest import NUCLEUS, PROMPTS, decode, engine_on, sample, tokens_of
 
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
 from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.inference.scheduler import length_classes, run_tasks
+from roserag_jax.models.config import ModelConfig
 
 pytest.importorskip("torch")
 
@@ -32,6 +33,43 @@ def test_samples_in_any_order_and_batch_are_the_same(tiny_engine, slots, branche
     fewer = tokens_of(sample(tiny_engine, [0, 1], samples=1, first_sample=2, slots=slots))
     assert fewer == [[row[2]] for row in together[:2]]
     assert together[0][0] != together[0][1]
+
+
+def test_samples_of_many_slots_are_those_of_one(tiny_engine):
+    """With 16 slots the devices run ahead of the host, chunks outlast slots and eight prompts are prefilled at once.
+
+    Tasks of several requests, stop tokens and stop functions among them, of different lengths, more of them than slots.
+    """
+    rng = np.random.default_rng(2)
+    limits, lengths = rng.integers(1, 30, 40), rng.integers(2, 17, 40)
+    prompts = [rng.integers(3, 131, n).tolist() for n in lengths]
+
+    def task(i):
+        yield PrefillRequest(prompts[i])
+        first = yield DecodeRequest([prompts[i][-1:]] * (1 + i % 3), int(limits[i]), NUCLEUS, str(i))
+        scored = yield DecodeRequest([prompts[i][-1:] + c.tokens[:8] for c in first], 0)
+        ends = lambda tokens: 9 in tokens
+        last = yield DecodeRequest(
+            [prompts[i][-1:] + c.tokens[: i % 5] for c in first], 20, NUCLEUS, str(i), 50, i % 2 == 0, ends
+        )
+        cut = [c.tokens[: c.tokens.index(9)] if 9 in c.tokens else c.tokens for c in last]
+        return (
+            [c.tokens for c in first],
+            [c.forced_logprobs for c in scored],
+            cut,
+            [c.finished or 9 in c.tokens for c in last],
+        )
+
+    def run(slots):
+        capacity = DecoderCapacity(slots, 2, ((1, 30), (9, 0), (5, 20)))
+        tasks, engine = dict(enumerate(map(task, range(40)))), with_threads(tiny_engine, 1)
+        return dict(run_tasks(engine, tasks, lengths.tolist(), capacity, (7, 8)))
+
+    alone = run(1)
+    for number, (tokens, logprobs, last, finished) in run(16).items():
+        assert (tokens, last, finished) == (alone[number][0], *alone[number][2:])
+        for row, expected in zip(logprobs, alone[number][1], strict=True):
+            np.testing.assert_allclose(row, expected, atol=1e-4)
 
 
 def test_branches_end_at_stop_tokens_limits_and_stop_functions(tiny_engine):
@@ -128,3 +166,31 @@ def test_length_classes_with_few_members_join_the_next():
     lengths = [5, 300, 30, 700, 290, 12, 600, 40]
     assert length_classes(lengths, 2) == [[0, 2, 5, 7], [1, 4], [3, 6]]
     assert length_classes(lengths, 3) == [[0, 2, 5, 7], [1, 3, 4, 6]]
+
+
+def test_slot_bytes_are_what_a_compiled_decoder_allocates():
+    """Gigabytes beside the weights that the program compiled for a TPU v5e takes with prompts of 1,536 tokens."""
+    sizes = {"family": "llama", "norm_eps": 1e-5, "rope_theta": 1e4}
+    llama = ModelConfig(
+        vocab_size=128256,
+        embed_dim=2048,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        mlp_dim=8192,
+        **sizes,
+    )
+    gemma = ModelConfig(
+        vocab_size=256000,
+        embed_dim=2304,
+        num_layers=26,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=256,
+        mlp_dim=9216,
+        **sizes,
+    )
+    for config, slots, gigabytes in ((llama, 32, 3.49), (gemma, 16, 4.38)):
+        capacity = DecoderCapacity(slots, 4, ((129, 32), (1, 128)))
+        assert slots * capacity.slot_bytes(config, 2, 1536) / 1e9 == pytest.approx(gigabytes, rel=0.05)
