@@ -26,6 +26,7 @@ from roserag_jax import signals
 from roserag_jax.distributed.channel import LOST, ProcessLost
 from roserag_jax.errors import UserError, disk_error, first_line
 from roserag_jax.options import defaults, describe, validate, walk
+from roserag_jax.user_cache import user_cache
 from roserag_jax.workdir import to_json
 
 
@@ -99,7 +100,10 @@ def cache_compilations() -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    folder = os.path.join(os.path.expanduser("~/.cache/roserag_jax"), platform.node())
+    cache = user_cache()
+    if cache is None:
+        return
+    folder = str(cache / platform.node())
     with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)
     if os.access(folder, os.W_OK):

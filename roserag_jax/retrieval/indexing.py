@@ -25,6 +25,7 @@ from roserag_jax.errors import UserError, first_line
 from roserag_jax.rag import words
 from roserag_jax.rag.corpora import Chunking, Corpus
 from roserag_jax.retrieval.index import MANIFEST, NUMBERS, VERSION, Index, check_sizes, read_manifest, schema
+from roserag_jax.user_cache import user_cache
 
 COMMIT_SECONDS = 30  # of work that a stopped build repeats
 WRITER_BYTES = 512 << 20
@@ -52,12 +53,18 @@ def chunking(options) -> Chunking:
 
 
 def folder_of(config, corpus: Corpus) -> Path:
-    """The folder that the configuration names for the index of a corpus, or one in the user's cache."""
+    """The folder that the configuration names for the index of a corpus, or one in the user's cache.
+
+    Raises:
+      UserError: neither is there.
+    """
     if config.index:
         return Path(config.index).expanduser()
     name = hashlib.sha256(json.dumps(_recipe(corpus)).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return cache / "roserag_jax" / "indexes" / name
+    cache = user_cache()
+    if cache is None:
+        raise UserError("config.index is empty and this user has no home for a cache: name the index's folder.")
+    return cache / "indexes" / name
 
 
 def update(folder: Path, corpus: Corpus, verify: bool = False) -> None:

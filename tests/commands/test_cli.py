@@ -12,6 +12,7 @@ from conftest import run_command
 
 from roserag_jax import __main__, cli, options, retrieve
 from roserag_jax.errors import disk_error
+from roserag_jax.user_cache import user_cache
 from roserag_jax.workdir import Workdir, digest
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,13 @@ def test_cli_without_a_home_and_with_ascii_output(config_of):
     line = [sys.executable, "-m", "roserag_jax.inspect", f"--config.model={config_of().model}"]
     done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "'\\u0143'" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("cache", ["", "relative/cache"])
+def test_user_cache_without_a_home_is_none(cache, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user that no database knows
+    assert user_cache() is None
 
 
 def test_cli_unknown_home_of_a_user_in_a_path_is_one_message():
