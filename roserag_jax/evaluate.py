@@ -27,6 +27,7 @@ from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.rag.noise import Noise
 from roserag_jax.rag.prompts import Prompt, PromptBuilder
 from roserag_jax.report.comparison import summary
+from roserag_jax.retrieval.bm25 import BM25
 from roserag_jax.retrieval.indexing import open_index
 from roserag_jax.session import Session, adapter_digest, adapter_folder, checked_adapter
 from roserag_jax.workdir import RETRIEVED, PartialResults, Recipe, Workdir, resolve_path, to_json, to_jsonl
@@ -90,7 +91,8 @@ def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict
         pool, index = searched.passages, lambda: searched
     else:
         contexts = [c for row in rows for c in row.get("contexts", [])]
-        pool, index = list({(c["title"], c["text"]): c for c in contexts}.values()), None
+        pool = list({(c["title"], c["text"]): c for c in contexts}.values())
+        index = lambda: BM25(pool)
     made = Noise(noise, config.seed, rows, pool, index)
     return [{**row, "contexts": made.passages(row, passages)} for row in rows]
 

@@ -22,8 +22,8 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from roserag_jax import cli
-from roserag_jax.distributed import automatic_mesh, hardware
+from roserag_jax import automatic_mesh, cli
+from roserag_jax.distributed import hardware
 from roserag_jax.distributed.collectives import count_collectives
 from roserag_jax.distributed.hardware import Chip
 from roserag_jax.distributed.mesh import make_mesh

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from roserag_jax.errors import UserError
 from roserag_jax.rag import answers, words
-from roserag_jax.retrieval.bm25 import BM25
 
 
 class Condition(NamedTuple):
@@ -61,14 +60,14 @@ class Noise:
       name: a condition, with its number.
       rows: all questions; wrong answers are golden answers of others.
       pool: passages `{title, text}` to add.
-      index: returns the pool's index, where there is one already; called only if the condition searches.
+      index: returns what searches the pool, with `search(queries, k)`; called only if the condition searches.
     """
 
     def __init__(self, name: str, seed: int, rows: list[dict], pool: list[dict], index: Callable | None = None):
         self.kind, self.number = parse(name)
         self.name, self.seed, self.pool = name, seed, pool
         self.answers = sorted({row["golden_answers"][0] for row in rows})
-        self._make_index, self._index = index or (lambda: BM25(pool)), None
+        self._make_index, self._index = index, None
 
     def passages(self, row: dict, K: int) -> list[dict]:
         """The passages that are shown for a row instead of its first K.
@@ -81,7 +80,7 @@ class Noise:
 
     @property
     def index(self):
-        """The index of the pool, built when it is first needed."""
+        """What searches the pool, made when it is first needed."""
         self._index = self._index or self._make_index()
         return self._index
 

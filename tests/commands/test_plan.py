@@ -7,7 +7,8 @@ from importlib.util import find_spec
 
 import pytest
 
-from roserag_jax.distributed import automatic_mesh, hardware
+from roserag_jax import automatic_mesh
+from roserag_jax.distributed import hardware
 from roserag_jax.distributed.collectives import count_collectives
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig

@@ -5,15 +5,17 @@ import pytest
 from roserag_jax import options
 from roserag_jax.errors import UserError
 from roserag_jax.rag import answers, noise, synthetic
+from roserag_jax.retrieval.bm25 import BM25
 
 ROWS = list(synthetic.generate(24, "eval", passages=6))
 POOL = [c for row in ROWS for c in row["contexts"]]
 KEY = lambda c: (c["title"], c["text"])
+SEARCH = lambda: BM25(POOL)
 
 
 @pytest.mark.parametrize("name", ["random2", "same_topic2", "counterfactual2"])
 def test_noise_adds_wrong_passages_and_keeps_the_rest(name):
-    made = noise.Noise(name, 0, ROWS, POOL)
+    made = noise.Noise(name, 0, ROWS, POOL, SEARCH)
     places, shared, beyond = set(), 0, 0
     for row in ROWS:
         own = row["contexts"][:4]
@@ -33,7 +35,7 @@ def test_noise_adds_wrong_passages_and_keeps_the_rest(name):
     if name == "same_topic2":  # what was found for a question but is not shown is of its topic
         assert beyond >= 4
     # The order of the questions plays no part.
-    again = noise.Noise(name, 0, ROWS, POOL)
+    again = noise.Noise(name, 0, ROWS, POOL, SEARCH)
     backwards = {row["id"]: again.passages(row, 4) for row in reversed(ROWS)}
     assert all(backwards[row["id"]] == made.passages(row, 4) for row in ROWS)
     if name != "counterfactual2":  # hard negatives are of the question's topic, random ones are not
@@ -96,7 +98,7 @@ def test_noise_removes_gold_and_shuffles():
 def test_noise_swaps_gold_for_hard_negatives():
     """At its place, by a passage that is not the question's gold and does not answer it; the rest stays."""
     for name, most in (("swapped1", 1), ("swapped9", 9)):
-        made = noise.Noise(name, 0, ROWS, POOL)
+        made = noise.Noise(name, 0, ROWS, POOL, SEARCH)
         for row in ROWS:
             shown, gold = made.passages(row, 4), sum(c["is_supporting"] for c in row["contexts"][:4])
             changed = [(a, b) for a, b in zip(row["contexts"][:4], shown, strict=True) if a is not b]
@@ -109,7 +111,7 @@ def test_noise_swaps_gold_for_hard_negatives():
 
 def test_noise_of_a_weak_retriever_finds_less():
     """What BM25 finds with half of the words has gold passages, flagged, but fewer than with all of them."""
-    made = noise.Noise("weak", 0, ROWS, POOL)
+    made = noise.Noise("weak", 0, ROWS, POOL, SEARCH)
     weak = [sum(c["is_supporting"] for c in made.passages(row, 4)) for row in ROWS]
     found = made.index.search([row["question"] for row in ROWS], 4)
     gold = [{KEY(c) for c in row["contexts"] if c["is_supporting"]} for row in ROWS]
@@ -162,7 +164,9 @@ def test_noise_adds_no_passage_with_the_answer_in_any_script():
     pool = [{"title": "", "text": f"伦德女士创办了第{i}座博物馆。"} for i in range(9)]
     pool.append({"title": "", "text": "长河博物馆位于北方。"})
     for name in ("random1", "same_topic1"):
-        (added,) = [c for c in noise.Noise(name, 0, [row, other], pool).passages(row, 1) if c is not gold]
+        (added,) = [
+            c for c in noise.Noise(name, 0, [row, other], pool, lambda: BM25(pool)).passages(row, 1) if c is not gold
+        ]
         assert added["text"] == "长河博物馆位于北方。"
     (claim,) = [c for c in noise.Noise("counterfactual1", 0, [row, other], []).passages(row, 1) if c is not gold]
     assert claim["text"] == "燕鸥博物馆由王先生于1901年创办。"
