@@ -37,7 +37,14 @@ def typechecked(function):
     return beartype(conf=BeartypeConf(is_pep484_tower=True))(function) if checks else function
 
 
-install_import_hook("roserag_jax", "conftest.typechecked")
+def _modules_with_arrays() -> list[str]:
+    """The modules that declare shapes; the hook makes every call of a module's functions slower, so no others."""
+    root = Path(__file__).parents[1]
+    sources = [p for p in (root / "roserag_jax").rglob("*.py") if "from jaxtyping import" in p.read_text()]
+    return [".".join(p.relative_to(root).with_suffix("").parts) for p in sources]
+
+
+install_import_hook(_modules_with_arrays(), "conftest.typechecked")
 
 from roserag_jax import generate, options, session, train
 from roserag_jax.distributed.mesh import make_mesh
