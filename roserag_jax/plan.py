@@ -225,7 +225,6 @@ class Plan:
     def _train(self, mesh) -> Program:
         train, c = self.config.train, self.model_config
         model = loading.abstract_model(c, self.lora, self.dtype)
-        del base
         step = TrainStep(
             model,
             mesh,
