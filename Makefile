@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-compat test-launch test-processes lint clean
+.PHONY: quickstart test test-slow test-compat test-launch test-processes lint clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m roserag_jax.train --config configs/quickstart.py
@@ -13,6 +13,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# Real weights against transformers, and random mixes of work over many simulated devices.
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
 
 # What is written for other programs, read by transformers 4 and its PEFT in an environment of theirs.
 test-compat: $(VENV)/.test .venv-compat/.installed

@@ -74,7 +74,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Longest first, so that both processes end together.
-LONG = ("test_real_weights", "test_processes", "test_train_step", "test_scheduler", "test_transformer", "test_train")
+LONG = ("test_processes", "test_train", "test_train_step", "test_scheduler", "test_transformer", "test_answer")
 
 
 def pytest_collection_modifyitems(items):

@@ -24,7 +24,7 @@ def test_answer_from_a_folder_and_from_a_file_of_questions(finished, tmp_path):
     (tmp_path / "tin.txt").unlink()
     rows = [
         {"id": "a", "question": "Why?", "contexts": [{"text": "Because of the caf\u00e9 \u71d5."}]},
-        {"id": "b", "question": "How?"},
+        {"id": "b", "question": "How green is it?"},
     ]
     file = tmp_path / "q.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -26,7 +26,7 @@ def run(*arguments, **environment):
 def test_cli_bad_input_is_one_message(config_of, tmp_path, questions):
     """A non-zero exit and one line that says what to do; what was made stays."""
     config = config_of(questions)
-    retrieve.run(config)
+    retrieve.make(config, Workdir(config.workdir))
     kept = digest(Workdir(config.workdir) / "retrieved.jsonl")
     unreadable = tmp_path / "bad.jsonl"
     unreadable.write_text(questions.read_text() + "{no json\n")

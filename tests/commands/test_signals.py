@@ -95,7 +95,7 @@ def test_signal_arrives_where_an_exception_would_be_lost(place):
     assert process.stdout.readline() == "running\n"
     time.sleep(0.13)
     process.send_signal(how)
-    assert_stopped(process, how, 30)
+    assert_stopped(process, how, 90)
 
 
 @pytest.mark.parametrize("how", list(STATUS), ids=lambda how: how.name)

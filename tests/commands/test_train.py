@@ -41,6 +41,7 @@ def test_train_writes_every_artifact_and_keeps_it_the_second_time(finished, caps
     assert before == {f: digest(work / f) for f in before}
 
 
+@pytest.mark.slow
 def test_train_on_eight_devices_makes_the_same(finished, config_of, questions, monkeypatch):
     """The whole path on a mesh of eight: the same candidates and pairs, the same answers before and after."""
     monkeypatch.setattr(session, "make_mesh", make_mesh)

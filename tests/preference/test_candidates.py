@@ -76,7 +76,9 @@ def on_one_device(generate):
     return generate(1)
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize(
+    "devices", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_candidates_on_several_devices_equal_those_on_one(devices, generate, on_one_device):
     rows = generate(devices)
     assert sum(len(row["candidates"]) for row in rows.values()) > 9
