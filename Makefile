@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-slow test-compat test-launch test-processes lint clean
+.PHONY: quickstart test test-slow test-compat test-launch test-processes test-browser lint clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m roserag_jax.train --config configs/quickstart.py
@@ -29,6 +29,10 @@ test-launch: .venv-launch/.installed
 # Whole runs of several processes with faults; minutes.
 test-processes: $(VENV)/.test
 	TEST_PROCESSES=1 $(BIN)/python -m pytest -n 0 -q tests/distributed/test_several_processes.py
+
+# The pages as a person opens them, in the Chromium of the system; skipped where there is none.
+test-browser: $(VENV)/.test
+	$(BIN)/python -m pytest -n 0 -q -m browser tests/browser
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .
