@@ -25,6 +25,34 @@ _COMMON = set(
 
 Picked = list[tuple[dict, dict]]
 
+# Why a question has no pair, and what that means.
+REASONS = {
+    "no candidate": "no sample became a candidate",
+    "all correct": "every candidate is correct, so there is none to reject",
+    "none correct": "no candidate reaches the golden answer, so there is none to choose",
+    "no evidence": "the correct candidates name nothing that the passages say, so they restate the hint",
+    "no support": "no passage shown holds the golden answer",
+    "one source only": "guided or plain candidates are missing",
+}
+
+
+class Outcome(NamedTuple):
+    """What selection makes of one question's candidates.
+
+    Attributes:
+      candidates: all of them, judged.
+      right: those that may be chosen.
+      wrong: those that may be rejected.
+      reason: of `REASONS`, why there is no pair; '' if there is one.
+      bare: how many correct ones name nothing that the passages say.
+    """
+
+    candidates: list[dict]
+    right: list[dict]
+    wrong: list[dict]
+    reason: str
+    bare: int = 0
+
 
 class Strategy(NamedTuple):
     """A way to choose pairs; `pick` gets correct and incorrect candidates, a confidence, and a random generator."""
@@ -123,26 +151,21 @@ def select(
     Raises:
       UserError: no question has both kinds of candidates.
     """
-    reasons = ("no candidate", "all correct", "none correct", "no evidence", "no support", "one source only")
-    pairs, dropped = [], dict.fromkeys(reasons, 0)
+    pairs, dropped = [], dict.fromkeys(REASONS, 0)
     counts = {"questions": dropped, "no_evidence": 0, "accepted": {}}
     for row in rows:
-        row = {**row, "candidates": judged(row, options.match, measure)}
-        for c in row["candidates"]:
+        found = outcome(row, passages[row["id"]], options, measure)
+        for c in found.candidates:
             tally = counts["accepted"].setdefault(c["source"], [0, 0])
             tally[0] += c["correct"]
             tally[1] += 1
-        if options.rejection:
-            right, wrong, reason, bare = _checked(row, passages[row["id"]], options)
-            counts["no_evidence"] += bare
-        else:
-            right, wrong, reason = _unchecked(row)
-        if reason:
-            dropped[reason] += 1
+        counts["no_evidence"] += found.bare
+        if found.reason:
+            dropped[found.reason] += 1
             continue
         sure = lambda c: (confidence(c, options.confidence), c["response"])
         rng = random.Random(f"{seed}/{row['id']}")
-        picked = STRATEGIES[options.strategy].pick(right, wrong, sure, rng)
+        picked = STRATEGIES[options.strategy].pick(found.right, found.wrong, sure, rng)
         pairs += [_pair(row, chosen, rejected, options.confidence) for chosen, rejected in picked]
     if not pairs:
         raise UserError(
@@ -153,16 +176,26 @@ def select(
     return pairs, counts
 
 
-def _checked(row: dict, shown: list[dict], options) -> tuple[list[dict], list[dict], str, int]:
-    """Candidates that may be chosen and rejected, why there is no pair ('' if there is), and how many correct ones name
-    nothing that the passages say."""
+def outcome(row: dict, shown: list[dict], options, measure: answers.Measure = answers.HOTPOTQA) -> Outcome:
+    """Judge the candidates of a question, and sort out those that may be chosen and rejected.
+
+    Args:
+      row: as `generate` writes it.
+      shown: the passages that were shown for it.
+      options: `config.select`.
+    """
+    candidates = judged(row, options.match, measure)
+    if not options.rejection:
+        guided, plain = ([c for c in candidates if c["source"] == source] for source in ("guided", "plain"))
+        reason = "" if guided and plain else "one source only" if candidates else "no candidate"
+        return Outcome(candidates, guided, plain, reason)
     golden = row["golden_answers"]
-    correct = [c for c in row["candidates"] if c["correct"]]
-    wrong = [c for c in row["candidates"] if not c["correct"]]
+    correct = [c for c in candidates if c["correct"]]
+    wrong = [c for c in candidates if not c["correct"]]
     right, reason = correct, ""
     if options.evidence and shown:
         right = [c for c in correct if evidence(c["rationale"], golden, shown) >= options.evidence]
-    if not row["candidates"]:
+    if not candidates:
         reason = "no candidate"
     elif not wrong:
         reason = "all correct"
@@ -170,15 +203,7 @@ def _checked(row: dict, shown: list[dict], options) -> tuple[list[dict], list[di
         reason = "no support"
     elif not right:
         reason = "no evidence" if correct else "none correct"
-    return right, wrong, reason, len(correct) - len(right)
-
-
-def _unchecked(row: dict) -> tuple[list[dict], list[dict], str]:
-    """Guided and plain candidates, and why there is no pair ('' if there is)."""
-    guided, plain = ([c for c in row["candidates"] if c["source"] == source] for source in ("guided", "plain"))
-    if not row["candidates"]:
-        return guided, plain, "no candidate"
-    return guided, plain, "" if guided and plain else "one source only"
+    return Outcome(candidates, right, wrong, reason, len(correct) - len(right))
 
 
 def _pair(row: dict, chosen: dict, rejected: dict, kind: str) -> dict:
