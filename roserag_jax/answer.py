@@ -11,9 +11,10 @@ page of each passage; a file of questions prints one JSON object a line: {id, qu
 
 from absl import flags
 
-from roserag_jax import cli, options
+from roserag_jax import cli
 from roserag_jax.errors import UserError, quote
 from roserag_jax.inference.respond import respond
+from roserag_jax.options.option import not_utf8
 from roserag_jax.rag import answers, documents, questions
 from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.rag.prompts import PromptBuilder
@@ -35,7 +36,7 @@ def _questions(config) -> list[dict]:
     question, file = _QUESTION.value, _QUESTIONS.value
     if (question is None) == (file is None):
         raise UserError("Give either --question '...' or --questions FILE.")
-    if question is not None and (not question.strip() or options.not_utf8(question)):
+    if question is not None and (not question.strip() or not_utf8(question)):
         raise UserError("--question is empty." if not question.strip() else "--question is not UTF-8 text.")
     rows = [{"id": "question", "question": question}]
     if file is not None:

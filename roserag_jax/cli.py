@@ -128,7 +128,7 @@ def print_help(doc: str) -> None:
     """Print a command's docstring and its flags, or with `--options` every option."""
     print(f"{doc.strip()}\n")
     if "--options" in sys.argv:
-        print(f"Options (roserag_jax/options.py):\n{describe()}")
+        print(f"Options (roserag_jax/options/):\n{describe()}")
         return
     print("  --config FILE                    the configuration, for example configs/quickstart.py")
     print("  --config.section.option=VALUE    sets one option")

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from roserag_jax import options
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
+from roserag_jax.options.option import not_utf8
 
 # The artifacts by name; those of evaluations are in `eval/`.
 RETRIEVED = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
@@ -156,7 +156,7 @@ class Workdir:
 
     def __init__(self, path: str):
         self.path = resolve_path(path)  # Orbax wants it absolute
-        if why := options.not_utf8(str(self.path)):
+        if why := not_utf8(str(self.path)):
             raise UserError(f"config.workdir={ascii(str(self.path))}: {why}.")
 
     def __truediv__(self, name: str) -> epath.Path:

@@ -147,7 +147,7 @@ def _settings(config) -> dict[str, str]:
     from roserag_jax import options
 
     code = hashlib.sha256()
-    package = Path(options.__file__).parent
+    package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         code.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
     values = {f"config.{name}": repr(options.get(config, name)) for name, _ in options.walk() if name != "distributed"}

@@ -1,0 +1,122 @@
+"""Options of what makes the pairs: the prompt, the sampled rationales, and the selection among them."""
+
+from roserag_jax.options.option import Faults, Option, together
+from roserag_jax.preference.selection import STRATEGIES
+from roserag_jax.rag.chat import TEMPLATE_ARGUMENTS, check_template_arguments
+
+
+def _stop_strings(value) -> str | None:
+    good = all(isinstance(text, str) and text for text in value)
+    return None if good else "a tuple of texts that are not empty"
+
+
+def _template_arguments(value) -> str | None:
+    try:
+        check_template_arguments(value)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+PROMPT = {
+    "passages": Option(10, "number of passages shown (K); 0 is closed book", at_least=0),
+    "order": Option(
+        "best_first",
+        "order of the passages shown; some small models mostly read the one before the question: best_last helps those",
+        ("best_first", "best_last"),
+    ),
+    "examples": Option(
+        0, "number of few-shot demonstrations, at most 2; they help the smallest models", at_least=0, at_most=2
+    ),
+    "max_tokens": Option(2048, "most tokens of a prompt; passages are cut to fit, the question never is", at_least=1),
+    "stop": Option(
+        (),
+        "stop strings, which end a response as the end-of-turn token does; for models that run on",
+        check=_stop_strings,
+    ),
+    "template_arguments": Option(
+        TEMPLATE_ARGUMENTS,
+        "variables of the model's chat template; date_string is the date of templates that write today's, "
+        "enable_thinking lets models think before they answer; a configuration file may add others",
+        check=_template_arguments,
+    ),
+}
+
+
+GENERATE = {
+    "guided_samples": Option(4, "rationales sampled per question with the golden answer in view", at_least=0),
+    "plain_samples": Option(4, "rationales sampled per question from the plain prompt", at_least=0),
+    "guided_temperature": Option(0.8, "sampling temperature of the guided rationales", at_least=0),
+    "plain_temperature": Option(0.8, "sampling temperature of the plain rationales", at_least=0),
+    "top_p": Option(
+        0.95, "probability mass of the nucleus that is sampled from; 1.0 is the whole vocabulary", above=0, at_most=1
+    ),
+    "top_k": Option(0, "sample from this many most likely tokens; 0 is the whole vocabulary", at_least=0),
+    "min_p": Option(
+        0.0,
+        "leave out tokens less likely than this fraction of the most likely one; 0.0 leaves out none",
+        at_least=0,
+        at_most=1,
+    ),
+    "max_tokens": Option(128, "most tokens of a rationale", at_least=1),
+    "samples": Option(
+        "", "a .jsonl of {id, samples: [...]}: responses made elsewhere, verified beside the sampled ones"
+    ),
+    "answer": Option(
+        "decoded",
+        "which answer of a rationale is judged: one decoded after it on the plain prompt, or the one sampled with it",
+        ("decoded", "sampled"),
+    ),
+    "answer_tokens": Option(24, "most tokens of the answer decoded after a rationale", at_least=1),
+    "batch": Option(
+        8, "questions decoded at a time, rounded up to the devices; a new one starts when one is finished", at_least=1
+    ),
+    "memory_gb": Option(
+        0.0, "most memory for the caches and logits of `generate`, which lowers its batch; 0.0 is no limit", at_least=0
+    ),
+}
+
+
+@together
+def _a_pair_needs_two_candidates(config) -> Faults:
+    sampled = config.generate.guided_samples + config.generate.plain_samples
+    if sampled < 2 and not (config.generate.samples or config.data.pairs):
+        why = "a pair needs at least two candidates; raise it or config.generate.guided_samples"
+        yield "generate.plain_samples", why
+
+
+SELECT = {
+    "strategy": Option(
+        "hard",
+        "which correct and which incorrect candidate make the pair: "
+        + ", ".join(f"{strategy.help} ({name})" for name, strategy in STRATEGIES.items()),
+        (*STRATEGIES,),
+    ),
+    "match": Option(
+        "em", "whether a correct answer equals a golden one (em) or contains it (contains)", ("em", "contains")
+    ),
+    "rejection": Option(
+        True,
+        "check that chosen responses are correct and rejected ones incorrect; False (the paper's ablation) selects "
+        "among all guided and all plain ones, unchecked",
+    ),
+    "evidence": Option(
+        1,
+        "words of the passages, beyond the answer's, that a chosen rationale must hold; 0 lets it restate the hint",
+        at_least=0,
+    ),
+    "supported": Option(False, "leave out questions whose answer no passage holds (except yes/no questions)"),
+    "confidence": Option(
+        "mean", "confidence in a response: its log-probability per token (mean) or in total (sum)", ("mean", "sum")
+    ),
+}
+
+
+@together
+def _selection_without_rejection(config) -> Faults:
+    if config.select.rejection:
+        return
+    if not (config.generate.guided_samples and config.generate.plain_samples):
+        yield "select.rejection", "without it both config.generate.guided_samples and plain_samples are needed"
+    if config.select.supported:
+        yield "select.supported", "without config.select.rejection nothing is checked"
