@@ -28,7 +28,7 @@ from roserag_jax.inference.sampling import SamplingParams, question_seed
 from roserag_jax.models.cache import SuffixCache
 
 _COMPILING = threading.Lock()  # so that two threads do not both compile a program; running it holds no lock
-_TASKS = threading.Lock()  # tasks share a tokenizer, which is not made for several threads at once
+TASKS_LOCK = threading.Lock()  # tasks share a tokenizer, which is not made for several threads at once
 _MANY_SLOTS = 16  # with so many the devices run ahead of the host
 _TOGETHER, _TOGETHER_TOKENS = 8, 2048  # slots of a device served in one program where so many wait, and their tokens
 
@@ -200,8 +200,13 @@ class Scheduler:
         self.placed_params = self._place(self.params)
         self.updates: _Updates | None = None
 
-    def run(self, tasks: Iterable[tuple[int, Task]]) -> Iterator[tuple[int, Any]]:
-        """Run numbered tasks of one length class, as `run_tasks` does; they begin in their order."""
+    def run(self, tasks: Iterable[tuple[int, Task] | None]) -> Iterator[tuple[int, Any]]:
+        """Run numbered tasks of one length class, as `run_tasks` does; they begin in their order.
+
+        Args:
+          tasks: they may arrive while others run: None says that there is none right now, and is asked again after the
+            next chunk. Who has none to run either waits for one instead (`inference.service`).
+        """
         waiting, unread = iter(tasks), collections.deque()
         while not self.cancelled:
             yield from self._fill_slots(waiting)
@@ -213,7 +218,7 @@ class Scheduler:
             for b in served:
                 yield from self._advance(b)
 
-    def _fill_slots(self, waiting: Iterator[tuple[int, Task]]) -> Iterator[tuple[int, Any]]:
+    def _fill_slots(self, waiting: Iterator[tuple[int, Task] | None]) -> Iterator[tuple[int, Any]]:
         """Give each free slot the next task; yields the results of tasks that request nothing."""
         for b in range(self.B):
             while self.slots[b] is None and (following := next(waiting, None)):
@@ -224,7 +229,7 @@ class Scheduler:
         """Send a task what it waits for and take its next request; at its end free the slot and yield its result."""
         slot = self.slots[b]
         try:
-            with _TASKS:
+            with TASKS_LOCK:
                 slot.request = slot.task.send(slot.completions if isinstance(slot.request, DecodeRequest) else None)
                 while isinstance(slot.request, DecodeRequest) and not slot.request.forced_prefixes:
                     slot.request = slot.task.send([])
@@ -404,7 +409,7 @@ class Scheduler:
                 continue
             if slot.request.stop_function:
                 for n in np.flatnonzero(active[b]):
-                    with _TASKS:
+                    with TASKS_LOCK:
                         stops = slot.request.stop_function(tokens[b, n, : num_tokens[b, n]].tolist())
                     if stops:
                         self.updates = self.updates or _Updates.none(self.B, self.N)
