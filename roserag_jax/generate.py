@@ -3,14 +3,18 @@
     python -m roserag_jax.generate --config configs/quickstart.py
 
 Reads `retrieved.jsonl`, writes `candidates.jsonl`: `{id, prompt, passage_spans, golden_answers, candidates: [{response,
-rationale, answer, source, correct, logprob, tokens}], dropped}`. When stopped, the same command resumes with the
+rationale, answer, source, count, correct, logprob, tokens}], dropped}`. When stopped, the same command resumes with the
 questions that are not finished.
+
+With `config.select.labels=self_consistency` the plain rationales come first (`votes.jsonl`); the answer that most of
+them lead to takes the golden answers' place, in `golden_answers` and in what the guided prompts show.
 """
 
 import dataclasses
 from collections.abc import Iterator
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from roserag_jax import cli, options, retrieve
 from roserag_jax.distributed import processes
@@ -19,14 +23,19 @@ from roserag_jax.inference.engine import shared_prefix_length
 from roserag_jax.inference.requests import DecoderCapacity
 from roserag_jax.inference.scheduler import run_tasks
 from roserag_jax.inputs import input_digest
-from roserag_jax.preference import candidates
+from roserag_jax.preference import candidates, labels
 from roserag_jax.preference.candidates import QuestionInputs
+from roserag_jax.preference.labels import LABELS, VOTE
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers
 from roserag_jax.rag.files import read_rows
 from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.report.tables import table
 from roserag_jax.session import Session
-from roserag_jax.workdir import CANDIDATES, RETRIEVED, PartialResults, Recipe, Workdir, to_jsonl
+from roserag_jax.workdir import CANDIDATES, RETRIEVED, VOTES, PartialResults, Recipe, Workdir, to_jsonl
+
+_NO_INFLUENCE = ("generate.batch", "generate.memory_gb")
+_GUIDED = ("generate.guided_samples", "generate.guided_temperature")
 
 
 def recipe(session: Session, workdir: Workdir) -> Recipe:
@@ -36,7 +45,13 @@ def recipe(session: Session, workdir: Workdir) -> Recipe:
     inputs = {RETRIEVED["train"]: workdir.verify(RETRIEVED["train"])} | session.model_inputs
     if config.generate.samples:
         inputs |= input_digest(config, "generate.samples")
-    return Recipe(options.subset(config, *names, without=("generate.batch", "generate.memory_gb")), inputs)
+    names += ["select.labels", "select.agreement"] * _votes(config)
+    return Recipe(options.subset(config, *names, without=_NO_INFLUENCE), inputs)
+
+
+def _votes(config) -> bool:
+    """Whether the plain candidates vote for the answer that guided prompts show."""
+    return LABELS[config.select.labels].hint == VOTE
 
 
 def fit_to_memory(session: Session, capacity: DecoderCapacity, prompt_length: int) -> DecoderCapacity:
@@ -80,10 +95,15 @@ def outside_samples(path: str, rows: list[dict]) -> list[list[str]]:
     return [found.get(row["id"], []) for row in rows]
 
 
-def question_inputs(session: Session, builder: PromptBuilder, rows: list[dict]) -> list[QuestionInputs]:
-    """Build the prompts of every question, and add the responses to it that were generated elsewhere."""
-    config, sampling = session.config, session.config.generate
-    plain, guided = [builder.plain(row) for row in rows], [builder.guided(row) for row in rows]
+def question_inputs(session: Session, builder: PromptBuilder, rows: list[dict], sampling) -> list[QuestionInputs]:
+    """Build the prompts of every question, and add the responses to it that were generated elsewhere.
+
+    Args:
+      sampling: `config.generate`, or a change of it.
+    """
+    config = session.config
+    plain = [builder.plain(row) for row in rows]
+    guided = [builder.guided(row) for row in rows] if sampling.guided_samples else plain
     if cut := sum(p.cut > 0 for p in plain):
         print(f"{cut} of {len(rows)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
     outside = outside_samples(sampling.samples, rows) if sampling.samples else [[] for _ in rows]
@@ -100,6 +120,7 @@ def generate_rows(
     questions: list[QuestionInputs],
     capacity: DecoderCapacity,
     missing: list[int],
+    sampling,
 ) -> Iterator[dict]:
     """Generate the candidates of the questions numbered in `missing`; yields each row as soon as it is finished."""
     engine, tokenizer = session.decoding_session.engine(), session.tokenizer
@@ -107,13 +128,13 @@ def generate_rows(
     guided = [q.guided.tokens if q.reused is None else [] for q in questions]  # those that are prefilled
     generator = candidates.CandidateGenerator(
         tokenizer,
-        session.config.generate,
+        sampling,
         shared_prefixes={
             "plain": engine.prefill_shared_prefix(plain),
             "guided": engine.prefill_shared_prefix([*filter(None, guided)]),
         },
         stop_strings=builder.stop,
-        measure=answers.Measure(session.config.evaluate.metric, session.config.data.language),
+        measure=_measure(session.config),
     )
     tasks = {i: generator.task(questions[i]) for i in missing}
     lengths = [max(map(len, of)) for of in zip(plain, guided, strict=True)]
@@ -130,30 +151,81 @@ def make(session: Session, workdir: Workdir) -> None:
     if workdir.is_up_to_date(CANDIDATES, wanted):
         return
     rows = workdir.rows(RETRIEVED["train"])
-    builder = PromptBuilder(session.tokenizer, **config.prompt)
-    questions = question_inputs(session, builder, rows)
-    longest = max(max(len(q.plain.tokens), len(q.guided.tokens) if q.reused is None else 0) for q in questions)
-    capacity = fit_to_memory(session, candidates.decoder_capacity(config.generate, questions), longest)
-    partial = PartialResults(workdir, "generate", wanted.fingerprint(), [row["id"] for row in rows])
-    missing = partial.missing()
-    progress = Progress("generate", len(partial.done) + len(missing), "questions", len(partial.done))
-    if missing:
-        progress.phase(f"{capacity.slots} questions at a time, {capacity.branches} rationales of each")
-        counts = [candidates.count_correct(row) for row in partial.done.values()]
-        correct, total = sum(c for c, _ in counts), sum(n for _, n in counts)
-        with processes.watched():
-            for row in generate_rows(session, builder, questions, capacity, missing):
-                partial.add(row)
-                processes.step()
-                correct_here, total_here = candidates.count_correct(row)
-                correct, total = correct + correct_here, total + total_here
-                progress.update(len(partial.done), f"{correct} of {total} candidates correct")
-    results = partial.gather()
+    if _votes(config):
+        results, partial = _with_votes(session, workdir, wanted, rows)
+    else:
+        results, partial = _generate(session, workdir, "generate", wanted, rows, config.generate)
     with processes.main_first():
         if processes.is_main():
             workdir.publish(CANDIDATES, wanted, to_jsonl(results), len(results))
             partial.clear()
             print(f"{CANDIDATES}: {len(results)} questions\n{candidates.summary(results)}")
+            if _votes(config):
+                print(table(*labels.agreement_table(results, [r["golden_answers"] for r in rows], _measure(config))))
+
+
+def _measure(config) -> answers.Measure:
+    return answers.Measure(config.evaluate.metric, config.data.language)
+
+
+def _generate(
+    session: Session, workdir: Workdir, stage: str, wanted: Recipe, rows: list[dict], sampling
+) -> tuple[list[dict], PartialResults]:
+    """Generate the candidates of all questions, or what a stopped run has left of them.
+
+    Args:
+      stage: the name of its partial results, which are the caller's to clear.
+      sampling: `config.generate`, or a change of it.
+    """
+    builder = PromptBuilder(session.tokenizer, **session.config.prompt)
+    partial = PartialResults(workdir, stage, wanted.fingerprint(), [row["id"] for row in rows])
+    questions = question_inputs(session, builder, rows, sampling) if rows else []
+    missing = partial.missing()
+    progress = Progress(stage, len(partial.done) + len(missing), "questions", len(partial.done))
+    if missing:
+        longest = max(max(len(q.plain.tokens), len(q.guided.tokens) if q.reused is None else 0) for q in questions)
+        capacity = fit_to_memory(session, candidates.decoder_capacity(sampling, questions), longest)
+        progress.phase(f"{capacity.slots} questions at a time, {capacity.branches} rationales of each")
+        counts = [candidates.count_correct(row) for row in partial.done.values()]
+        correct, total = sum(c for c, _ in counts), sum(n for _, n in counts)
+        known = any(row["golden_answers"] for row in rows)
+        with processes.watched():
+            for row in generate_rows(session, builder, questions, capacity, missing, sampling):
+                partial.add(row)
+                processes.step()
+                correct_here, total_here = candidates.count_correct(row)
+                correct, total = correct + correct_here, total + total_here
+                note = f"{correct} of {total} candidates correct" if known else f"{total} candidates"
+                progress.update(len(partial.done), note)
+    return partial.gather(), partial
+
+
+def _with_votes(
+    session: Session, workdir: Workdir, wanted: Recipe, rows: list[dict]
+) -> tuple[list[dict], PartialResults]:
+    """Generate plain candidates, let them vote, and generate guided ones from the answers that win.
+
+    Golden answers play no part: the rows are used without them.
+    """
+    config, measure = session.config, _measure(session.config)
+    unlabeled = [row | {"golden_answers": []} for row in rows]
+    without = ("select.labels", "select.agreement", *_GUIDED)
+    of_votes = Recipe({k: v for k, v in wanted.options.items() if k not in without}, wanted.inputs)
+    if not workdir.is_up_to_date(VOTES, of_votes):
+        plain_only = ConfigDict({**config.generate, "guided_samples": 0})
+        voted, partial = _generate(session, workdir, "vote", of_votes, unlabeled, plain_only)
+        with processes.main_first():
+            if processes.is_main():
+                workdir.publish(VOTES, of_votes, to_jsonl(voted), len(voted))
+                partial.clear()
+    votes = workdir.rows(VOTES)
+    label = {row["id"]: labels.label_of(labels.vote_of_row(row, measure), config.select.agreement) for row in votes}
+    kept = [row | {"golden_answers": [label[row["id"]]["answer"]]} for row in rows if "dropped" not in label[row["id"]]]
+    guided_only = ConfigDict({**config.generate, "plain_samples": 0, "samples": ""})
+    made, partial = _generate(session, workdir, "generate", wanted, kept, guided_only)
+    guided = {row["id"]: row for row in made}
+    joined = [labels.join_votes(row, guided.get(row["id"]), label[row["id"]], measure) for row in votes]
+    return joined, partial
 
 
 def run(config) -> None:

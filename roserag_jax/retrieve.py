@@ -28,6 +28,7 @@ _SERVE = flags.DEFINE_integer("serve", None, "port on which to offer the corpus;
 def recipe(config, split: str) -> Recipe:
     """What the retrieved rows of a split are made from."""
     names = [f"data.{split}", f"data.{split}_rows"]
+    names += ["select.labels"] * (split == "train" and config.select.labels != "gold")  # rows need no answer then
     inputs = {}
     if config.data[split] == "synthetic":
         names += [name for name, _ in options.walk() if name.startswith("data.synthetic")]

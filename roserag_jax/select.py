@@ -4,16 +4,22 @@
 
 Reads `candidates.jsonl`, writes `pairs.jsonl`: TRL's `{prompt, chosen, rejected}` plus `{id, passage_spans,
 chosen_logprob, rejected_logprob, margin}`. With `config.data.pairs` the pairs are those of a file, and nothing
-is generated.
+is generated. `config.select.labels` says what tells right candidates from wrong ones: golden answers, what most samples
+agree on, a reward model (its rewards go to `rewards.jsonl`) or a file of scores.
 """
 
 from roserag_jax import cli, generate, options
 from roserag_jax.distributed import processes
+from roserag_jax.hub import model_files, tokenizer
+from roserag_jax.hub.reward_model import RewardModelFolder
 from roserag_jax.inputs import input_digest
-from roserag_jax.preference import pairs, selection
+from roserag_jax.preference import labels, pairs, selection
+from roserag_jax.preference.rewards import RewardModel, read_scores
+from roserag_jax.progress import Progress
 from roserag_jax.rag import answers
+from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.session import Session
-from roserag_jax.workdir import CANDIDATES, PAIRS, RETRIEVED, Recipe, Workdir, to_jsonl
+from roserag_jax.workdir import CANDIDATES, PAIRS, RETRIEVED, REWARDS, PartialResults, Recipe, Workdir, to_jsonl
 
 
 def recipe(session: Session, workdir: Workdir) -> Recipe:
@@ -27,6 +33,10 @@ def recipe(session: Session, workdir: Workdir) -> Recipe:
         ]  # the chat template is the tokenizer's
         return Recipe(options.subset(config, *names), input_digest(config, "data.pairs") | session.model_inputs)
     inputs = {CANDIDATES: workdir.verify(CANDIDATES)}
+    if config.select.labels == "reward":
+        inputs[REWARDS] = workdir.verify(REWARDS)
+    if config.select.labels == "scores":
+        inputs |= input_digest(config, "select.scores")
     names = ["select", "data.language", "evaluate.metric"] + ["seed"] * (config.select.strategy == "random")
     return Recipe(options.subset(config, *names), inputs)
 
@@ -36,8 +46,52 @@ def make(session: Session, workdir: Workdir) -> None:
     config = session.config
     if not config.data.pairs:
         generate.make(session, workdir)
+        if config.select.labels == "reward":
+            _make_rewards(session, workdir)
     with processes.main_first():
         _make(session, workdir)
+
+
+def _make_rewards(session: Session, workdir: Workdir) -> None:
+    """Bring the candidates' rewards up to date."""
+    config, name = session.config, session.config.select.reward_model
+    path = model_files.resolve_path(name)
+    inputs = {CANDIDATES: workdir.verify(CANDIDATES), RETRIEVED["train"]: workdir.verify(RETRIEVED["train"])}
+    inputs[f"config.select.reward_model={name}"] = model_files.fingerprint(name)
+    wanted = Recipe(options.subset(config, "select.reward_model", "dtype", "prompt"), inputs)
+    if workdir.is_up_to_date(REWARDS, wanted):
+        return
+    rows, questions = workdir.rows(CANDIDATES), {row["id"]: row for row in workdir.rows(RETRIEVED["train"])}
+    partial = PartialResults(workdir, "reward", wanted.fingerprint(), [row["id"] for row in rows])
+    missing, progress = partial.missing(), Progress("reward", len(rows), "questions", len(partial.done))
+    if missing:
+        session.free_decoding_session()
+        # Its own tokenizer and chat template, and no demonstrations, which only show what a response looks like.
+        builder = PromptBuilder(tokenizer.load_tokenizer(name), **{**config.prompt, "examples": 0})
+        mesh = session.decoding_session.mesh
+        model = RewardModel(RewardModelFolder(path), builder.tokenizer, session.dtype, mesh)
+        responses = lambda row: [c["response"] for c in row["candidates"]]
+        texts = [builder.conversations(questions[row["id"]], responses(row)) for row in rows]
+        groups = [[*map(model.tokens, of_question)] for of_question in texts]
+        with processes.watched():
+            for number, rewards in model.rewards(groups, config.evaluate.batch, missing):
+                partial.add({"id": rows[number]["id"], "rewards": rewards})
+                processes.step()
+                progress.update(len(partial.done))
+    results = partial.gather()
+    with processes.main_first():
+        if processes.is_main():
+            workdir.publish(REWARDS, wanted, to_jsonl(results), len(results))
+            partial.clear()
+
+
+def _with_rewards(config, workdir: Workdir, rows: list[dict]) -> list[dict]:
+    """Rows of candidates with the rewards that they are judged by, if they are."""
+    if config.select.labels == "scores":
+        return labels.with_rewards(rows, read_scores(config.select.scores, rows))
+    if config.select.labels == "reward":
+        return labels.with_rewards(rows, [row["rewards"] for row in workdir.rows(REWARDS)])
+    return rows
 
 
 def _make(session: Session, workdir: Workdir) -> None:
@@ -49,9 +103,11 @@ def _make(session: Session, workdir: Workdir) -> None:
         workdir.publish(PAIRS, wanted, to_jsonl(rows), len(rows))
         print(f"{PAIRS}: {len(rows)} ready-made pairs\n{selection.lengths(rows)}")
         return
-    rows = workdir.rows(CANDIDATES)
+    rows = _with_rewards(config, workdir, workdir.rows(CANDIDATES))
     shown = {row["id"]: row.get("contexts", [])[: config.prompt.passages] for row in workdir.rows(RETRIEVED["train"])}
     measure = answers.Measure(config.evaluate.metric, config.data.language)
+    if not labels.LABELS[config.select.labels].hint:
+        print(labels.reward_summary(rows, config.select, measure))
     made, counts = selection.select(rows, shown, config.select, config.seed, measure)
     workdir.publish(PAIRS, wanted, to_jsonl(made), len(made))
     print(f"{PAIRS}: {selection.summary(made, rows, counts, config.select.confidence)}")

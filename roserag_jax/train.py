@@ -212,7 +212,8 @@ def _check(session: Session, workdir: Workdir) -> None:
             f"config.adapter={config.adapter!r}: train makes an adapter and evaluates that; leave it empty "
             "(config.lora.start names one that training starts from)."
         )
-    options.require_files(config, *(["data.pairs"] if config.data.pairs else ["data.train", "generate.samples"]))
+    made_from = ["data.pairs"] if config.data.pairs else ["data.train", "generate.samples", "select.scores"]
+    options.require_files(config, *made_from)
     if train.evaluate:
         evaluate.check_questions(config)
     if is_remote(workdir.path) and train.profile_steps:

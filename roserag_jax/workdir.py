@@ -25,12 +25,12 @@ from roserag_jax.options.option import not_utf8
 
 # The artifacts by name; those of evaluations are in `eval/`.
 RETRIEVED = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
-CANDIDATES = "candidates.jsonl"
+VOTES, CANDIDATES, REWARDS = "votes.jsonl", "candidates.jsonl", "rewards.jsonl"
 PAIRS = "pairs.jsonl"
 ADAPTER = "adapter"
 
 # What else a run writes, so that what is in its way is found before any work.
-_FILES = (*RETRIEVED.values(), CANDIDATES, PAIRS, "metrics.jsonl", ".lock")
+_FILES = (*RETRIEVED.values(), VOTES, CANDIDATES, REWARDS, PAIRS, "metrics.jsonl", ".lock")
 _FOLDERS = (ADAPTER, "eval", "checkpoints", "tensorboard", "profile", "merged", ".parts")
 
 
@@ -250,11 +250,9 @@ class Workdir:
         if manifest is None or not (self.path / name).exists():
             return False
         self.verify(name)  # what was changed by hand is not overwritten, whatever else has changed
-        changes = [
-            f"config.{key} was {manifest['options'].get(key)!r}, now {value!r}"
-            for key, value in _plain(recipe.options).items()
-            if manifest["options"].get(key) != value
-        ]
+        was, now = manifest["options"], _plain(recipe.options)
+        changes = [f"config.{key} was {was.get(key)!r}, now {now[key]!r}" for key in now if was.get(key) != now[key]]
+        changes += [f"config.{key} plays no part any more" for key in was if key not in now]
         changes += [
             f"{key} has changed" for key, value in recipe.inputs.items() if manifest["inputs"].get(key) != value
         ]

@@ -1,6 +1,9 @@
 """Options of what makes the pairs: the prompt, the sampled rationales, and the selection among them."""
 
+import collections
+
 from roserag_jax.options.option import Faults, Option, together
+from roserag_jax.preference.labels import LABELS, VOTE
 from roserag_jax.preference.selection import STRATEGIES
 from roserag_jax.rag.chat import TEMPLATE_ARGUMENTS, check_template_arguments
 
@@ -86,6 +89,39 @@ def _a_pair_needs_two_candidates(config) -> Faults:
 
 
 SELECT = {
+    "labels": Option(
+        "gold",
+        "what says which candidates are right: "
+        + ", ".join(f"{source.help} ({name})" for name, source in LABELS.items()),
+        (*LABELS,),
+    ),
+    "agreement": Option(
+        0.5,
+        "for labels=self_consistency: fraction of a question's plain samples that must give an answer for it to take "
+        "the golden answer's place",
+        above=0,
+        at_most=1,
+    ),
+    "reward_model": Option(
+        "",
+        "for labels=reward: Hub id or folder of a sequence classifier of one label (reward model) of a known family",
+    ),
+    "scores": Option(
+        "", "for labels=scores: a .jsonl of {id, candidate, score}, the candidate being a response in candidates.jsonl"
+    ),
+    "reward_threshold": Option(
+        0.0, "for labels=reward and scores: candidates of at least this reward may be chosen, others rejected"
+    ),
+    "reward_margin": Option(
+        0.0,
+        "for labels=reward and scores: leave out candidates whose reward is nearer to the threshold than this",
+        at_least=0,
+    ),
+    "reward_relative": Option(
+        False,
+        "for labels=reward and scores: take rewards relative to the mean of the question's candidates, as models "
+        "trained on comparisons need it",
+    ),
     "strategy": Option(
         "hard",
         "which correct and which incorrect candidate make the pair: "
@@ -110,6 +146,35 @@ SELECT = {
         "mean", "confidence in a response: its log-probability per token (mean) or in total (sum)", ("mean", "sum")
     ),
 }
+
+
+@together
+def _labels_have_their_options(config) -> Faults:
+    select, source = config.select, LABELS[config.select.labels]
+    for name in source.needs:
+        if not select[name]:
+            yield f"select.{name}", f"config.select.labels={select.labels} needs it"
+    users = collections.defaultdict(list)
+    for name, other in LABELS.items():
+        for option in (*other.needs, *other.only):
+            users[option].append(name)
+    for option, names in users.items():
+        if select.labels not in names and select[option] != SELECT[option].default:
+            yield f"select.{option}", f"takes effect with config.select.labels={' or '.join(names)} only"
+
+
+@together
+def _guided_samples_have_a_hint(config) -> Faults:
+    generate, labels = config.generate, config.select.labels
+    if config.data.pairs:
+        return
+    if LABELS[labels].hint == VOTE and generate.plain_samples < 2 and not generate.samples:
+        yield "generate.plain_samples", f"config.select.labels={labels} lets them vote; set 2 or more"
+    if not LABELS[labels].hint:
+        if generate.guided_samples:
+            yield "generate.guided_samples", f"config.select.labels={labels} has no answer to guide by; set it to 0"
+        if config.select.supported:
+            yield "select.supported", f"config.select.labels={labels} knows no answers"
 
 
 @together

@@ -2,6 +2,7 @@
 
 from roserag_jax.models.lora import PROJECTIONS
 from roserag_jax.options.option import Faults, Option, together
+from roserag_jax.preference.labels import LABELS
 from roserag_jax.training import losses
 
 
@@ -114,6 +115,8 @@ def _held_out_pairs_exist(config) -> Faults:
     for name, off in (("answer_questions", 0), ("keep", "latest")):
         if config.train[name] != off and not config.train.held_out:
             yield f"train.{name}", "needs held-out pairs; set config.train.held_out, for example to 0.1"
+    if config.train.answer_questions and not LABELS[config.select.labels].hint:
+        yield "train.answer_questions", f"config.select.labels={config.select.labels} knows no answers; set it to 0"
     if config.train.answer_questions and config.data.pairs:
         why = "pairs made elsewhere (config.data.pairs) have no golden answers; set it to 0"
         yield "train.answer_questions", why

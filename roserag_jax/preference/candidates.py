@@ -47,11 +47,17 @@ class QuestionInputs:
 
 @dataclasses.dataclass(frozen=True)
 class Rationale:
-    """A rationale to be verified: `answer` is the one sampled with it, empty where it is yet to be decoded."""
+    """A rationale to be verified.
+
+    Args:
+      answer: the one sampled with it, empty where it is yet to be decoded.
+      count: how many samples said it.
+    """
 
     source: str
     text: str
     answer: str
+    count: int = 1
 
 
 def rationale_of(text: str, finished: bool, thinking: bool = False) -> str | None:
@@ -130,9 +136,10 @@ class CandidateGenerator:
         """Sample rationales, verify them on the plain prompt, and return the question's row of `candidates.jsonl`.
 
         Returns:
-          `{id, prompt, passage_spans, golden_answers, candidates: [{response, rationale, answer, source, correct,
-          logprob, tokens}], dropped: {reason: count}}`. `logprob` is the sum over the response's `tokens` tokens under
-          the plain prompt, without the end-of-turn token.
+          `{id, prompt, passage_spans, golden_answers, candidates: [{response, rationale, answer, source, count,
+          correct, logprob, tokens}], dropped: {reason: count}}`. `count` is how many samples said it, `correct` is None
+          without golden answers, and `logprob` is the sum over the response's `tokens` tokens under the plain prompt,
+          without the end-of-turn token.
         """
         dropped = {"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0}
         rationales = yield from self._sample_rationales(question, dropped)
@@ -160,7 +167,7 @@ class CandidateGenerator:
         texts += yield from self._sample(question, "plain", plain[-1:])
         texts += [("outside", text, True) for text in question.outside if text]
 
-        rationales: list[Rationale] = []
+        rationales: dict[tuple[str, str], Rationale] = {}
         thinking = opens_thoughts(question.plain.text)
         for source, text, finished in texts:
             rationale, answer = rationale_of(text, finished, thinking), ""
@@ -171,11 +178,12 @@ class CandidateGenerator:
                     continue
             if rationale is None:
                 dropped["no whole sentence"] += 1
-            elif (rationale, answer) in [(known.text, known.answer) for known in rationales]:
+            elif known := rationales.get((rationale, answer)):
                 dropped["repeated"] += 1
+                rationales[rationale, answer] = dataclasses.replace(known, count=known.count + 1)
             else:
-                rationales.append(Rationale(source, rationale, answer))
-        return rationales
+                rationales[rationale, answer] = Rationale(source, rationale, answer)
+        return list(rationales.values())
 
     def _sample(
         self, question: QuestionInputs, source: str, forced_prefix: list[int], prompt_length: int | None = None
@@ -223,19 +231,21 @@ class CandidateGenerator:
                 if not answer or not completion.finished:
                     dropped["no answer"] += 1
                     continue
-            correct = self.measure.exact_match(answer, question.row["golden_answers"])
+            golden = question.row["golden_answers"]
+            correct = bool(self.measure.exact_match(answer, golden)) if golden else None
             candidates.append(_candidate(rationale, answer, completion, correct))
         return candidates
 
 
-def _candidate(rationale: Rationale, answer: str, completion: Completion, correct: float) -> dict:
+def _candidate(rationale: Rationale, answer: str, completion: Completion, correct: bool | None) -> dict:
     """A candidate as a row of `candidates.jsonl` has it."""
     return {
         "response": f"{rationale.text}{ANSWER_PREFIX} {answer}".lstrip("\n"),
         "rationale": rationale.text,
         "answer": answer,
         "source": rationale.source,
-        "correct": bool(correct),
+        "count": rationale.count,
+        "correct": correct,
         "logprob": round(float(completion.forced_logprobs.sum() + completion.logprobs.sum()), 4),
         "tokens": len(completion.forced_logprobs) + len(completion.tokens),
     }
@@ -250,7 +260,7 @@ def newline_tokens(tokenizer) -> tuple[int, ...]:
 
 def count_correct(row: dict) -> tuple[int, int]:
     """How many candidates of a question are correct, and how many there are."""
-    return sum(c["correct"] for c in row["candidates"]), len(row["candidates"])
+    return sum(bool(c["correct"]) for c in row["candidates"]), len(row["candidates"])
 
 
 def summary(rows: list[dict]) -> str:
@@ -258,9 +268,11 @@ def summary(rows: list[dict]) -> str:
     lines = []
     for source in ("guided", "plain", "outside"):
         found = [c for row in rows for c in row["candidates"] if c["source"] == source]
-        if found:
-            correct = sum(c["correct"] for c in found)
-            lines.append(f"  {source}: {len(found)} candidates, {correct} correct ({correct / len(found):.0%})")
+        if judged := [c["correct"] for c in found if c["correct"] is not None]:
+            share = f"{sum(judged)} of {len(judged)} correct ({sum(judged) / len(judged):.0%})"
+            lines.append(f"  {source}: {len(found)} candidates, {share}")
+        elif found:
+            lines.append(f"  {source}: {len(found)} candidates")
     if reasons := dropped_samples(rows):
         lines.append(f"  dropped: {reasons}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from roserag_jax.errors import UserError
+from roserag_jax.preference.labels import LABELS
 from roserag_jax.rag import answers
 from roserag_jax.rag.words import is_unspaced, runs, words
 
@@ -33,6 +34,9 @@ REASONS = {
     "no evidence": "the correct candidates name nothing that the passages say, so they restate the hint",
     "no support": "no passage shown holds the golden answer",
     "one source only": "guided or plain candidates are missing",
+    "no majority": "no answer is that of more samples than any other",
+    "low agreement": "fewer samples than config.select.agreement agree on an answer",
+    "no reward": "no candidate has a reward, or all are too near to the threshold",
 }
 
 
@@ -122,12 +126,6 @@ def is_supported(golden_answers: list[str], passages: list[dict]) -> bool:
     return answers.is_yes_no(golden_answers[0]) or any(answers.is_answered_by(p, golden_answers) for p in passages)
 
 
-def judged(row: dict, match: str, measure: answers.Measure = answers.HOTPOTQA) -> list[dict]:
-    """A row's candidates, `correct` by the given match ('em' or 'contains') of their answers."""
-    verdict = {"em": measure.exact_match, "contains": answers.contains}[match]
-    return [{**c, "correct": bool(verdict(c["answer"], row["golden_answers"]))} for c in row["candidates"]]
-
-
 def select(
     rows: list[dict],
     passages: dict[str, list[dict]],
@@ -138,7 +136,7 @@ def select(
     """Select pairs from candidates, and count what became of questions and candidates.
 
     Args:
-      rows: as `generate` writes them.
+      rows: as `generate` writes them; with rewards as labels, each candidate with its `reward`.
       passages: what was shown for each question, by its id.
       options: `config.select`. Without `rejection` (the paper's ablation) a chosen response is any guided candidate and
         a rejected one any plain candidate, unchecked.
@@ -156,6 +154,8 @@ def select(
     for row in rows:
         found = outcome(row, passages[row["id"]], options, measure)
         for c in found.candidates:
+            if c["correct"] is None:
+                continue
             tally = counts["accepted"].setdefault(c["source"], [0, 0])
             tally[0] += c["correct"]
             tally[1] += 1
@@ -184,19 +184,23 @@ def outcome(row: dict, shown: list[dict], options, measure: answers.Measure = an
       shown: the passages that were shown for it.
       options: `config.select`.
     """
-    candidates = judged(row, options.match, measure)
+    candidates = LABELS[options.labels].judge(row, options, measure)
+    if reason := row.get("label", {}).get("dropped"):  # why samples agreed on no answer
+        return Outcome(candidates, [], [], reason)
     if not options.rejection:
         guided, plain = ([c for c in candidates if c["source"] == source] for source in ("guided", "plain"))
         reason = "" if guided and plain else "one source only" if candidates else "no candidate"
         return Outcome(candidates, guided, plain, reason)
     golden = row["golden_answers"]
     correct = [c for c in candidates if c["correct"]]
-    wrong = [c for c in candidates if not c["correct"]]
+    wrong = [c for c in candidates if c["correct"] is False]
     right, reason = correct, ""
     if options.evidence and shown:
         right = [c for c in correct if evidence(c["rationale"], golden, shown) >= options.evidence]
     if not candidates:
         reason = "no candidate"
+    elif not correct and not wrong:
+        reason = "no reward"
     elif not wrong:
         reason = "all correct"
     elif right and options.supported and not is_supported(golden, shown):

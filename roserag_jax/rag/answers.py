@@ -116,6 +116,10 @@ class Measure:
             raise ValueError(f"{metric} is defined for {', '.join(self._metric.languages)}")
         self._normalize = self._metric.normalizer(language)
 
+    def normalize(self, answer: str) -> str:
+        """An answer as the measure compares it; empty where nothing of it counts."""
+        return self._normalize(answer)
+
     def exact_match(self, prediction: str, golden: Sequence[str]) -> float:
         """1.0 if the prediction equals any golden answer after normalization."""
         return float(any(self._normalize(prediction) == self._normalize(answer) for answer in golden))

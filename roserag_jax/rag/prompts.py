@@ -119,6 +119,21 @@ class PromptBuilder:
         passages = [plain.text[start:end] for start, end in plain.passage_spans]
         return dataclasses.replace(self._render(passages, row, guided=True), cut=plain.cut)
 
+    def conversations(self, row: dict, responses: list[str]) -> list[str]:
+        """The plain prompt's last turn with each of some responses to it, complete: what a reward model reads.
+
+        Raises:
+          UserError: as of `plain`.
+        """
+        plain = self.plain(row)
+        passages = [plain.text[start:end] for start, end in plain.passage_spans]
+        content, texts = self._content(passages, row, guided=False)[0], map(self._marks.break_up, responses)
+        if self.tokenizer.chat_template is None:
+            return [f"{content}\n{text}" for text in texts]
+        user = {"role": "user", "content": content}
+        turns = [[user, {"role": "assistant", "content": text}] for text in texts]
+        return [render_chat(self.tokenizer, both, self.template_arguments, generation_prompt=False) for both in turns]
+
     def neutral(self, text: str) -> str:
         """Data on one line, with the marks of turns broken up so that neither tokenizer nor model can see them."""
         return self._marks.break_up(" ".join(text.split()))

@@ -65,7 +65,7 @@ def read_questions(
 
 def _checked(row: dict, number: int, where: str, layout: str, answers: bool, contexts: bool) -> dict:
     """A row of ours with its defaults filled in; what rows of our own layout must have is an error there."""
-    row = {"contexts": [], "metadata": {}, **row}
+    row = {"golden_answers": [], "contexts": [], "metadata": {}, **row}
     try:
         row["id"] = layouts.as_text(row.get("id", number))
     except TypeError as error:
@@ -76,7 +76,10 @@ def _checked(row: dict, number: int, where: str, layout: str, answers: bool, con
     if answers and not row.get("golden_answers"):
         if layout != "unified":
             raise layouts.Skip("no answer")
-        raise UserError(f"{where}: no answer; golden_answers must be a list of texts.")
+        raise UserError(
+            f"{where}: no answer; golden_answers must be a list of texts (questions without answers can be trained on "
+            "with config.select.labels=self_consistency)."
+        )
     if contexts and not row["contexts"]:
         raise layouts.Skip("no contexts; add them, or set config.retrieve.retriever=bm25")
     if not isinstance(row["metadata"], dict):
@@ -118,7 +121,8 @@ def questions(config, split: str) -> list[dict]:
     if path != "synthetic":
         given = config.retrieve.retriever == "given"
         hub_split = {"train": "train", "eval": "validation"}[split]
-        return read_questions(path, rows, True, given, data.format, config.retrieve.corpus, hub_split)
+        answers = split == "eval" or config.select.labels == "gold"  # others look at no answer
+        return read_questions(path, rows, answers, given, data.format, config.retrieve.corpus, hub_split)
     return list(
         synthetic.generate(
             rows or {"train": 200, "eval": 100}[split],

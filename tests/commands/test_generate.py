@@ -56,3 +56,45 @@ def test_generate_judges_sampled_answers(config_of, questions, tmp_path):
     sums = engine.score(engine.prefill([prompt]), [prompt], [[list(run.tokenizer(t).input_ids) for t in texts]], 48)
     for candidate, logprob in zip(row["candidates"], sums[0].sum(-1), strict=False):
         assert candidate["logprob"] == pytest.approx(float(logprob), abs=1e-3)
+
+
+def test_generate_without_golden_answers_lets_the_samples_vote(config_of, questions, tmp_path, capsys):
+    """Without golden answers: the same candidates as with golden answers that equal the votes."""
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    unlabeled, voted = tmp_path / "train.jsonl", tmp_path / "voted.jsonl"
+    unlabeled.write_text("".join(json.dumps(r | {"golden_answers": []}) + "\n" for r in rows))
+    changes = {"select.labels": "self_consistency", "select.agreement": 0.3, "train.evaluate": False}
+    changes |= {"generate.plain_samples": 3, "generate.guided_samples": 2}
+    samples = tmp_path / "samples.jsonl"  # three times the same, so that there are majorities
+    texts = lambda row: [f"The {row['question']}"] * 3
+    samples.write_text("".join(json.dumps({"id": row["id"], "samples": texts(row)}) + "\n" for row in rows))
+    changes |= {"generate.samples": str(samples)}
+
+    config = config_of(unlabeled, **changes)
+    generate.run(config)
+    assert "agreement" in capsys.readouterr().out
+    made = Workdir(config.workdir).rows("candidates.jsonl")
+    kept = {row["id"]: row for row in made if row["golden_answers"]}
+    assert kept and all(row["label"]["votes"] >= 0.3 * row["label"]["samples"] == 0.3 * 6 for row in kept.values())
+    for row in made:
+        if row["id"] not in kept:
+            assert row["label"]["dropped"] and all(c["correct"] is None for c in row["candidates"])
+
+    answers = {i: row["golden_answers"] for i, row in kept.items()}
+    voted.write_text("".join(json.dumps(r | {"golden_answers": answers.get(r["id"], ["?"])}) + "\n" for r in rows))
+    gold = config_of(voted, **changes | {"select.labels": "gold", "select.agreement": 0.5})
+    generate.run(gold)
+    judged = lambda row: {(c["source"], c["response"], c["correct"]) for c in row["candidates"]}
+    for row in Workdir(gold.workdir).rows("candidates.jsonl"):
+        if row["id"] in kept:
+            assert judged(row) == judged(kept[row["id"]])
+    assert {c["source"] for row in kept.values() for c in row["candidates"]} >= {"guided", "plain"}
+
+    config.select.agreement = 0.9  # the votes stand; only what is made from them is rebuilt
+    capsys.readouterr()
+    generate.run(config)
+    out = capsys.readouterr().out
+    assert "votes.jsonl is up to date" in out and "config.select.agreement was 0.3, now 0.9" in out
+    config.select.labels, config.select.agreement = "gold", 0.5
+    with pytest.raises(UserError, match="no answer; golden_answers must be a list"):
+        generate.run(config)

@@ -25,7 +25,7 @@ def test_train_writes_every_artifact_and_keeps_it_the_second_time(finished, caps
         "margin",
     }
     candidate = work.rows("candidates.jsonl")[0]["candidates"][0]
-    assert set(candidate) == {"response", "rationale", "answer", "source", "correct", "logprob", "tokens"}
+    assert set(candidate) == {"response", "rationale", "answer", "source", "count", "correct", "logprob", "tokens"}
     for system in ("base", "adapter"):
         metrics = json.loads((work / f"eval/{system}/metrics.json").read_text())
         assert metrics["questions"] == 5 and set(metrics) >= {"em", "f1", "em_interval", "by_type"}
