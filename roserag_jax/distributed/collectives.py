@@ -15,6 +15,7 @@ _CALLED = re.compile(
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _CONSTANT = re.compile(r"%?([\w.-]+) = s32\[\](?:\{\S*\})? constant\((\d+)\)")
 _LIMIT = re.compile(r"ROOT .* compare\(.*?%?([\w.-]+)\), direction=LT")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 
@@ -30,19 +31,22 @@ def count_collectives(hlo: str) -> dict[str, Traffic]:
     """Collectives of a compiled program by kind, with those inside of loops as often as the loops turn.
 
     Of a conditional all branches are counted. Bytes are those of the ring algorithms: of n devices, (n - 1) / n of the
-    complete array, and twice that for an all-reduce.
+    complete array, and twice that for an all-reduce. On a TPU a collective that runs beside other work is written once
+    more in each of the fusions that it runs beside, with the same channel; it counts once.
 
     Args:
       hlo: optimized, as `compiled.as_text()` gives it.
     """
     local, called, entry = collections.defaultdict(list), collections.defaultdict(list), None
+    owners = {}  # of channels: the first computation that has it
     constants, limits = {}, {}  # by name; of the computations that are a loop's condition, how far it counts
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
             name = header.group(2)
             entry = name if header.group(1) else entry
             continue
-        if found := _COLLECTIVE.search(line):
+        found, channel = _COLLECTIVE.search(line), _CHANNEL.search(line)
+        if found and (channel is None or owners.setdefault(channel.group(1), name) == name):
             local[name].append((found.group(2), _sent(*found.groups(), line)))
         if constant := _CONSTANT.search(line):
             constants[name, constant.group(1)] = int(constant.group(2))

@@ -83,5 +83,7 @@ class Linear(nnx.Module):
                 key = jax.random.fold_in(dropout_key, PROJECTIONS.index(self.name))
                 keep = 1.0 - self.lora.dropout
                 x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
-            y += self.lora.scale * (x @ self.lora_a[...].astype(x.dtype)) @ self.lora_b[...].astype(x.dtype)
+            a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+            x = x.reshape(*a.shape[:-2], -1, x.shape[-1])  # in training on several devices each has its own copy
+            y += (self.lora.scale * (x @ a) @ b).reshape(y.shape)
         return checkpoint_name(y, "projection")  # the sum alone: saved apart, its two terms would take twice the memory

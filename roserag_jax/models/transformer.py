@@ -28,7 +28,7 @@ from roserag_jax.models import rope
 from roserag_jax.models.attention import branch_attention, prompt_attention
 from roserag_jax.models.cache import PrefixCache, SuffixCache
 from roserag_jax.models.config import ModelConfig
-from roserag_jax.models.lora import Linear, LoRAConfig, project
+from roserag_jax.models.lora import Linear, LoRAConfig, LoRAParam, project
 
 Angles = tuple[Float[Array, "T half"], Float[Array, "T half"]]  # cosine and sine of each token's position
 
@@ -156,6 +156,24 @@ def _gathered(layer: nnx.State) -> nnx.State:
         return variable.replace(checkpoint_name(value, "gathered"))
 
     return jax.tree.map(gather, layer, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))
+
+
+def _with_adapter_of_each_device(layer: Layer) -> Layer:
+    """A layer whose adapter is an array of copies, one for each device that the batch is split over.
+
+    The gradient of each copy is its device's own, of all that the layer computes with it; their sum, into the adapter,
+    is the only thing sent. Left to the partitioner, the gradient of each product is summed over the devices by itself.
+    """
+    X = devices("batch", jax.sharding.get_abstract_mesh())
+
+    def copies(variable):
+        value, (_, *axes) = variable.get_value(), variable.get_metadata()["axes"]
+        within = (None if axis == "embed" else axis for axis in axes)  # the batch has the mesh axis of `embed`
+        return variable.replace(constrain(jnp.broadcast_to(value, (X, *value.shape)), "batch", *within))
+
+    graph, adapter, frozen = nnx.split(layer, LoRAParam, ...)
+    adapter = jax.tree.map(copies, adapter, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))
+    return nnx.merge(graph, adapter, frozen)
 
 
 class _Visible(NamedTuple):
@@ -292,6 +310,8 @@ class Transformer(nnx.Module):
         visible = _Visible(branch_positions, branch_positions, prefix_mask, suffix_mask)
         prompt_positions = jnp.broadcast_to(C + jnp.arange(P), (B, P))
         positions = jnp.arange(C), prompt_positions.reshape(-1), branch_positions.reshape(-1)
+        mesh = jax.sharding.get_abstract_mesh()
+        split = not mesh.empty and devices("batch", mesh) > 1 and B % devices("batch", mesh) == 0
 
         def step(carry, layer, angles, window, key, number):
             (x_shared, x_prompt, x_branches), prefix = carry, None
@@ -302,6 +322,8 @@ class Transformer(nnx.Module):
                 x_shared, prefix = self._prompt_layer(
                     x_shared, layer, of_shared, window, keys[2], None, (1, C), needs_output
                 )
+            if split:  # `shared` is not
+                layer = _with_adapter_of_each_device(layer)
             x_prompt, prefix = self._prompt_layer(
                 x_prompt, layer, of_prompt, window, keys[0], prefix, (B, P), needs_output
             )

@@ -54,3 +54,37 @@ def test_count_collectives_reads_every_notation(line, expected):
     """Groups of devices as lists, as iota and as axes of a mesh; asynchronous operations; any type."""
     found = count_collectives(f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  {line}\n}}\n")
     assert found == {expected[0]: Traffic(1, expected[1])}
+
+
+# As libtpu writes an all-gather that runs beside two products.
+BESIDE = """
+%start (x: bf16[8,2]) -> (bf16[8,2], bf16[8,16]) {
+  %ag.1 = bf16[8,16]{1,0} all-gather(%x), channel_id=29, replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}
+  ROOT %call = (bf16[8,2]{1,0}, bf16[8,16]{1,0}) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%product (x: bf16[8,2]) -> bf16[8,16] {
+  %ag.2 = bf16[8,16]{1,0} all-gather(%x), channel_id=29, replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}
+}
+
+%done (x: bf16[8,2]) -> bf16[8,16] {
+  %ag.3 = bf16[8,16]{1,0} all-gather(%x), channel_id=29, replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}
+  ROOT %call = bf16[8,16]{1,0} custom-call(%ag.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%layer (p: (s32[], bf16[8,2])) -> (s32[], bf16[8,2]) {
+  %f.1 = (bf16[8,2]{1,0}, bf16[8,16]{1,0}) fusion(%x), kind=kCustom, calls=%start
+  %f.2 = bf16[8,16]{1,0} fusion(%f.1), kind=kOutput, calls=%product
+  %f.3 = bf16[8,16]{1,0} fusion(%f.2), kind=kCustom, calls=%done
+  %ag.4 = bf16[8,16]{1,0} all-gather(%y), channel_id=30, replica_groups=mesh['axis_0'=1,'axis_1'=8] {'axis_1'}
+}
+
+ENTRY %main (a: bf16[8,2]) -> bf16[8,2] {
+  %loop = (s32[], bf16[8,2]{1,0}) while(%init), condition=%c, body=%layer, backend_config={"known_trip_count":{"n":"4"}}
+}
+"""
+
+
+def test_collective_that_runs_beside_other_work_counts_once():
+    """One channel, however many fusions carry it; twice for two channels, in each of four layers."""
+    assert count_collectives(BESIDE) == {"all-gather": Traffic(8, 8 * FRACTION * 8 * 16 * 2)}
