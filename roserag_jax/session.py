@@ -20,7 +20,7 @@ from roserag_jax.workdir import ADAPTER, Workdir, read_manifest, resolve_path, v
 class Session:
     """Tokenizer, mesh, frozen weights and engines of one configuration, shared by the stages of a run."""
 
-    model_options = ("model", "revision", "tokenizer", "dtype")
+    model_options = ("model", "revision", "tokenizer", "dtype", "base_dtype")
 
     def __init__(self, config):
         self.config = config
@@ -88,7 +88,7 @@ class Session:
     @functools.cached_property
     def base(self):
         """The frozen weights on the mesh."""
-        return loading.load_base(self.source, self.dtype, self.mesh)
+        return loading.load_base(self.source, self.dtype, self.mesh, quantized=bool(self.config.base_dtype))
 
     @functools.cached_property
     def lora(self) -> LoRAConfig:

@@ -14,12 +14,13 @@ from roserag_jax.hub.model_files import ModelFiles
 from roserag_jax.hub.tensor_names import EMBEDDING, HEAD, tensor_name
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import LoRAConfig, LoRAParam
+from roserag_jax.models.quantization import quantize
 from roserag_jax.models.transformer import Transformer
 
 
-def abstract_model(config: ModelConfig, lora: LoRAConfig, dtype) -> Transformer:
+def abstract_model(config: ModelConfig, lora: LoRAConfig, dtype, quantized: bool = False) -> Transformer:
     """Make the network as shapes alone: nothing is allocated."""
-    return nnx.eval_shape(lambda: Transformer(config, lora, dtype, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Transformer(config, lora, dtype, nnx.Rngs(0), quantized))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -27,23 +28,31 @@ def _set_layer(stacked, layer, i):
     return jax.lax.dynamic_update_index_in_dim(stacked, layer, i, 0)
 
 
-def load_base(source: ModelFiles, dtype, mesh: Mesh) -> nnx.State:
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _set_quantized_layer(stacked, scales, layer, i):
+    return tuple(map(_set_layer, (stacked, scales), quantize(layer), (i, i)))
+
+
+def load_base(source: ModelFiles, dtype, mesh: Mesh, quantized: bool = False) -> nnx.State:
     """Load the frozen parameters: each tensor is read, converted and placed straight into its sharding.
 
     Stacked parameters are filled layer by layer on the devices, so the host never holds more than one tensor beside the
-    result, and each process reads only the pieces that its devices hold.
+    result, and each process reads only the pieces that its devices hold. Quantized projections are rounded there too,
+    one layer at a time.
 
     Raises:
       UserError: tensors are missing, unknown, of another shape or not finite.
     """
-    base = nnx.state(abstract_model(source.config, LoRAConfig(), dtype))
+    base = nnx.to_flat_state(nnx.state(abstract_model(source.config, LoRAConfig(), dtype, quantized)))
+    scales = {path[:-1]: variable for path, variable in base if path[-1] == "weight_scale"}
     leaves = [
         (path, variable, tensor_name(path, source.config), variable.get_value().shape)
-        for path, variable in nnx.to_flat_state(base)
+        for path, variable in base
+        if path[-1] != "weight_scale"
     ]
     renamed = _check_tensors(source, [(name, shape) for _, _, name, shape in leaves])
 
-    def read(name, shape, axes):
+    def read(name, shape, axes, dtype=dtype):
         name = renamed.get(name, name)
 
         def piece(index):
@@ -52,17 +61,29 @@ def load_base(source: ModelFiles, dtype, mesh: Mesh) -> nnx.State:
 
         return jax.make_array_from_callback(shape, sharding(shape, axes, mesh), piece)
 
-    filled = []
+    def empty(variable):
+        value, axes = variable.get_value(), variable.get_metadata()["axes"]
+        return jnp.zeros(value.shape, value.dtype, device=sharding(value.shape, axes, mesh))
+
+    filled, to_check = [], {}
     for path, variable, name, shape in leaves:
         axes = variable.get_metadata()["axes"]
         if "{}" not in name:
-            array = read(name, shape, axes)
+            array = to_check[name] = read(name, shape, axes)
+        elif (scale := scales.get(path[:-1])) is not None and path[-1] == "weight":
+            array, of_channels = empty(variable), empty(scale)
+            for i in range(shape[0]):
+                layer = read(name.format(i), shape[1:], axes[1:], jnp.float32)
+                array, of_channels = _set_quantized_layer(array, of_channels, layer, i)
+            filled.append(((*path[:-1], "weight_scale"), scale.replace(of_channels)))
+            to_check[name] = of_channels
         else:
-            array = jnp.zeros(shape, dtype, device=sharding(shape, axes, mesh))
+            array = empty(variable)
             for i in range(shape[0]):
                 array = _set_layer(array, read(name.format(i), shape[1:], axes[1:]), i)
+            to_check[name] = array
         filled.append((path, variable.replace(array)))
-    _check_finite(source, {name: v.get_value() for (_, _, name, _), (_, v) in zip(leaves, filled, strict=True)})
+    _check_finite(source, to_check)
     return nnx.from_flat_state(filled)
 
 
@@ -122,8 +143,10 @@ def _check_finite(source: ModelFiles, arrays: dict[str, jax.Array]) -> None:
 
 def assemble(config: ModelConfig, base: nnx.State, lora: LoRAConfig | None = None, adapter=None) -> Transformer:
     """Make a network from frozen parameters and, with `lora`, an adapter; nothing is copied."""
-    dtype = jax.tree.leaves(base)[0].dtype
-    model = abstract_model(config, lora or LoRAConfig(), dtype)
+    leaves = jax.tree.leaves(base)
+    model = abstract_model(
+        config, lora or LoRAConfig(), leaves[0].dtype, quantized=any(leaf.dtype == jnp.int8 for leaf in leaves)
+    )
     graph, _, _ = nnx.split(model, LoRAParam, ...)
     return nnx.merge(graph, adapter if adapter is not None else nnx.State({}), base)
 

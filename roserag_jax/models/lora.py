@@ -13,6 +13,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
+from roserag_jax.models.quantization import quantize
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -58,13 +60,15 @@ def project(x: Float[Array, "T D_in"], weight: Float[Array, "D_out D_in"], dtype
 class Linear(nnx.Module):
     """`x @ weight.T + bias + scale * dropout(x) @ A @ B`, for one projection of every layer."""
 
-    def __init__(self, name, config, in_dim, out_dim, axes, lora: LoRAConfig, dtype, rngs, bias=False):
+    def __init__(self, name, config, in_dim, out_dim, axes, lora: LoRAConfig, dtype, rngs, bias=False, quantized=False):
         L, bound = config.num_layers, in_dim**-0.5
         uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
         self.name = name
-        self.weight = nnx.Param(
-            nnx.initializers.normal(0.02)(rngs.params(), (L, out_dim, in_dim), dtype), axes=("layers", *axes[::-1])
-        )
+        weight, scale = nnx.initializers.normal(0.02)(rngs.params(), (L, out_dim, in_dim), dtype), None
+        if quantized:
+            weight, scale = quantize(weight)
+        self.weight = nnx.Param(weight, axes=("layers", *axes[::-1]))
+        self.weight_scale = nnx.Param(scale, axes=("layers", axes[1])) if quantized else None
         self.bias = nnx.Param(jnp.zeros((L, out_dim), dtype), axes=("layers", axes[1])) if bias else None
         self.lora = lora if lora.rank and name in lora.targets else None
         if self.lora:
@@ -75,7 +79,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D_in"], dropout_key: Key[Array, ""] | None = None) -> Float[Array, "T D_out"]:
         """Project tokens; dropout applies to the adapter's input, and only when a key is given."""
-        y = project(x, self.weight[...])
+        y = project(x, self.weight[...].astype(x.dtype))
+        if self.weight_scale is not None:
+            y = (y.astype(jnp.float32) * self.weight_scale[...]).astype(x.dtype)
         if self.bias is not None:
             y += self.bias[...]
         if self.lora is not None:

@@ -64,10 +64,10 @@ def _unchanged(x):
 class Layer(nnx.Module):
     """One decoder layer, declared stacked over all L and called on one slice of itself."""
 
-    def __init__(self, config: ModelConfig, lora: LoRAConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoRAConfig, dtype, rngs: nnx.Rngs, quantized: bool = False):
         c, L, D = config, config.num_layers, config.embed_dim
         q_dim, kv_dim = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        linear = lambda name, i, o, axes, bias: Linear(name, c, i, o, axes, lora, dtype, rngs, bias)
+        linear = lambda name, i, o, axes, bias: Linear(name, c, i, o, axes, lora, dtype, rngs, bias, quantized)
         norm = lambda size, wanted=True: RMSNorm(c, (L, size), ("layers", None), dtype) if wanted else _unchanged
         self.config = c
         self.attn_norm, self.mlp_norm = norm(D), norm(D)
@@ -192,15 +192,16 @@ class Transformer(nnx.Module):
       config: sizes and mathematics.
       lora: the adapter inside its linear layers; the default has none.
       dtype: of the frozen weights and the activations; adapters, softmax, norms and log-probabilities are float32.
-      rngs: for a random network; weights are otherwise loaded over an abstract one (`hub.weights`).
+      rngs: for a random network; weights are otherwise loaded over an abstract one (`hub.loading`).
+      quantized: keep the weights of the layers' projections in eight bits (`models.quantization`).
     """
 
-    def __init__(self, config: ModelConfig, lora: LoRAConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoRAConfig, dtype, rngs: nnx.Rngs, quantized: bool = False):
         shape, axes = (config.vocab_size, config.embed_dim), ("vocab", "embed")
         table = lambda: nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape, dtype), axes=axes)
         self.config = config
         self.embed = table()
-        self.layers = Layer(config, lora, dtype, rngs)
+        self.layers = Layer(config, lora, dtype, rngs, quantized)
         self.final_norm = RMSNorm(config, (config.embed_dim,), (None,), dtype)
         self.head = None if config.tie_embeddings else table()
 

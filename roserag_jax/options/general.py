@@ -1,6 +1,6 @@
 """Options of the run as a whole: the model, the workdir, the devices and the processes."""
 
-from roserag_jax.options.option import Option
+from roserag_jax.options.option import Faults, Option, together
 
 GENERAL = {
     "model": Option("", "base model: a Hub id, a local Hugging Face folder or a .gguf file"),
@@ -10,6 +10,12 @@ GENERAL = {
         "bfloat16",
         "type of the frozen weights and activations; the adapter and sums are float32",
         ("float32", "bfloat16"),
+    ),
+    "base_dtype": Option(
+        "",
+        "type that the frozen weights of the layers are kept in, in every stage; int8 rounds them (half of bfloat16's "
+        "memory, for models that would not fit), empty is dtype",
+        ("", "int8"),
     ),
     "seed": Option(
         0,
@@ -49,3 +55,12 @@ MESH = {
     ),
     "tensor": Option(1, "number of devices over which heads, MLP and vocabulary are split"),
 }
+
+
+@together
+def _a_merged_adapter_needs_its_digits(config) -> Faults:
+    if config.merge and config.base_dtype:
+        yield (
+            "merge",
+            f"an adapter merged into weights of config.base_dtype={config.base_dtype} is rounded away; set False",
+        )
