@@ -28,6 +28,7 @@ from pathlib import Path
 from roserag_jax.errors import UserError
 from roserag_jax.evaluate import artifact
 from roserag_jax.report import comparison, plot
+from roserag_jax.report.tables import markdown
 from roserag_jax.workdir import from_jsonl, to_jsonl, write_atomic
 
 ROWS = {
@@ -114,7 +115,8 @@ def report(arguments, names: set[str]) -> None:
     shared = arguments.workdir / "shared"
     results = {name: r for name, r in comparison.load(shared / "eval").items() if name in names}
     tables = [comparison.summary(shared / "eval", results, as_markdown=True)]
-    tables.append(comparison.paired(shared / "eval", results, "roserag", as_markdown=True))
+    tests = comparison.paired_tests(results, comparison.scores_in(shared / "eval"), "roserag")
+    tables.append(markdown(*comparison.paired(tests)))
     write_atomic(arguments.workdir / "table.md", "\n\n".join(tables) + "\n")
     in_curves = {name: r for name, r in results.items() if r["system"] in ("closed_book", "base", *CURVES)}
     made = [arguments.workdir / "table.md"]

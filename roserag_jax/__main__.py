@@ -21,12 +21,15 @@ COMMANDS = (
     "score",
     "inspect",
     "plan",
+    "report",
 )
 
 
 def _summary(command: str) -> str:
     """The first line of a command's docstring; its module is not imported, which takes seconds."""
-    source = Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8")
+    module = Path(__file__).with_name(f"{command}.py")
+    module = module if module.exists() else Path(__file__).parent / command / "__main__.py"
+    source = module.read_text(encoding="utf-8")
     return ast.get_docstring(ast.parse(source)).splitlines()[0]
 
 

@@ -3,8 +3,8 @@
     python -m roserag_jax.train --config configs/quickstart.py [--config.section.option=value ...]
 
 Retrieves, evaluates the base model, generates, selects, trains and evaluates the adapter. Writes `checkpoints/`,
-`adapter/` (PEFT), `metrics.jsonl` and `tensorboard/` in the workdir, beside what the other stages write. Stopped at any
-moment, the same command resumes and ends with the same adapter.
+`adapter/` (PEFT), `metrics.jsonl`, `tensorboard/` and `report.html` in the workdir, beside what the other stages write.
+Stopped at any moment, the same command resumes and ends with the same adapter.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from roserag_jax.distributed.sharding import devices
 from roserag_jax.errors import UserError
 from roserag_jax.hub import loading, peft_adapter
 from roserag_jax.report.comparison import comparison
+from roserag_jax.report.page import write_page
+from roserag_jax.report.tables import table
 from roserag_jax.report.verdict import verdict
 from roserag_jax.session import Session, adapter_digest, checked_adapter
 from roserag_jax.training.checkpoints import Checkpoints
@@ -237,12 +239,14 @@ def run(config) -> None:
         make(session, workdir)
         if config.train.evaluate:
             results["adapter"] = evaluate.make(session, workdir, "adapter")
-            print(f"\n{comparison(results)}\n")
+            print(f"\n{table(*comparison(results))}\n")
         print(f"Adapter (PEFT):  {workdir / ADAPTER}")
         print(f"Pairs:           {workdir / PAIRS}")
         if results:
             print(f"Responses:       {workdir / 'eval/adapter/examples.jsonl'}")
         print(f"Training curve:  {workdir / 'metrics.jsonl'}")
+        if processes.is_main():
+            print(f"Report:          {write_page([config.workdir])} (open it in a browser)")
         print("Next: roserag_jax.answer --question '...' with a corpus, or roserag_jax.export for a merged model.")
 
 

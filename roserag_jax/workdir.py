@@ -385,13 +385,8 @@ class PartialResults:
 
     def read(self) -> int:
         """Find the finished rows, those of other processes too; returns how many lines are damaged."""
-        damaged = 0
-        if self.folder.exists():
-            with ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
-                for data in pool.map(lambda file: file.read_bytes(), sorted(self.folder.glob("*.jsonl"))):
-                    lines, bad = _sound_lines(data)
-                    damaged += bad
-                    self.done |= {row["id"]: row for row in (json.loads(line.partition(b" ")[2]) for line in lines)}
+        rows, damaged = partial_rows(self.folder)
+        self.done |= {row["id"]: row for row in rows}
         return damaged
 
     def missing(self) -> list[int]:
@@ -422,6 +417,18 @@ class PartialResults:
             for folder in self.folder.parent.iterdir():
                 if folder.name.rpartition("-")[0] == self.folder.name.rpartition("-")[0]:
                     folder.rmtree()
+
+
+def partial_rows(folder: epath.Path) -> tuple[list[dict], int]:
+    """The finished rows of a stage under way, from its folder in `.parts/`, and how many lines are damaged."""
+    rows, damaged = [], 0
+    if folder.exists():
+        with ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
+            for data in pool.map(lambda file: file.read_bytes(), sorted(folder.glob("*.jsonl"))):
+                lines, bad = _sound_lines(data)
+                damaged += bad
+                rows += [json.loads(line.partition(b" ")[2]) for line in lines]
+    return rows, damaged
 
 
 def _line_check(text: bytes) -> bytes:

@@ -81,9 +81,8 @@ def confidence(candidate: dict, kind: str) -> float:
     return candidate["logprob"] / candidate["tokens"] if kind == "mean" else candidate["logprob"]
 
 
-def evidence(rationale: str, golden_answers: list[str], passages: list[dict]) -> int:
-    """Count the different words of the passages that a rationale contains, other than the golden answers' and common
-    ones.
+def evidence(rationales: list[str], golden_answers: list[str], passages: list[dict]) -> list[set[str]]:
+    """The different words of the passages that each rationale contains, other than the golden answers' and common ones.
 
     The guided prompt's hint is "The answer is ...". A rationale that only restates it leads to the right answer,
     because it contains it, and has the lowest log-probability of all, because nothing supports it: hard selection would
@@ -92,8 +91,8 @@ def evidence(rationale: str, golden_answers: list[str], passages: list[dict]) ->
     """
     golden = {"".join(run) for answer in golden_answers for run in runs(answer)}
     known = set().union(*(_content_words(answer, set()) for answer in golden_answers)) | _COMMON
-    read = set().union(*(_content_words(f"{p['title']} {p['text']}", golden) for p in passages))
-    return len((_content_words(rationale, golden) & read) - known)
+    read = set().union(*(_content_words(f"{p['title']} {p['text']}", golden) for p in passages)) - known
+    return [_content_words(rationale, golden) & read for rationale in rationales]
 
 
 def _content_words(text: str, golden: set[str]) -> set[str]:
@@ -196,7 +195,8 @@ def outcome(row: dict, shown: list[dict], options, measure: answers.Measure = an
     wrong = [c for c in candidates if c["correct"] is False]
     right, reason = correct, ""
     if options.evidence and shown:
-        right = [c for c in correct if evidence(c["rationale"], golden, shown) >= options.evidence]
+        read = evidence([c["rationale"] for c in correct], golden, shown)
+        right = [c for c, words_read in zip(correct, read, strict=True) if len(words_read) >= options.evidence]
     if not candidates:
         reason = "no candidate"
     elif not correct and not wrong:

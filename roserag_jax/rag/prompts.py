@@ -77,6 +77,8 @@ class PromptBuilder:
       order: 'best_first' shows the contexts as they are ranked; 'best_last' puts the first right before the question.
     """
 
+    STEPS = {"best_first": 1, "best_last": -1}  # of the slice that puts the contexts in order
+
     def __init__(
         self,
         tokenizer,
@@ -88,7 +90,7 @@ class PromptBuilder:
         template_arguments: Mapping | None = None,
     ):
         self.tokenizer, self.max_tokens, self.passages, self.stop = tokenizer, max_tokens, passages, tuple(stop)
-        self.step = {"best_first": 1, "best_last": -1}[order]
+        self.step = self.STEPS[order]
         self.examples = EXAMPLES[len(EXAMPLES) - examples :]
         self.template_arguments = dict(template_arguments or {})
         self._marks = TurnMarks(tokenizer, self.template_arguments)

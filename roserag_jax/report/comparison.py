@@ -7,12 +7,14 @@ Reads the `metrics.json` and `examples.jsonl` that `evaluate` writes into each f
 
 import argparse
 import json
+from collections.abc import Callable
+from typing import NamedTuple
 
 from etils import epath
 
 from roserag_jax.errors import UserError
 from roserag_jax.rag import metrics
-from roserag_jax.report.tables import markdown, table
+from roserag_jax.report.tables import Table, markdown, table
 from roserag_jax.workdir import from_jsonl
 
 # Of the passages shown: whether the retriever or the reader failed.
@@ -30,15 +32,32 @@ def load(folder: epath.Path) -> dict[str, dict]:
     names = [f.name for f in folder.iterdir() if (f / "manifest.json").exists()] if folder.is_dir() else []
     if not names:
         raise UserError(f"{folder} holds no evaluations; name the eval folder of a workdir.")
-    found = {name: json.loads((folder / name / "metrics.json").read_text()) for name in names}
+    return in_order({name: read_metrics(folder / name) for name in names})
+
+
+def read_metrics(folder: epath.Path) -> dict:
+    """The metrics of one evaluation.
+
+    Raises:
+      UserError: the file is absent or damaged.
+    """
+    file = folder / "metrics.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged; move {folder} away and evaluate again.") from error
+
+
+def in_order(results: dict[str, dict]) -> dict[str, dict]:
+    """Metrics by name, sorted: closed book, base, the others."""
     place = lambda name: (
-        {"closed_book": 0, "base": 1}.get(found[name]["system"], 2),
-        *(found[name][key] for key in ("noise", "system", "passages")),
+        {"closed_book": 0, "base": 1}.get(results[name]["system"], 2),
+        *(results[name][key] for key in ("noise", "system", "passages")),
     )
-    return {name: found[name] for name in sorted(found, key=place)}
+    return {name: results[name] for name in sorted(results, key=place)}
 
 
-def comparison(results: dict[str, dict], as_markdown: bool = False) -> str:
+def comparison(results: dict[str, dict]) -> Table:
     """A table of systems: scores in percent with their intervals, and tokens and time per question."""
     closed = results.get("closed_book")
     yes_no = any("yes_no" in result for result in results.values())
@@ -60,51 +79,82 @@ def comparison(results: dict[str, dict], as_markdown: bool = False) -> str:
         tokens = f"{result['prompt_tokens']:.0f}+{result['response_tokens']:.0f}"
         cells += [f"{result['parsed']:.0f}%", tokens, f"{result['seconds_per_question']:.2f}", str(result["questions"])]
         rows.append([name, *cells])
-    return (markdown if as_markdown else table)(header, rows)
+    return Table(header, rows)
 
 
-def breakdown(results: dict[str, dict], key: str, as_markdown: bool = False) -> str:
+def breakdown(results: dict[str, dict], key: str) -> Table:
     """EM by group, with the number of questions of each: by question 'type' or by 'gold_passages' shown."""
     groups = sorted({group for result in results.values() for group in result[f"by_{key}"]})
     cell = lambda group: f"{group['em']:.1f} ({group['questions']})" if group else ""
     rows = [[name, *(cell(result[f"by_{key}"].get(g)) for g in groups)] for name, result in results.items()]
     title = {"type": "EM by type", "gold_passages": "EM by gold passages shown"}[key]
-    return (markdown if as_markdown else table)([title, *groups], rows)
+    return Table([title, *groups], rows)
 
 
-def paired(folder: epath.Path, results: dict[str, dict], against: str = "base", as_markdown: bool = False) -> str:
-    """Each system against another one with the same passages, question by question; empty without the other.
+class Comparison(NamedTuple):
+    """A paired test of two evaluations, `name` minus `other`, by 'em' or 'f1', as `metrics.paired` has it."""
+
+    name: str
+    other: str
+    metric: str
+    test: dict
+
+
+def paired_tests(
+    results: dict[str, dict], scores: Callable[[str], dict[str, dict]], against: str = "base"
+) -> list[Comparison]:
+    """Test each system against another one with the same passages, question by question; none without the other.
 
     The closed book has no passages: it is set against the other system with the first K and no noise, or every system
     against it.
+
+    Args:
+      scores: the scores of an evaluation's questions, by their ids.
+
+    Raises:
+      UserError: two evaluations are of different questions.
     """
     others = {(r["passages"], r["noise"]): name for name, r in results.items() if r["system"] == against}
     plain = [name for (_, noise), name in others.items() if noise == "none"]
-    rows = []
+    found = []
     for name, result in results.items():
         other = others.get((result["passages"], result["noise"]))
         if "closed_book" in (result["system"], against):
             other = plain[0] if plain else None
         if other in (None, name):
             continue
-        scores, other_scores = (_scores(folder, n) for n in (name, other))
-        if set(scores) != set(other_scores):
-            raise UserError(f"{folder}: {name} and {other} are of different questions; evaluate them again.")
-        for metric, label in _DRAWN.items():
-            test = metrics.paired([scores[i][metric] for i in scores], [other_scores[i][metric] for i in scores])
-            low, high = (100 * edge for edge in test["interval"])
-            difference = f"{100 * test['difference']:+.1f}  [{low:+.1f}, {high:+.1f}]"
-            changed = [str(test["better"]), str(test["worse"])]
-            rows.append([f"{name} - {other}", label, difference, *changed, f"{test['p']:.3f}"])
-    header = ["paired", "", "difference  [95%]", "better", "worse", "p"]
-    return (markdown if as_markdown else table)(header, rows) if rows else ""
+        mine, theirs = scores(name), scores(other)
+        if set(mine) != set(theirs):
+            raise UserError(f"{name} and {other} are of different questions; evaluate them again.")
+        for metric in _DRAWN:
+            test = metrics.paired([mine[i][metric] for i in mine], [theirs[i][metric] for i in mine])
+            found.append(Comparison(name, other, metric, test))
+    return found
+
+
+def paired(tests: list[Comparison]) -> Table:
+    """Paired tests as a table."""
+    rows = []
+    for name, other, metric, test in tests:
+        changed = [str(test["better"]), str(test["worse"])]
+        rows.append([f"{name} - {other}", _DRAWN[metric], difference(test), *changed, f"{test['p']:.3f}"])
+    return Table(["paired", "", "difference  [95%]", "better", "worse", "p"], rows)
+
+
+def difference(test: dict) -> str:
+    """A difference in percentage points with its interval."""
+    low, high = (100 * edge for edge in test["interval"])
+    return f"{100 * test['difference']:+.1f}  [{low:+.1f}, {high:+.1f}]"
 
 
 def summary(folder: epath.Path, results: dict[str, dict], against: str = "base", as_markdown: bool = False) -> str:
-    """All of the above, a blank line between."""
-    parts = [comparison(results, as_markdown), paired(folder, results, against, as_markdown)]
-    parts += [breakdown(results, key, as_markdown) for key in ("gold_passages", "type")]
-    return "\n\n".join(part for part in parts if part)
+    """All of the above as text, a blank line between."""
+    tables = [
+        comparison(results),
+        paired(paired_tests(results, scores_in(folder), against)),
+        *(breakdown(results, key) for key in ("gold_passages", "type")),
+    ]
+    return "\n\n".join((markdown if as_markdown else table)(*each) for each in tables if each.rows)
 
 
 def _interval(result: dict, metric: str) -> str:
@@ -112,9 +162,14 @@ def _interval(result: dict, metric: str) -> str:
     return f"{result[metric]:.1f}  [{low:.1f}, {high:.1f}]"
 
 
-def _scores(folder: epath.Path, name: str) -> dict[str, dict]:
-    rows = from_jsonl((epath.Path(folder) / name / "examples.jsonl").read_text())
-    return {row["id"]: row["scores"] for row in rows}
+def scores_in(folder: epath.Path) -> Callable[[str], dict[str, dict]]:
+    """A function of an evaluation's name in an eval folder: the scores of its questions by their ids."""
+
+    def scores(name: str) -> dict[str, dict]:
+        rows = from_jsonl((epath.Path(folder) / name / "examples.jsonl").read_text())
+        return {row["id"]: row["scores"] for row in rows}
+
+    return scores
 
 
 def main() -> None:

@@ -1,4 +1,13 @@
-"""Tables in plain text and in Markdown."""
+"""Tables of texts, a header and rows, and how they are printed in plain text and in Markdown."""
+
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """A header and rows of as many cells."""
+
+    header: list[str]
+    rows: list[list[str]]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

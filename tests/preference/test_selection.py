@@ -23,7 +23,7 @@ PASSAGES = [{"title": "Cabin", "text": "The cabin of 1850 stands in Bath, Maine,
     ],
 )
 def test_evidence_is_what_the_hint_does_not_give(rationale, named):
-    assert selection.evidence(rationale, ["Bath, Maine"], PASSAGES) == named
+    assert len(selection.evidence([rationale], ["Bath, Maine"], PASSAGES)[0]) == named
 
 
 def candidate(rationale, answer, logprob, source="guided"):
@@ -156,8 +156,8 @@ READINGS = {
 def test_evidence_in_languages(language):
     passage, golden, restated, read = READINGS[language]
     passages = [{"title": "", "text": passage}]
-    assert [selection.evidence(text, [golden], passages) for text in restated] == [0] * len(restated)
-    assert all(selection.evidence(text, [golden], passages) >= 1 for text in read)
+    assert selection.evidence(restated, [golden], passages) == [set()] * len(restated)
+    assert all(selection.evidence(read, [golden], passages))
 
 
 def test_select_judges_by_the_metric_of_a_language():

@@ -1,0 +1,178 @@
+"""The report's summary: the verdict in two sentences, the scores, and what the run was made of."""
+
+import math
+import statistics
+from typing import Any
+
+from roserag_jax import options
+from roserag_jax.preference.selection import length_warning
+from roserag_jax.report import comparison
+from roserag_jax.report.runs import Run
+from roserag_jax.report.tables import Table
+from roserag_jax.report.verdict import overfitting
+
+SURE = 0.05  # a smaller p tells two systems apart
+METRICS = {"em": "EM", "f1": "F1"}
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What the summary shows of a run."""
+    tests, fault = paired_tests(run)
+    return {
+        "verdict": verdict(run, tests),
+        "scores": comparison.comparison(run.metrics) if run.metrics else None,
+        "tests": comparison.paired(tests) if tests else None,
+        "fault": fault,
+        "facts": facts(run),
+        "stages": stages(run),
+        "commands": list(dict.fromkeys(stage["command"] for stage in run.stages if stage.get("command"))),
+        "changed": changed_options(run),
+        "notes": run.notes,
+    }
+
+
+def paired_tests(run: Run) -> tuple[list[comparison.Comparison], str]:
+    """Each system against the base model, and why there are no tests where two are of different questions."""
+    try:
+        return comparison.paired_tests(run.metrics, run.scores), ""
+    except (comparison.UserError, KeyError) as error:
+        return [], str(error)
+
+
+def verdict(run: Run, tests: list[comparison.Comparison]) -> list[str]:
+    """Two sentences: whether training helped, and what looks wrong with it."""
+    return [_result(run, tests), _signs(run)]
+
+
+def _result(run: Run, tests: list[comparison.Comparison]) -> str:
+    """Whether the adapter is better than the base model, not told apart from it, or worse."""
+    first = next((test.name for test in tests if run.metrics[test.name]["system"] not in ("closed_book", "base")), None)
+    if first is None:
+        if not run.metrics:
+            return "Nothing was evaluated, so there is no telling whether the adapter helps."
+        return "The adapter and the base model were not both evaluated, so there is no telling whether it helps."
+    of = {test.metric: test for test in tests if test.name == first}
+    names = {"adapter": "the adapter", "base": "the base model"}
+    one, other = (names.get(name, name) for name in (first, of["em"].other))
+    sure = {metric: test.test for metric, test in of.items() if test.test["p"] < SURE}
+    sides = {found["difference"] > 0 for found in sure.values()}
+    if len(sides) == 1:
+        by = f" by {METRICS[min(sure)]}" if len(sure) < len(of) else ""
+        found = f"{one} is {'better' if sides.pop() else 'worse'} than {other}{by}"
+    else:
+        found = f"{one} and {other} cannot be told apart"
+    scores = [run.metrics[name] for name in (first, of["em"].other)]
+    figures = [
+        f"{METRICS[metric]} {scores[0][metric]:.1f} against {scores[1][metric]:.1f}, "
+        f"{comparison.difference(test.test)} points, p = {test.test['p']:.3f}"
+        for metric, test in of.items()
+    ]
+    text = f"{found} on {scores[1]['questions']} held-out questions: {'; '.join(figures)}."
+    return text[:1].upper() + text[1:]
+
+
+def _signs(run: Run) -> str:
+    """What looks wrong with the training, most important first; or that nothing does."""
+    signs = []
+    if any(row.get("loss") is None for row in run.steps):
+        signs.append("Some training steps had a non-finite loss.")
+    held_out = [row for row in run.held_out if row.get("measure") == run.held_out[-1].get("measure")]
+    if held_out and (text := overfitting(run.steps, held_out, run.config.train.keep)):
+        signs.append(text)
+    margins = [row["margin"] for row in run.steps if row.get("margin") is not None]
+    last = margins[-max(1, len(margins) // 5) :]
+    if last and statistics.fmean(last) <= 0:
+        signs.append(
+            f"At the end of training the rejected responses are still the likelier ones "
+            f"(margin {statistics.fmean(last):+.2f} nats a token, mean of the last {len(last)} steps)."
+        )
+    if run.pairs and "prompt" in run.pairs[0] and (text := length_warning(run.pairs)):
+        signs.append(f"By length alone chosen and rejected can be told apart: {text}")
+    if signs:
+        return " ".join(signs)
+    if not run.steps:
+        return "Nothing was trained yet."
+    if not held_out:
+        return (
+            "Nothing looks wrong with the training curve; whether it overfits was not measured, because no pairs were "
+            "held out (config.train.held_out)."
+        )
+    return "The held-out pairs show no overfitting, and nothing else looks wrong."
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What the run was made of, as names and values."""
+    config = run.config
+    found = [("Workdir", str(run.workdir.path))]
+    if config.model:
+        revision = f" at {config.revision}" if config.revision else ""
+        found.append(("Model", f"{config.model}{revision}, {config.dtype}"))
+    if run.has_adapter:
+        lora, train = config.lora, config.train
+        found.append(
+            ("Adapter", f"LoRA rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}; in adapter/")
+        )
+        found.append(
+            (
+                "Training",
+                f"{train.loss}, {train.epochs} epochs in batches of {train.batch}, peak learning rate "
+                f"{train.learning_rate:g}",
+            )
+        )
+    for split, what in (("train", "Training questions"), ("eval", "Held-out questions")):
+        if rows := run.retrieved.get(split):
+            passages = statistics.fmean(len(row.get("contexts", [])) for row in rows)
+            source = config.data[split] if f"data.{split}" in run.options else "unknown"
+            retriever = f", from {config.retrieve.retriever}" if config.retrieve.retriever != "given" else ""
+            found.append((what, f"{len(rows):,} ({source}), {passages:.1f} passages each{retriever}"))
+    return found
+
+
+def stages(run: Run) -> Table | None:
+    """Time and tokens of each stage; None where nothing is known."""
+    seconds: dict[str, float] = {}
+    for stage in run.stages:
+        seconds[stage["stage"]] = seconds.get(stage["stage"], 0.0) + stage["seconds"]
+    rows = []
+    if run.candidates:
+        found = [candidate for row in run.candidates for candidate in row["candidates"]]
+        tokens = f"{sum(c['tokens'] for c in found):,} in {len(found):,} candidates"
+        rows.append(["generate", f"{len(run.candidates):,} questions", _clock(seconds.get("generate")), tokens])
+    if run.steps:
+        speeds = [(row.get("pairs_per_s"), row.get("tokens_per_s")) for row in run.steps]
+        known = [(run.config.train.batch / pairs, tokens) for pairs, tokens in speeds if pairs and tokens]
+        took = sum(time for time, _ in known)
+        tokens = sum(time * rate for time, rate in known)
+        rows.append(["train", f"{len(run.steps):,} steps", _clock(took), f"{tokens:,.0f} (prompts and responses)"])
+    for name, result in run.metrics.items():
+        number = result["questions"]
+        tokens = f"{number * result['prompt_tokens']:,.0f} in, {number * result['response_tokens']:,.0f} out"
+        rows.append(
+            [f"evaluate {name}", f"{number:,} questions", _clock(number * result["seconds_per_question"]), tokens]
+        )
+    return Table(["stage", "work", "time", "tokens"], rows) if rows else None
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "not recorded"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def changed_options(run: Run) -> list[tuple[str, str, str, str]]:
+    """The options that differ from their defaults: name, value, default, meaning; the paths of the run aside."""
+    plain = lambda value: list(value) if isinstance(value, tuple) else value
+    return [
+        (f"config.{name}", _written(run.options[name]), _written(plain(option.default)), option.help)
+        for name, option in options.walk()
+        if name in run.options
+        and name not in ("model", "evaluate.noise")
+        and run.options[name] != plain(option.default)
+    ]
+
+
+def _written(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else repr(value) if value == "" else str(value)

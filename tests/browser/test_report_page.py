@@ -1,0 +1,160 @@
+"""The report in a real browser: hostile texts stay texts, nothing is fetched, links, keys and narrow screens work."""
+
+import pytest
+from conftest import write_run
+
+from roserag_jax.report.page import write_page
+
+pytestmark = pytest.mark.browser
+
+HOSTILE = (
+    "</script><script>window.hacked=1</script><!-- <script> <img src=x onerror=window.hacked=2> "
+    "<svg onload=window.hacked=3></svg>{{ 7*7 }} {% raw %} javascript:window.hacked=4 &lt;b&gt; "
+    "\u2028\u2029\u202e \x00 ']]>"
+)
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """A function: the page of a workdir, opened from disk, with everything that went wrong in it."""
+    pages = []
+
+    def make(folder, width=1280, fragment="", **options):
+        page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+        pages.append(page)
+        page.faults, page.fetched = [], []
+        page.on("console", lambda message: page.faults.append(message.text))
+        page.on("pageerror", lambda error: page.faults.append(str(error)))
+        page.on("request", lambda request: page.fetched.append(request.url))
+        file = write_page([str(folder)], str(tmp_path / f"page{len(pages)}.html"))
+        page.goto(f"file://{file}{fragment}")
+        page.wait_for_selector("body[data-ready]", timeout=20_000)
+        return page
+
+    yield make
+    for page in pages:
+        assert page.faults == []
+        assert [url for url in page.fetched if not url.startswith("file://")] == []
+        page.close()
+
+
+def test_hostile_texts_are_shown_as_text_and_run_nothing(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run", text=HOSTILE))
+    for control in ("#pairs-list a", "#differences-before"):
+        assert page.locator(control).count()
+    page.locator("#pairs-list a").nth(1).click()
+    page.fill("#pairs-search", "<script>")
+    page.locator("details").first.evaluate("each => each.open = true")
+    assert page.evaluate("window.hacked") is None
+    shown = page.inner_text("#pairs-detail")
+    assert "</script><script>window.hacked=1</script><!-- <script> <img src=x onerror=window.hacked=2>" in shown
+    assert "{{ 7*7 }}" in shown and "&lt;b&gt;" in shown
+    assert "onload=window.hacked=3" in page.inner_text("#differences-table")
+    assert page.locator("main script, main img, [onload], [onerror]").count() == 0
+    assert page.locator("script").count() == 3  # two of data and the page's own
+    assert len(page.fetched) == 1
+
+
+def test_policy_stops_a_script_that_is_not_the_pages_own(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run"))
+    page.evaluate(
+        """() => {
+        const script = document.createElement('script');
+        script.textContent = 'window.hacked = 1';
+        document.body.append(script);
+        document.body.insertAdjacentHTML('beforeend', '<img src=x onerror="window.hacked=1">');
+        }"""
+    )
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.hacked") is None
+    assert any("Content Security Policy" in fault for fault in page.faults)
+    page.faults.clear()
+
+
+def test_why_a_question_has_no_pair_is_two_clicks_away(opened, tmp_path):
+    """From the funnel's reason to the questions it holds for, and back by a link with the question's id."""
+    folder = write_run(tmp_path / "run")
+    page = opened(folder)
+    page.click("#funnel a:text('none correct')")
+    assert page.inner_text("#pairs-count") == "2 of 6 questions"
+    detail = page.inner_text("#pairs-detail")
+    assert "Why there is no pair: no candidate reaches the golden answer" in detail
+    assert "0 of 2 candidates are correct" in detail
+    page = opened(folder, fragment="#question/q2")
+    detail = page.inner_text("#pairs-detail")
+    assert "museum 2?" in detail and "every candidate is correct" in detail
+
+
+def test_pair_marks_gold_passages_answers_and_cited_words(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run"), fragment="#question/q0")
+    assert page.locator(".candidate.chosen .badge").all_inner_texts() == ["CHOSEN", "correct"]
+    assert page.locator(".candidate.rejected .badge").all_inner_texts() == ["REJECTED", "incorrect"]
+    gold = page.locator(".passage.gold")
+    assert gold.count() == 1 and gold.locator("mark").all_inner_texts() == ["Ada Lund"]
+    assert page.locator(".candidate.chosen .cited").all_inner_texts() == ["museum"]
+
+
+def test_curves_show_the_values_of_the_step_under_the_pointer_and_of_keys(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run"))
+    chart = page.locator("#training svg[role=slider]").first
+    chart.scroll_into_view_if_needed()
+    box = chart.bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 20, box["y"] + 80)
+    loss = page.locator("#training .keys").first
+    assert "loss 0.7" in loss.inner_text()
+    margin = page.locator("#training figure").nth(1)
+    assert "margin 0.2" in margin.inner_text()  # the other charts follow
+    chart.focus()
+    page.keyboard.press("Home")
+    assert chart.get_attribute("aria-valuetext").startswith("step 1: loss 1")
+    page.keyboard.press("ArrowRight")
+    assert "loss 0.9" in loss.inner_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1280])
+def test_page_fits_the_width_and_its_text_stands_out(opened, tmp_path, width, scheme):
+    """No sideways scrolling at 400 pixels, also with words that have no end; text has a contrast of 4.5 at least."""
+    page = opened(write_run(tmp_path / "run", text="x" * 300), width=width, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    faint = page.evaluate(
+        """() => {
+        const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
+        const light = (color) => numbers(color).slice(0, 3).map((v) => v / 255)
+            .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+            .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+        const back = (node) => {
+            for (; node; node = node.parentElement) {
+                const color = getComputedStyle(node).backgroundColor;
+                if (!numbers(color)[3] && numbers(color).length === 4) continue;
+                return color;
+            }
+            return 'rgb(255, 255, 255)';
+        };
+        const own = (node) => [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+        const contrast = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        return [...document.querySelectorAll('main *')].filter((node) => own(node) && node.checkVisibility())
+            .filter((node) => !node.disabled && !node.closest('svg'))
+            .filter((node) => contrast(light(getComputedStyle(node).color), light(back(node))) < 4.5)
+            .map((node) => node.outerHTML.slice(0, 100));
+        }"""
+    )
+    assert faint == []
+
+
+def test_every_control_has_a_name_and_the_page_is_used_by_keys_alone(opened, tmp_path):
+    page = opened(write_run(tmp_path / "run"))
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll('input, select, button, a, svg[role], [role=region]')]
+            .filter((node) => !(node.textContent.trim() || node.getAttribute('aria-label') || node.labels?.length))
+            .map((node) => node.outerHTML)"""
+    )
+    assert nameless == []
+    levels = [
+        int(name[1]) for name in page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((h) => h.tagName)")
+    ]
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    page.locator("#pairs-list a").nth(2).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.activeElement.id === 'pairs-detail'")
+    assert "museum 2?" in page.inner_text("#pairs-detail")
