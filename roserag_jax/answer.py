@@ -3,7 +3,8 @@
     python -m roserag_jax.answer --config configs/quickstart.py --config.retrieve.corpus=FOLDER --question "..."
     python -m roserag_jax.answer --config configs/quickstart.py --questions questions.jsonl
 
-The corpus is a .jsonl of {id, contents} or a folder of documents, searched with BM25; rows of `--questions` that bring
+The corpus is a .jsonl of {id, contents} or a folder of documents, searched by `config.retrieve.retriever` (BM25 where
+it names none); rows of `--questions` that bring
 their own contexts need none. Uses the workdir's adapter where there is one. One question prints text, with the file and
 page of each passage; a file of questions prints one JSON object a line: {id, question, answer, rationale, passages:
 [{title, text, score?, source?}]}.
@@ -18,8 +19,7 @@ from roserag_jax.options.option import not_utf8
 from roserag_jax.rag import answers, documents, questions
 from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.rag.prompts import PromptBuilder
-from roserag_jax.retrieval.indexing import open_index
-from roserag_jax.retrieval.registry import found_nothing
+from roserag_jax.retrieval.registry import found_nothing, open_retriever, searches_corpus
 from roserag_jax.session import Session, find_adapter
 from roserag_jax.workdir import Workdir
 
@@ -44,12 +44,12 @@ def _questions(config) -> list[dict]:
         rows = questions.read_questions(file, answers=False, contexts=False, layout=layout, corpus=corpus)
     without = [row for row in rows if not row.get("contexts")]
     if without and config.prompt.passages:
-        if not (config.retrieve.corpus or config.index):
+        if searches_corpus(config.retrieve) and not (config.retrieve.corpus or config.index):
             raise UserError(
                 f"The question {quote(without[0]['question'])} has no contexts: name a corpus, "
                 "--config.retrieve.corpus=PATH."
             )
-        found = open_index(config).search([row["question"] for row in without], config.prompt.passages)
+        found = open_retriever(config).search([row["question"] for row in without], config.prompt.passages)
         if nothing := found_nothing(found):
             print(nothing)
         for row, contexts in zip(without, found, strict=True):

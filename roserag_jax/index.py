@@ -3,19 +3,24 @@
     python -m roserag_jax.index --config.retrieve.corpus=PATH [--config.index=FOLDER]
 
 Reads the corpus (rows, a folder of documents, or hf://) once and writes its passages and their BM25 index to the folder
-(by default one in the user's cache), which `retrieve`, `answer`, `evaluate` and `train` then open at once. Run again,
-it checks the index against its digests, adds documents and rows that are new and removes those that are gone; stopped,
-it resumes. `--config.retrieve.chunk_words`, `chunk_overlap` and `chunk_title` say how documents are cut.
+(by default one in the user's cache), which `retrieve`, `answer`, `evaluate` and `train` then open at once. With
+`--config.retrieve.retriever=colbert` or `dense` (or `hybrid` of such), the passages' vectors too. Run again, it checks
+the index against its digests, adds documents and rows that are new and removes those that are gone; stopped, it
+resumes. Several processes share the encoding out. `--config.retrieve.chunk_words`, `chunk_overlap` and `chunk_title`
+say how documents are cut.
 """
 
 import os
 import time
+from pathlib import Path
 
 from roserag_jax import cli
+from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
 from roserag_jax.rag.corpora import Corpus
 from roserag_jax.retrieval import indexing
 from roserag_jax.retrieval.index import Index
+from roserag_jax.retrieval.registry import update_vectors, vectors_of
 
 
 def run(config) -> None:
@@ -24,13 +29,24 @@ def run(config) -> None:
         raise UserError("config.retrieve.corpus: name the corpus to index.")
     corpus = Corpus(config.retrieve.corpus, indexing.chunking(config.retrieve))
     folder = indexing.folder_of(config, corpus)
-    indexing.update(folder, corpus, verify=True)
+    with processes.main_first():
+        if processes.is_main():
+            indexing.update(folder, corpus, verify=True)
     start = time.monotonic()
     index = Index(folder)
     opened = time.monotonic() - start
-    size = sum(entry.stat().st_size for entry in os.scandir(folder))
-    print(f"{folder}: {len(index):,} passages, {size / 1e6:,.1f} MB, opened in {opened:.2f} s.")
+    if processes.is_main():
+        print(f"{folder}: {len(index):,} passages, {_megabytes(folder)}, opened in {opened:.2f} s.")
+    for name in vectors_of(config.retrieve):
+        vectors = update_vectors(config, name, index, together=True)
+        if processes.is_main():
+            print(f"{vectors}: {_megabytes(vectors)}.")
+
+
+def _megabytes(folder: Path) -> str:
+    """The size of the files of a folder."""
+    return f"{sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()) / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":
-    cli.main(run, __doc__, workdir=False, model=False, alone=True)
+    cli.main(run, __doc__, workdir=False, model=False)

@@ -5,10 +5,12 @@ from pathlib import Path
 from etils import epath
 
 from roserag_jax import options
+from roserag_jax.hub.encoder import encoder_fingerprint
 from roserag_jax.rag import documents, files
 from roserag_jax.rag.corpora import Chunking
 from roserag_jax.retrieval.cache import cache_files
 from roserag_jax.retrieval.index import Index
+from roserag_jax.retrieval.registry import ENCODERS
 from roserag_jax.workdir import digest, digest_of_files
 
 
@@ -18,6 +20,10 @@ def input_digest(config, option: str) -> dict[str, str]:
     Of a folder, the files that are read count, and no others.
     """
     value = options.get(config, option)
+    if not isinstance(value, str):  # names of other options
+        return {}
+    if option.removeprefix("retrieve.") in ENCODERS:
+        return {f"config.{option}={value}": encoder_fingerprint(value, option)}
     # An empty path would be the current folder.
     is_file = value and not value.startswith((files.HUB, "http://", "https://"))
     path = epath.Path(value).expanduser() if is_file else None

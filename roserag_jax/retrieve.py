@@ -5,8 +5,9 @@
 
 Writes `retrieved.jsonl` (training questions) and `retrieved_eval.jsonl` (held-out ones) in the workdir, rows of
 `{id, question, golden_answers, contexts: [{title, text, score?, is_supporting?}], gold_count?}`; the last is how many
-gold passages a question has, found or not. With `--serve` it offers the corpus to other machines instead
-(`--config.retrieve.retriever=server --config.retrieve.server=http://HOST:8000`).
+gold passages a question has, found or not. With `--serve` it offers the corpus to other runs instead
+(`--config.retrieve.retriever=server --config.retrieve.server=http://HOST:8000`), with `--host 0.0.0.0` to other
+machines.
 """
 
 from absl import flags
@@ -17,12 +18,13 @@ from roserag_jax.errors import UserError
 from roserag_jax.inputs import corpus_recipe, input_digest
 from roserag_jax.progress import Progress
 from roserag_jax.rag import questions
-from roserag_jax.retrieval.registry import RETRIEVERS, found_nothing
+from roserag_jax.retrieval.registry import RETRIEVERS, found_nothing, members, open_retriever, searches_corpus
 from roserag_jax.retrieval.server import serve
 from roserag_jax.workdir import RETRIEVED, Recipe, Workdir, to_jsonl
 
 _BATCH = 1000  # questions between two lines of progress
 _SERVE = flags.DEFINE_integer("serve", None, "port on which to offer the corpus; nothing is written then", 0, 65535)
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "address on which --serve listens; 0.0.0.0 is open to other machines")
 
 
 def recipe(config, split: str) -> Recipe:
@@ -38,9 +40,10 @@ def recipe(config, split: str) -> Recipe:
     names.append("retrieve.retriever")
     if config.retrieve.retriever != "given":
         names.append("retrieve.k")
-        for option in RETRIEVERS[config.retrieve.retriever].needs:
-            names.append(f"retrieve.{option}")
-            inputs |= input_digest(config, f"retrieve.{option}")
+        for spec in members(config.retrieve):
+            names += [f"retrieve.{option}" for option in spec.needs + spec.takes]
+            for option in spec.needs:
+                inputs |= input_digest(config, f"retrieve.{option}")
     corpus_names, corpus_inputs = corpus_recipe(config)  # to search, or to look StrategyQA's paragraphs up
     return Recipe(options.subset(config, *names, *corpus_names), inputs | corpus_inputs)
 
@@ -102,16 +105,16 @@ def _flagged(rows: list[dict], found: list[list[dict]]) -> list[dict]:
 
 def _serve(config, port: int) -> None:
     """Offer the index of the corpus, or another retriever, until the command is stopped."""
-    name = "bm25" if config.retrieve.retriever == "given" else config.retrieve.retriever
-    if name == "bm25" and not (config.retrieve.corpus or config.index):
+    retrieve = config.retrieve
+    if searches_corpus(retrieve) and not (retrieve.corpus or config.index):
         raise UserError("--serve: name a corpus, --config.retrieve.corpus=PATH, or an index.")
-    retriever = RETRIEVERS[name].build(config)
+    retriever = RETRIEVERS["cache"].build(config) if retrieve.retriever == "cache" else open_retriever(config)
     try:
-        server = serve(retriever.search, port, topk=config.retrieve.k)
+        server = serve(retriever.search, port, _HOST.value, topk=retrieve.k)
     except OSError as error:
-        raise UserError(f"--serve {port}: {error.strerror}; name another port.") from error
+        raise UserError(f"--serve {port} on {_HOST.value}: {error.strerror or error}; name another.") from error
     with server:
-        print(f"Serving POST /retrieve on port {server.server_address[1]}.", flush=True)
+        print(f"Serving POST /retrieve on {_HOST.value}:{server.server_address[1]}.", flush=True)
         server.serve_forever()
 
 

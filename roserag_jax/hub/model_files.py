@@ -37,23 +37,34 @@ class ModelFiles(Protocol):
         ...
 
 
-def resolve_path(model: str, revision: str | None = None, weights: bool = True) -> Path:
+def resolve_path(
+    model: str,
+    revision: str | None = None,
+    weights: bool = True,
+    *,
+    option: str = "model",
+    extra: tuple[str, ...] = (),
+) -> Path:
     """Find the local path of `config.model`; a Hub id is downloaded (without the weights unless `weights`).
+
+    Args:
+      option: the option that named it, for errors.
+      extra: further files to download.
 
     Raises:
       UserError: nothing is found under that name, or the Hub cannot be reached.
     """
     if not model:
-        raise UserError("config.model is empty; name a Hub id, a Hugging Face folder or a .gguf file.")
+        raise UserError(f"config.{option} is empty; name a Hub id, a Hugging Face folder or a .gguf file.")
     path = Path(model).expanduser()
     if path.exists() or model.endswith(".gguf"):
         return path
     if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
-        raise UserError(f"config.model: there is no folder {model}.")
+        raise UserError(f"config.{option}: there is no folder {model}.")
     import huggingface_hub
 
     small = (huggingface.CONFIG, huggingface.GENERATION_CONFIG, *huggingface.TOKENIZER_FILES)
-    patterns = [*small, f"{huggingface.CHAT_TEMPLATES}/*.jinja"]
+    patterns = [*small, f"{huggingface.CHAT_TEMPLATES}/*.jinja", *extra]
     patterns += [huggingface.WEIGHTS_INDEX, "*.safetensors"] if weights else []
     try:
         # Mistral's repositories hold the weights a second time.
@@ -64,7 +75,7 @@ def resolve_path(model: str, revision: str | None = None, weights: bool = True) 
         )
     except Exception as error:  # the Hub client raises many kinds; all mean that the model cannot be downloaded
         raise UserError(
-            f"config.model: {model} is not a local path and could not be downloaded from the Hub "
+            f"config.{option}: {model} is not a local path and could not be downloaded from the Hub "
             f"({type(error).__name__}: {first_line(error)}). Check the name, the network and, for a gated "
             "model, `hf auth login`; or give a local folder."
         ) from error
@@ -85,7 +96,7 @@ def open_model(model: str, revision: str | None = None) -> ModelFiles:
     return GGUFFile(path) if path.suffix == ".gguf" else HuggingFaceFolder(path)
 
 
-def fingerprint(model: str, revision: str | None = None, weights: bool = True) -> str:
+def fingerprint(model: str, revision: str | None = None, weights: bool = True, *, also: tuple[Path, ...] = ()) -> str:
     """Identify a model's content, for a recipe: equal for equal files, another after they were replaced.
 
     A Hub id gives its commit. Of local files, the small ones are hashed whole; of weights the size, the first 16 MB
@@ -94,6 +105,7 @@ def fingerprint(model: str, revision: str | None = None, weights: bool = True) -
 
     Args:
       weights: False for a folder of which only the tokenizer is used.
+      also: further small files that count.
 
     Raises:
       UserError: there is no such model, or a file may not be read.
@@ -105,6 +117,7 @@ def fingerprint(model: str, revision: str | None = None, weights: bool = True) -
     if path.is_dir():
         settings = (path / huggingface.CONFIG, path / huggingface.GENERATION_CONFIG)
         small = [file for file in settings if file.is_file()] + huggingface.tokenizer_files(path)
+        small += also
         large = huggingface.weight_files(path) if weights else []
     digest = hashlib.sha256()
     for file in (*small, *large):

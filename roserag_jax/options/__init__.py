@@ -12,11 +12,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from roserag_jax.errors import UserError
-from roserag_jax.options.data import DATA, RETRIEVE
+from roserag_jax.options.data import DATA
 from roserag_jax.options.evaluation import EVALUATE, EXPORT
 from roserag_jax.options.general import GENERAL, MESH
 from roserag_jax.options.option import TOGETHER, Option
 from roserag_jax.options.preference import GENERATE, PROMPT, SELECT
+from roserag_jax.options.retrieval import RETRIEVE
 from roserag_jax.options.training import LORA, TRAIN
 
 OPTIONS: dict[str, dict[str, Option] | Option] = GENERAL | {

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from roserag_jax.errors import UserError, first_line
-from roserag_jax.rag import words
 from roserag_jax.rag.corpora import Chunking, Corpus
-from roserag_jax.retrieval.index import MANIFEST, NUMBERS, VERSION, Index, check_sizes, read_manifest, schema
+from roserag_jax.retrieval import bm25
+from roserag_jax.retrieval.bm25 import schema
+from roserag_jax.retrieval.index import MANIFEST, NUMBERS, VERSION, Index, check_sizes, read_manifest
 from roserag_jax.user_cache import user_cache
 
 COMMIT_SECONDS = 30  # of work that a stopped build repeats
@@ -161,7 +162,8 @@ def _begin(folder: Path, corpus: Corpus) -> None:
 
 
 def _write_manifest(folder: Path, corpus: Corpus, signature: str, content: str) -> None:
-    names = [e.name for e in sorted(folder.iterdir()) if not e.name.startswith(".") and e.name != MANIFEST]
+    # Not the folders of vectors, which have manifests of their own.
+    names = [e.name for e in sorted(folder.iterdir()) if e.is_file() and e.name[0] != "." and e.name != MANIFEST]
     manifest = {
         **_recipe(corpus),
         "signature": signature,
@@ -229,13 +231,7 @@ class _Changes:
 
     def document(self, passage: dict) -> Any:
         """A passage of the new unit as the index takes it."""
-        import tantivy
-
-        made = tantivy.Document()
-        made.add_unsigned("number", self.next)
-        made.add_unsigned("unit", self.unit)
-        made.add_text("terms", " ".join(words.terms(f"{passage['title']} {passage['text']}")))
-        made.add_bytes("passage", json.dumps(passage, ensure_ascii=False).encode())
+        made, _ = bm25.document(passage, self.next, self.unit)
         self.next, self.added = self.next + 1, self.added + 1
         return made
 

@@ -73,7 +73,7 @@ def _context(entry: Any, where: str) -> dict:
     return context_of(entry, where)
 
 
-def serve(search: Callable[[list[str], int], list[list[dict]]], port: int, host: str = "0.0.0.0", topk: int = 10):
+def serve(search: Callable[[list[str], int], list[list[dict]]], port: int, host: str = "127.0.0.1", topk: int = 10):
     """A server that offers a retriever's `search`; `serve_forever()` runs it. Port 0 takes a free one.
 
     Args:

@@ -112,11 +112,12 @@ def test_retrieve_serves_and_is_asked(tmp_path):
     command = [sys.executable, "-m", "roserag_jax.retrieve", "--serve", "0", f"--config.retrieve.corpus={corpus}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     try:
-        port = next(line.split()[-1].strip(".") for line in process.stdout if "Serving" in line)
+        address = next(line.split()[-1].strip(".") for line in process.stdout if "Serving" in line)
+        assert address.startswith("127.0.0.1:")  # others are let in by --host alone
         config = options.defaults()
         config.workdir = str(tmp_path / "work")
         config.data.eval = write_lines(tmp_path / "q.jsonl", {"question": "Moss 7?", "golden_answers": ["green"]})
-        config.retrieve.retriever, config.retrieve.server = "server", f"http://127.0.0.1:{port}"
+        config.retrieve.retriever, config.retrieve.server = "server", f"http://{address}"
         work = Workdir(config.workdir)
         retrieve.make(config, work, ("eval",))
         assert work.rows("retrieved_eval.jsonl")[0]["contexts"][0]["title"] == "T7"

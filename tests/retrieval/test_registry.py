@@ -1,0 +1,129 @@
+"""The retrievers that are named by options: what each finds, what a run keeps of it, and what is kept on disk."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_command, word_pieces, write_lines
+
+from roserag_jax import options, retrieve
+from roserag_jax.errors import UserError
+from roserag_jax.retrieval.batches import local_mesh
+from roserag_jax.retrieval.colbert import ColBERT
+from roserag_jax.retrieval.combined import Fusion, Reranker
+from roserag_jax.retrieval.registry import RETRIEVERS
+from roserag_jax.workdir import Workdir
+
+WORDS = [piece for piece in word_pieces() if len(piece) == 3]
+
+
+def passages(count=40):
+    rng = np.random.default_rng(0)
+    return [{"id": str(i), "title": f"{WORDS[i]}", "text": " ".join(rng.choice(WORDS, 12))} for i in range(count)]
+
+
+QUERIES = ["ban kon der fan", "mut gis"]
+
+
+@pytest.fixture(scope="module")
+def config(colbert_folder, bert_folder, tmp_path_factory):
+    home = tmp_path_factory.mktemp("registry")
+    config = options.defaults()
+    config.retrieve.corpus = write_lines(home / "c.jsonl", *passages())
+    config.retrieve.colbert, config.retrieve.dense = str(colbert_folder[0]), str(bert_folder()[0])
+    config.retrieve.k, config.retrieve.candidates = 5, 20
+    config.index, config.workdir = str(home / "index"), str(home / "work")
+    return config
+
+
+def texts(found):
+    return [[c["text"] for c in contexts] for contexts in found]
+
+
+def test_colbert_retriever_orders_all_passages_by_maxsim(config):
+    found = RETRIEVERS["colbert"].build(config).search(QUERIES, 5)
+    colbert = ColBERT(Path(config.retrieve.colbert), local_mesh())
+    vectors = colbert.encode_passages(passages())
+    for query, contexts in zip(colbert.encode_queries(QUERIES), found, strict=True):
+        scores = np.array([(query @ v.T).max(1).sum() for v in vectors])
+        assert [c["text"] for c in contexts] == [passages()[i]["text"] for i in np.argsort(-scores)[:5]]
+        np.testing.assert_allclose([c["score"] for c in contexts], np.sort(scores)[::-1][:5], rtol=1e-3)
+
+
+def test_reranker_orders_what_the_first_finds(config):
+    first = RETRIEVERS["bm25"].build(config)
+    everything = RETRIEVERS["colbert"].build(config).search(QUERIES, 40)
+    found = RETRIEVERS["rerank"].build(config).search([*QUERIES, "nothing"], 5)
+    for candidates, ranked, contexts in zip(first.search(QUERIES, 20), everything, found, strict=False):
+        known = {c["text"] for c in candidates}
+        assert [c["text"] for c in contexts] == [c["text"] for c in ranked if c["text"] in known][:5]
+    assert found[2] == []
+    scored = {c["text"]: c["score"] for c in everything[0]}
+    assert found[0][0]["score"] == pytest.approx(scored[found[0][0]["text"]], rel=1e-3)
+    assert isinstance(RETRIEVERS["rerank"].build(config), Reranker)
+
+
+def test_fusion_adds_reciprocal_ranks(config):
+    class Fixed:
+        def __init__(self, *titles):
+            self.found = [{"title": t, "text": t, "score": 9.0} for t in titles]
+
+        def search(self, queries, k):
+            return [self.found[:k] for _ in queries]
+
+    found = Fusion([Fixed("a", "b", "c"), Fixed("c", "b", "b", "d")], 10).search(["?"], 3)[0]
+    assert [c["title"] for c in found] == ["c", "b", "a"]
+    assert [c["score"] for c in found] == pytest.approx([1 / 63 + 1 / 61, 1 / 62 + 1 / 62, 1 / 61])
+    config = config.copy_and_resolve_references()
+    config.retrieve.retriever, config.retrieve.fused = "hybrid", ("bm25", "dense")
+    options.validate(_without(config, "colbert"), model=False)
+    both = [RETRIEVERS[name].build(config).search(QUERIES, 20) for name in ("bm25", "dense")]
+    fused = RETRIEVERS["hybrid"].build(config).search(QUERIES, 5)
+    for words, vectors, contexts in zip(*both, fused, strict=True):
+        rank = lambda found, text: next((1 / (61 + i) for i, c in enumerate(found) if c["text"] == text), 0)
+        assert [c["score"] for c in contexts] == pytest.approx(
+            [rank(words, c["text"]) + rank(vectors, c["text"]) for c in contexts]
+        )
+
+
+def _without(config, *names):
+    config = config.copy_and_resolve_references()
+    for name in names:
+        config.retrieve[name] = options.defaults().retrieve[name]
+    return config
+
+
+def test_retrieve_with_vectors_is_made_again_where_the_encoder_changes(config, bert_folder, capsys):
+    config = _without(config, "colbert", "candidates")
+    config.retrieve.retriever, config.prompt.passages = "dense", 5
+    config.data.eval = write_lines(
+        Path(config.workdir).parent / "q.jsonl",
+        *({"id": q, "question": q, "golden_answers": ["x"]} for q in QUERIES),
+    )
+    work = Workdir(config.workdir)
+    options.validate(config, model=False)
+    retrieve.make(config, work, ("eval",))
+    rows = work.rows("retrieved_eval.jsonl")
+    assert texts([row["contexts"] for row in rows]) == texts(RETRIEVERS["dense"].build(config).search(QUERIES, 5))
+    retrieve.make(config, work, ("eval",))
+    assert "is up to date: kept" in capsys.readouterr().out
+    config.retrieve.dense = str(bert_folder(hidden_act="gelu_new")[0])
+    retrieve.make(config, work, ("eval",))
+    assert "retrieved_eval.jsonl is out of date (config.retrieve.dense was" in capsys.readouterr().out
+    assert work.rows("retrieved_eval.jsonl") != rows
+    config.retrieve.dense = str(work.path)
+    with pytest.raises(UserError, match="has no model.safetensors"):
+        retrieve.make(config, work, ("eval",))
+
+
+def test_index_command_builds_vectors(config):
+    config = _without(config, "dense", "candidates")
+    config.retrieve.retriever, config.retrieve.bits, config.index = "colbert", 2, f"{config.index}-2"
+    config.workdir = config.workdir + "-2"
+    result = run_command("index", config)
+    assert result.returncode == 0, result.stderr
+    assert "40 passages" in result.stdout and "2bit: " in result.stdout and "clustering" in result.stdout
+    again = run_command("index", config)
+    assert again.returncode == 0 and "clustering" not in again.stdout and "2bit: " in again.stdout
+    found = RETRIEVERS["colbert"].build(config).search(QUERIES, 5)
+    assert all(len(contexts) == 5 for contexts in found)
