@@ -50,7 +50,7 @@ def _questions(config) -> list[dict]:
                 "--config.retrieve.corpus=PATH."
             )
         found = open_retriever(config).search([row["question"] for row in without], config.prompt.passages)
-        if nothing := found_nothing(found):
+        if nothing := found_nothing(sum(not contexts for contexts in found), len(found)):
             print(nothing)
         for row, contexts in zip(without, found, strict=True):
             row["contexts"] = contexts

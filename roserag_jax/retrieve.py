@@ -10,7 +10,12 @@ gold passages a question has, found or not. With `--serve` it offers the corpus 
 machines.
 """
 
+import collections
+import itertools
+from collections.abc import Iterable, Iterator
+
 from absl import flags
+from etils import epath
 
 from roserag_jax import cli, options
 from roserag_jax.distributed import processes
@@ -20,9 +25,9 @@ from roserag_jax.progress import Progress
 from roserag_jax.rag import questions
 from roserag_jax.retrieval.registry import RETRIEVERS, found_nothing, members, open_retriever, searches_corpus
 from roserag_jax.retrieval.server import serve
-from roserag_jax.workdir import RETRIEVED, Recipe, Workdir, to_jsonl
+from roserag_jax.workdir import RETRIEVED, Recipe, Workdir, from_jsonl, to_jsonl, write_atomic
 
-_BATCH = 1000  # questions between two lines of progress
+_BATCH = 1000  # questions searched at once, and what a stopped run searches again
 _SERVE = flags.DEFINE_integer("serve", None, "port on which to offer the corpus; nothing is written then", 0, 65535)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address on which --serve listens; 0.0.0.0 is open to other machines")
 
@@ -66,41 +71,92 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
         wanted = recipe(config, split)
         if workdir.is_up_to_date(name, wanted):
             continue
-        rows = questions.questions(config, split)
+        # Once before anything is searched, so that a row that cannot be used is named at once.
+        count = sum(1 for _ in questions.questions(config, split))
+        rows, batches = questions.questions(config, split, report=False), None
         if config.retrieve.retriever != "given":
             index = index or RETRIEVERS[config.retrieve.retriever].build(config)
-            found = _search(index, [row["question"] for row in rows], config.retrieve.k, split)
-            if nothing := found_nothing(found):
-                print(nothing)
-            rows = _flagged(rows, found)
-        workdir.publish(name, wanted, to_jsonl(rows), len(rows))
-        print(f"{name}: {len(rows)} questions, {sum(len(r['contexts']) for r in rows) / len(rows):.1f} passages each.")
+            batches = _Batches(workdir, f"retrieve_{split}-{wanted.fingerprint()}")
+            batches.search(index, rows, count, config.retrieve.k, split)
+            rows = batches.rows()
+        totals = collections.Counter()
+        workdir.publish_rows(name, wanted, _counted(rows, totals))
+        if batches:
+            batches.clear()
+        print(f"{name}: {count} questions, {totals['passages'] / count:.1f} passages each.")
 
 
-def _search(index, queries: list[str], k: int, split: str) -> list[list[dict]]:
-    """The passages found for each query, with progress."""
-    progress, found = Progress(f"retrieve {split}", len(queries), "questions"), []
-    for start in range(0, len(queries), _BATCH):
-        found += index.search(queries[start : start + _BATCH], k)
-        progress.update(len(found))
-    return found
+def _counted(rows: Iterable[dict], totals: collections.Counter) -> Iterator[dict]:
+    """Yield rows, and count their passages."""
+    for row in rows:
+        totals["passages"] += len(row["contexts"])
+        yield row
 
 
-def _flagged(rows: list[dict], found: list[list[dict]]) -> list[dict]:
-    """Give rows the passages that were found for them, flagged as gold where they are gold passages of the row.
+class _Batches:
+    """Rows with the passages that were found for them, a file for each batch: a stopped run resumes behind them."""
 
-    Where no passage that was found is a gold passage of any row, the corpus has other texts than the rows (another
-    dump, or chunks of it), and none is flagged.
-    """
+    def __init__(self, workdir: Workdir, name: str):
+        self.folder = workdir / ".parts" / name
+        self.empty = self.flagged = self.gold = 0  # questions for which nothing, and passages of which some, is known
+
+    def _file(self, number: int) -> epath.Path:
+        return self.folder / f"{number:06d}.jsonl"
+
+    def search(self, index, rows: Iterator[dict], count: int, k: int, split: str) -> None:
+        """Search the passages of all rows; those of finished batches are there already."""
+        done, progress = 0, None
+        for number in range(-(-count // _BATCH)):
+            batch, file = list(itertools.islice(rows, _BATCH)), self._file(number)
+            if file.exists():
+                found = from_jsonl(file.read_text())
+            else:
+                progress = progress or Progress(f"retrieve {split}", count, "questions", done)
+                contexts = index.search([row["question"] for row in batch], k)
+                found = [_flagged(row, own) for row, own in zip(batch, contexts, strict=True)]
+                write_atomic(file, to_jsonl(found))
+            done += len(batch)
+            self.empty += sum(not row["contexts"] for row in found)
+            self.gold += sum(row.get("gold_count", 0) for row in found)
+            self.flagged += sum(c.get("is_supporting", False) for row in found for c in row["contexts"])
+            if progress:
+                progress.update(done)
+        if nothing := found_nothing(self.empty, count):
+            print(nothing)
+        if self.gold and not self.flagged:
+            print(
+                "None of the passages found is a gold passage of its question, word for word: none is flagged as gold."
+            )
+
+    def rows(self) -> Iterator[dict]:
+        """All rows in order.
+
+        Where no passage that was found is a gold passage of any row, the corpus has other texts than the rows (another
+        dump, or chunks of it), and the flags are left out.
+        """
+        for file in sorted(self.folder.glob("*.jsonl")):
+            for row in from_jsonl(file.read_text()):
+                if not self.flagged:
+                    row.pop("gold_count", None)
+                    for passage in row["contexts"]:
+                        passage.pop("is_supporting", None)
+                yield row
+
+    def clear(self) -> None:
+        """Drop the batches, those of other options too."""
+        stem = self.folder.name.rpartition("-")[0]
+        for folder in self.folder.parent.iterdir():
+            if folder.name.rpartition("-")[0] == stem:
+                folder.rmtree()
+
+
+def _flagged(row: dict, found: list[dict]) -> dict:
+    """Give a row the passages that were found for it, flagged as gold where they are gold passages of the row."""
     known = lambda c: (c["title"], c["text"])
-    gold = [{known(c) for c in row.get("contexts", []) if c.get("is_supporting")} for row in rows]
-    hits = any(known(c) in own for own, contexts in zip(gold, found, strict=True) for c in contexts)
-    if any(gold) and not hits:
-        print("None of the passages found is a gold passage of its question, word for word: none is flagged as gold.")
-    flag = lambda c, own: {**c, "is_supporting": known(c) in own} if own and hits else c
-    both = zip(rows, gold, found, strict=True)
-    total = lambda own: {"gold_count": len(own)} if own and hits else {}
-    return [{**row, "contexts": [flag(c, own) for c in contexts]} | total(own) for row, own, contexts in both]
+    gold = {known(c) for c in row.get("contexts", []) if c.get("is_supporting")}
+    if not gold:
+        return {**row, "contexts": found}
+    return {**row, "contexts": [{**c, "is_supporting": known(c) in gold} for c in found], "gold_count": len(gold)}
 
 
 def _serve(config, port: int) -> None:

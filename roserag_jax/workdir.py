@@ -296,7 +296,30 @@ class Workdir:
             (path / epath.Path(file).name).unlink(missing_ok=True)
         for file, text in content.items() if is_folder else [("", content)]:
             write_atomic(path / file if file else path, text)
-        digests = {file: _file_digest(path / file) for file in content} if is_folder else {name: _file_digest(path)}
+        self._describe(name, recipe, tuple(content) if is_folder else (), rows)
+        if former:
+            former_file.unlink(missing_ok=True)
+
+    def publish_rows(self, name: str, recipe: Recipe, rows: Iterable[dict]) -> int:
+        """Put a finished file of rows in place, written one row at a time; returns how many they are."""
+        path, count = self.path / name, 0
+        self._manifest(name).unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In a bucket a file is seen when it is whole.
+        temporary = path if is_remote(path) else path.parent / f".{path.name}.tmp"
+        with naming(path), temporary.open("w") as file:
+            for row in rows:
+                file.write(to_json(row))
+                count += 1
+        if temporary != path:
+            temporary.replace(path)
+        self._describe(name, recipe, (), count)
+        return count
+
+    def _describe(self, name: str, recipe: Recipe, files: tuple[str, ...], rows: int) -> None:
+        """Write the manifest of an artifact, a folder's where it has files."""
+        path, is_folder = self.path / name, bool(files)
+        digests = {file: _file_digest(path / file) for file in files} if is_folder else {name: _file_digest(path)}
         manifest = {
             "artifact": name,
             "fingerprint": recipe.fingerprint(),
@@ -306,9 +329,7 @@ class Workdir:
             "files": digests,
             "digest": digest_of_files(digests) if is_folder else digests[name],
         }
-        write_atomic(manifest_file, to_json(manifest | {"check": _check(manifest)}, indent=2))
-        if former:
-            former_file.unlink(missing_ok=True)
+        write_atomic(self._manifest(name), to_json(manifest | {"check": _check(manifest)}, indent=2))
 
     def rows(self, name: str) -> list[dict]:
         """The rows of a finished artifact, after checking it."""

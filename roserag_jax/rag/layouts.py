@@ -19,10 +19,10 @@ class Skip(Exception):
 
 
 class Reader(NamedTuple):
-    """The keys by which a layout is recognized, and the function `(row, paragraphs by id)` that converts its row."""
+    """The keys by which a layout is recognized, and the function of a row and paragraphs by id that reads it."""
 
     keys: tuple[str, ...]
-    read: Callable[[dict, dict], dict]
+    read: Callable[[dict, dict | None], dict]
 
 
 def as_text(value: Any) -> str:
@@ -134,15 +134,21 @@ def _hotpotqa(row: dict, _) -> dict:
     }
 
 
-def _strategyqa(row: dict, paragraphs: dict) -> dict:
-    """The AI2 release: evidence is named by paragraph id, by several annotators; each paragraph is taken once."""
+def evidence(row: dict) -> dict[str, None]:
+    """The ids of the paragraphs that a row of StrategyQA names, each once, in order."""
     ids = {}  # a dictionary keeps the order
-    for annotator in row.get("evidence", []):
-        for step in annotator:
-            for item in step:  # a list of ids, or the word 'operation' or 'no_evidence'
-                ids |= dict.fromkeys(item) if isinstance(item, list) else {}
-    found = [paragraphs[i] for i in ids if i in paragraphs]
-    if ids and paragraphs and not found:
+    annotators = row.get("evidence", [])
+    for step in (step for annotator in annotators for step in annotator):
+        for item in step:  # a list of ids, or the word 'operation' or 'no_evidence'
+            ids |= dict.fromkeys(item) if isinstance(item, list) else {}
+    return ids
+
+
+def _strategyqa(row: dict, paragraphs: dict | None) -> dict:
+    """The AI2 release: evidence is named by paragraph id, by several annotators; each paragraph is taken once."""
+    ids = evidence(row)
+    found = [paragraphs[i] for i in ids if i in paragraphs] if paragraphs is not None else []
+    if ids and paragraphs is not None and not found:
         raise Skip("no evidence paragraph in the corpus")
     return {
         "id": row["qid"],
@@ -205,7 +211,7 @@ def detect(row: dict, where: str) -> str:
     return next(name for name, reader in READERS.items() if all(key in row for key in reader.keys))
 
 
-def convert(name: str, row: dict, paragraphs: dict, where: str) -> dict:
+def convert(name: str, row: dict, paragraphs: dict | None, where: str) -> dict:
     """A row of the named layout as one of ours.
 
     Raises:

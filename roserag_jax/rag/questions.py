@@ -1,15 +1,22 @@
 """Questions: rows of any known layout, read from files, from the Hub or from the synthetic world."""
 
 import collections
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from roserag_jax.errors import UserError, quote
 from roserag_jax.rag import layouts, synthetic
-from roserag_jax.rag.corpora import read_corpus
+from roserag_jax.rag.corpora import Corpus
 from roserag_jax.rag.files import open_rows
 
 
-def read_questions(
+def read_questions(path: str, *arguments, **options) -> list[dict]:
+    """Read all rows that `stream_questions` yields for the same arguments."""
+    return list(stream_questions(path, *arguments, **options))
+
+
+def stream_questions(
     path: str,
     rows: int = 0,
     answers: bool = True,
@@ -17,8 +24,9 @@ def read_questions(
     layout: str = "auto",
     corpus: str = "",
     split: str = "train",
-) -> list[dict]:
-    """Read rows `{id, question, golden_answers, contexts: [{title, text, is_supporting?}], metadata?}` of any layout.
+    report: bool = True,
+) -> Iterator[dict]:
+    """Yield rows `{id, question, golden_answers, contexts: [{title, text, is_supporting?}], metadata?}` of any layout.
 
     A row that cannot be used is left out; how many, and why, is printed.
 
@@ -29,22 +37,23 @@ def read_questions(
       layout: a name of `layouts.READERS`, or 'auto' to recognize it by the first row.
       corpus: where StrategyQA's evidence paragraphs are.
       split: of a Hub data set that names none.
+      report: whether to print what was left out.
 
     Raises:
       UserError: the file has no rows that can be used, a row is not of its layout, or two rows share an id.
     """
-    found, seen, skipped, first, paragraphs = [], {}, collections.Counter(), "", {}
+    count, seen, skipped, first, paragraphs = 0, {}, collections.Counter(), "", None
     for number, (where, raw) in enumerate(open_rows(path, split), 1):
-        if rows and len(found) == rows:
+        if rows and count == rows:
             break
         if layout == "auto":
             layout = layouts.detect(raw, where)
-        if layout == "strategyqa" and not paragraphs:
-            if not corpus and contexts:
+        if layout == "strategyqa" and paragraphs is None and (corpus or contexts):
+            if not corpus:
                 raise UserError(
                     f"{path}: StrategyQA names its paragraphs by id; set config.retrieve.corpus to their file."
                 )
-            paragraphs = {p["id"]: p for p in read_corpus(corpus)} if corpus else {}
+            paragraphs = _evidence(path, split, corpus)
         try:
             row = _checked(layouts.convert(layout, raw, paragraphs, where), number, where, layout, answers, contexts)
         except layouts.Skip as reason:
@@ -54,13 +63,22 @@ def read_questions(
         if row["id"] in seen:
             raise UserError(f"{where}: duplicate id {quote(row['id'])} (first on {seen[row['id']]}); ids are unique.")
         seen[row["id"]] = where.rsplit(", ", 1)[1]
-        found.append(row)
-    if not found:
+        count += 1
+        yield row
+    if not count:
         raise UserError(f"{path} holds no questions{f' that can be used; {first}' if first else ''}.")
-    if skipped:
+    if skipped and report:
         reasons = ", ".join(f"{n} for {reason}" for reason, n in skipped.items())
-        print(f"{path} ({layout}): {len(found)} questions; left out {reasons}.")
-    return found
+        print(f"{path} ({layout}): {count} questions; left out {reasons}.")
+
+
+def _evidence(path: str, split: str, corpus: str) -> dict[str, dict]:
+    """The paragraphs of a corpus that StrategyQA's questions name, by id: few of those that there are."""
+    named = set()
+    for _, raw in open_rows(path, split):
+        with contextlib.suppress(TypeError):  # what is wrong with a row is told where it is converted
+            named |= layouts.evidence(raw).keys()
+    return {passage["id"]: passage for passage in Corpus(corpus).passages() if passage["id"] in named}
 
 
 def _checked(row: dict, number: int, where: str, layout: str, answers: bool, contexts: bool) -> dict:
@@ -114,16 +132,16 @@ def checked_context(context: Any, where: str) -> dict:
     return {name: value for name, value in context.items() if value is not None}
 
 
-def questions(config, split: str) -> list[dict]:
-    """Read the questions that `config.data.train` or `config.data.eval` names."""
+def questions(config, split: str, report: bool = True) -> Iterator[dict]:
+    """Yield the questions that `config.data.train` or `config.data.eval` names; `report` as in `stream_questions`."""
     data, path = config.data, config.data[split]
     rows = data[f"{split}_rows"]
     if path != "synthetic":
         given = config.retrieve.retriever == "given"
         hub_split = {"train": "train", "eval": "validation"}[split]
         answers = split == "eval" or config.select.labels == "gold"  # others look at no answer
-        return read_questions(path, rows, answers, given, data.format, config.retrieve.corpus, hub_split)
-    return list(
+        return stream_questions(path, rows, answers, given, data.format, config.retrieve.corpus, hub_split, report)
+    return iter(
         synthetic.generate(
             rows or {"train": 200, "eval": 100}[split],
             split,

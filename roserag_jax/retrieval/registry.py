@@ -170,9 +170,6 @@ def searches_corpus(retrieve) -> bool:
     return "corpus" in RETRIEVERS[_for_new_questions(retrieve)].needs
 
 
-def found_nothing(found: list[list[dict]]) -> str:
+def found_nothing(empty: int, questions: int) -> str:
     """A sentence about the questions for which no passage was found; empty if there are none."""
-    empty = sum(not contexts for contexts in found)
-    if not empty:
-        return ""
-    return f"Nothing was found for {empty} of {len(found)} questions: no passage shares a word with them."
+    return f"Nothing was found for {empty} of {questions} questions: no passage shares a word with them." * bool(empty)

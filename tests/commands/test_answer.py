@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 from conftest import run_command
 
 
@@ -34,3 +35,36 @@ def test_answer_from_a_folder_and_from_a_file_of_questions(finished, tmp_path):
     assert [a["id"] for a in answers] == ["a", "b"] and answers[1]["passages"][0]["title"] == "moss"
     done = run_command("answer", finished, "--questions", str(file))
     assert done.returncode == 2 and "has no contexts" in done.stderr
+
+
+@pytest.mark.slow
+def test_answer_names_file_and_page_of_a_hundred_documents(finished, tmp_path):
+    """PDF, HTML and Markdown: of each kind one question, whose passage is the only one with its word."""
+    fpdf = pytest.importorskip("fpdf")
+    pytest.importorskip("lxml")
+    docs = tmp_path / "docs"
+    (docs / "deep").mkdir(parents=True)
+    for i in range(34):
+        made = fpdf.FPDF()
+        made.set_font("helvetica")
+        for page in range(1, 4):
+            made.add_page()
+            made.multi_cell(0, text=f"Report {i}, page {page}. The kestrel{i}x{page} nests here. " + "It is high. " * 9)
+        (docs / f"report{i}.pdf").write_bytes(made.output())
+        body = f"<h1>Page {i}</h1><p>The otter{i} swims.</p><h2>Food {i}</h2><p>The otter{i} eats fish{i}.</p>"
+        (docs / f"page{i}.html").write_text(f"<html><head><title>P</title></head><body>{body}</body></html>")
+        if i < 32:
+            text = f"# Notes {i}\n\nA moss{i} grows.\n\n## Water {i}\n\nfern{i} too.\n"
+            (docs / "deep" / f"notes{i}.md").write_text(text)
+    questions = ["Where is kestrel17x2?", "What about fish9?", "Where is fern30?"]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"question": question}) + "\n" for question in questions))
+    config = finished.copy_and_resolve_references()
+    config.retrieve.corpus, config.index, config.prompt.passages = str(docs), str(tmp_path / "index"), 1
+    config.evaluate.max_tokens = 2
+    done = run_command("answer", config, "--questions", str(file))
+    assert done.returncode == 0, done.stderr
+    sources = [json.loads(line)["passages"][0]["source"] for line in done.stdout.splitlines()]
+    assert sources[0] == {"file": "report17.pdf", "page": 2}
+    assert sources[1] == {"file": "page9.html", "heading": "Food 9"}
+    assert sources[2] == {"file": "deep/notes30.md", "heading": "Water 30"}

@@ -1,9 +1,11 @@
-"""`retrieve`: whose questions a workdir holds."""
+"""`retrieve`: whose questions a workdir holds, and where a stopped run resumes."""
 
 import pytest
+from conftest import write_lines
 
-from roserag_jax import evaluate, generate
+from roserag_jax import evaluate, generate, options, retrieve
 from roserag_jax.errors import UserError
+from roserag_jax.retrieval.registry import RETRIEVERS, RetrieverSpec
 from roserag_jax.workdir import Workdir, digest
 
 
@@ -18,3 +20,39 @@ def test_retrieve_never_replaces_user_data_by_synthetic_questions(finished, conf
     with pytest.raises(UserError, match="evaluated on synthetic questions"):
         evaluate.run(config_of(finished.data.train, **{"data.eval": "synthetic"}))
     assert before == [digest(work / name) for name in ("retrieved.jsonl", "retrieved_eval.jsonl")]
+
+
+def test_retrieve_resumes_behind_finished_batches(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    class Stopping:
+        def search(self, queries, k):
+            if len(asked) == stops_after:
+                raise KeyboardInterrupt
+            asked.append(queries)
+            return [
+                [{"title": q, "text": "gold" if q == "q7" else "other", "score": 1.0}] if q != "q3" else []
+                for q in queries
+            ]
+
+    monkeypatch.setattr(retrieve, "_BATCH", 4)
+    monkeypatch.setitem(RETRIEVERS, "bm25", RetrieverSpec("", lambda config: Stopping(), ("corpus",)))
+    config = options.defaults()
+    config.workdir, config.retrieve.retriever = str(tmp_path / "work"), "bm25"
+    config.retrieve.corpus = write_lines(tmp_path / "c.jsonl", {"contents": "x"})
+    gold = lambda i: [{"title": f"q{i}", "text": "gold", "is_supporting": True}]
+    rows = [{"id": i, "question": f"q{i}", "golden_answers": ["a"], "contexts": gold(i)} for i in range(10)]
+    config.data.train = write_lines(tmp_path / "q.jsonl", *rows)
+    work, stops_after = Workdir(config.workdir), 2
+    with pytest.raises(KeyboardInterrupt):
+        retrieve.make(config, work, ("train",))
+    stops_after = -1
+    retrieve.make(config, work, ("train",))
+    assert asked == [["q0", "q1", "q2", "q3"], ["q4", "q5", "q6", "q7"], ["q8", "q9"]]
+    made = work.rows("retrieved.jsonl")
+    assert [row["id"] for row in made] == [str(i) for i in range(10)]
+    assert made[3]["contexts"] == [] and made[3]["gold_count"] == 1
+    assert [c["is_supporting"] for row in made for c in row["contexts"]] == [i == 7 for i in range(10) if i != 3]
+    printed = capsys.readouterr().out
+    assert "Nothing was found for 1 of 10 questions" in printed and "10 questions, 0.9 passages each" in printed
+    assert not list((work / ".parts").iterdir())

@@ -31,7 +31,7 @@ def config(colbert_folder, bert_folder, tmp_path_factory):
     config = options.defaults()
     config.retrieve.corpus = write_lines(home / "c.jsonl", *passages())
     config.retrieve.colbert, config.retrieve.dense = str(colbert_folder[0]), str(bert_folder()[0])
-    config.retrieve.k, config.retrieve.candidates = 5, 20
+    config.retrieve.k, config.retrieve.candidates, config.prompt.passages = 5, 20, 5
     config.index, config.workdir = str(home / "index"), str(home / "work")
     return config
 
@@ -95,7 +95,7 @@ def _without(config, *names):
 
 def test_retrieve_with_vectors_is_made_again_where_the_encoder_changes(config, bert_folder, capsys):
     config = _without(config, "colbert", "candidates")
-    config.retrieve.retriever, config.prompt.passages = "dense", 5
+    config.retrieve.retriever = "dense"
     config.data.eval = write_lines(
         Path(config.workdir).parent / "q.jsonl",
         *({"id": q, "question": q, "golden_answers": ["x"]} for q in QUERIES),
