@@ -28,7 +28,7 @@ test-launch: .venv-launch/.installed
 
 # Whole runs of several processes with faults; minutes.
 test-processes: $(VENV)/.test
-	TEST_PROCESSES=1 $(BIN)/python -m pytest -n 0 -q tests/distributed/test_several_processes.py
+	$(BIN)/python -m pytest -n 0 -m processes
 
 # The pages as a person opens them, in the Chromium of the system; skipped where there is none.
 test-browser: $(VENV)/.test

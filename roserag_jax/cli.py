@@ -276,5 +276,10 @@ def main(
         status = _exit_status(error)
         if status is None:
             raise
+        signals.finish(status)
+        if signals.stopped():  # threads that compile or write may crash the interpreter while it ends
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(status)
         sys.exit(status)
     signals.finish()

@@ -1,6 +1,9 @@
 """Merge the adapter into the base model and write a Hugging Face folder that transformers (4 and 5) and vLLM load.
 
-python -m roserag_jax.export --config configs/quickstart.py [--config.export.folder=FOLDER]
+    python -m roserag_jax.export --config configs/quickstart.py [--config.export.folder=FOLDER]
+
+Writes `merged/` in the workdir, or FOLDER: the weights with the workdir's adapter (or `config.adapter`) merged in, the
+configuration and the tokenizer.
 """
 
 import json

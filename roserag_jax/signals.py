@@ -9,6 +9,7 @@ other processes) runs no handler at all: then a second thread ends the process.
 Used by commands only. As a library, the package leaves signals alone.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -45,17 +46,23 @@ class _State:
     handled = False  # the main thread has run the handler
     lost = False  # its exception was swallowed
     caught = False  # its exception arrived
-    finished = False  # the command is done; only the interpreter's own end is left
+    finished: int | None = None  # exit status of the command, once only the interpreter's own end is left
     wake: socket.socket
 
 
 _state = _State()
 _before_end: list[Callable[[int, str], None]] = []
+_on_arrival: list[Callable[[int, str], None]] = []
 
 
 def before_end(call: Callable[[int, str], None]) -> None:
     """Have `call(exit status, message)` called before a signal ends the process without its main thread."""
     _before_end.append(call)
+
+
+def on_arrival(call: Callable[[int, str], None]) -> None:
+    """Have `call(exit status, message)` called, in a thread, as soon as a signal has come that is not deferred."""
+    _on_arrival.append(call)
 
 
 def stop(number: int) -> None:
@@ -72,6 +79,7 @@ def install() -> None:
     signal.set_wakeup_fd(_state.wake.fileno(), warn_on_full_buffer=False)
     for number in STOPS:
         signal.signal(number, _handle)
+    atexit.register(_ignore)  # the first that is registered is the last to run
     sys.excepthook = _end_where_nothing_catches
     unraisable = sys.unraisablehook
     # One that was swallowed is raised again; nobody needs to read of it.
@@ -79,9 +87,15 @@ def install() -> None:
     threading.Thread(target=_watch, args=(listen,), name="signals", daemon=True).start()
 
 
+def _ignore() -> None:
+    """Let the interpreter end with the command's status: it would put back what ends it with the signal."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _handle(number: int, frame) -> None:
-    if _state.finished:
-        os._exit(0)
+    if _state.finished is not None:
+        os._exit(_state.finished)
     if _state.handled and not _state.lost:
         return  # on its way
     _state.number = _state.number or number
@@ -94,13 +108,16 @@ def _watch(listen: socket.socket) -> None:
     main = threading.main_thread().ident
     while received := listen.recv(64):
         numbers = [number for number in received if number in STOPS]
+        if numbers and (_state.handled or signal.getsignal(numbers[0]) is _handle):
+            while _on_arrival:  # once
+                _on_arrival.pop()(STOPS[numbers[0]], message(numbers[0]))
         if numbers and not _state.handled:
             deadline = time.monotonic() + _BUSY_SECONDS
             while not _state.handled and signal.getsignal(numbers[0]) is _handle:  # else it is deferred
                 if time.monotonic() > deadline:
                     end(numbers[0])
                 time.sleep(_RETRY_SECONDS)
-        while _state.lost and not _state.finished:
+        while _state.lost and _state.finished is None:
             time.sleep(_RETRY_SECONDS)
             with contextlib.suppress(ProcessLookupError):
                 signal.pthread_kill(main, _state.number)
@@ -112,9 +129,9 @@ def stopped() -> int:
     return _state.number
 
 
-def finish() -> None:
-    """Note that the command has done everything: what comes now ends the process with status 0."""
-    _state.finished = True
+def finish(status: int = 0) -> None:
+    """Note that the command has said all it has to say: whatever comes now, the process ends with this status."""
+    _state.finished = status
 
 
 def message(number: int) -> str:

@@ -1,4 +1,4 @@
-"""From questions to a trained and evaluated adapter; every stage that is missing or out of date is run first.
+"""Train an adapter and evaluate it, after running every stage before it that is missing or out of date.
 
     python -m roserag_jax.train --config configs/quickstart.py [--config.section.option=value ...]
 

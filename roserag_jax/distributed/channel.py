@@ -5,8 +5,8 @@ questions, and above all how each process ended. It belongs to no device, so it 
 that is gone, and a process that the kernel ends is known at once, by its closed connection.
 
 Messages are JSON lines. To the hub: `hello`, `beat` (alive, and what it is doing), `gather` and `take` (requests with
-an `id`), `end` (status and reason). From the hub: `welcome`, `beat`, `reply`, `end` (the first end of any process that
-is not success) and `bye` (an end was noted).
+an `id`), `stop` (a signal came: this process is about to end) and `end` (status and reason). From the hub: `welcome`,
+`beat`, `reply`, `end` (the first end of any process that is not success) and `bye` (an end was noted).
 """
 
 import contextlib
@@ -169,6 +169,8 @@ class Hub:
                 values = [waiting[i][2] for i in range(self._count)]
                 for i, (request, _, _) in waiting.items():
                     self._peers[i].connection.send(reply=values, id=request)
+        elif "stop" in message:
+            self._publish_end(End(*message["stop"]))
         elif "end" in message:
             peer.ended = True
             status, why = message["end"]
@@ -293,6 +295,10 @@ class Link:
     def take(self, name: str, count: int) -> int:
         """Take the next `count` of a queue that all processes share; returns the number of the first."""
         return self._request(take=name, count=count)
+
+    def announce(self, status: int, why: str) -> None:
+        """Tell the hub that this process is about to end, so that the others begin to."""
+        self._connection.send(stop=[status, why])
 
     def leave(self, status: int, why: str = "") -> None:
         """Tell the hub how this process ends, and wait until it has noted it."""

@@ -86,6 +86,7 @@ def start(config) -> None:
         state=_watched.state,
     )
     signals.before_end(leave)
+    signals.on_arrival(_link.announce)  # each may be busy for seconds: all at the same time, not one after another
     _watched.longest = config.watchdog_seconds  # so the first step may take ten times as long
     welcome = _link.welcome()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -3,18 +3,25 @@
 Each is opened as named tensors (`ModelFiles`) in Hugging Face's names and layouts, read piece by piece.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
+import time
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from etils import epath
 
 from roserag_jax.errors import UserError, first_line
 from roserag_jax.hub import huggingface
 from roserag_jax.hub.gguf import GGUFFile, part_files
 from roserag_jax.hub.huggingface import HuggingFaceFolder
 from roserag_jax.models import config as model_config
+from roserag_jax.user_cache import user_cache
+from roserag_jax.workdir import write_atomic
+
+_LARGE = 64 << 20  # bytes of a file whose digest is remembered
+_SETTLED_SECONDS = 2.0
 
 
 @runtime_checkable
@@ -99,9 +106,9 @@ def open_model(model: str, revision: str | None = None) -> ModelFiles:
 def fingerprint(model: str, revision: str | None = None, weights: bool = True, *, also: tuple[Path, ...] = ()) -> str:
     """Identify a model's content, for a recipe: equal for equal files, another after they were replaced.
 
-    A Hub id gives its commit. Of local files, the small ones are hashed whole; of weights the size, the first 16 MB
-    (the header), and 4 kB of each megabyte, or of each 4,096th part of larger files: 5 GB take about a second. What the
-    project does not read (a README, other files of weights) is left out, and so are names and dates of the folder.
+    A Hub id gives its commit. Local files are hashed whole, so that one changed bit shows; 5 GB take some seconds, the
+    first time. What the project does not read (a README, other files of weights) is left out, and so are names and
+    dates of the folder.
 
     Args:
       weights: False for a folder of which only the tokenizer is used.
@@ -122,20 +129,28 @@ def fingerprint(model: str, revision: str | None = None, weights: bool = True, *
     digest = hashlib.sha256()
     for file in (*small, *large):
         try:
-            size = file.stat().st_size
-            digest.update(f"{file.name if file in small else 'weights'}:{size}\n".encode())
-            with file.open("rb") as opened:
-                for piece in _samples(opened, size) if file in large else [opened.read()]:
-                    digest.update(piece)
+            digest.update(f"{file.name if file in small else 'weights'}:{_content(file)}\n".encode())
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     return digest.hexdigest()[:32]
 
 
-def _samples(opened: BinaryIO, size: int) -> Iterator[bytes]:
-    """Yield the beginning of a file of weights, then short pieces at even distances and its end."""
-    beginning, piece = 16 << 20, 4096
-    yield opened.read(beginning)
-    for start in (*range(beginning, size, max(1 << 20, size // 4096)), max(size - piece, 0)):
-        opened.seek(start)
-        yield opened.read(piece)
+def _content(file: Path) -> str:
+    """The SHA-256 of a file, remembered in the user's cache for a large one.
+
+    A file is known again by what the kernel changes with its content: a copy, or one that was replaced, is read anew.
+    """
+    found, cache = file.stat(), user_cache()
+    key = f"{file.resolve()} {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+    name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:32]
+    remembered = cache / "digests" / name if cache and found.st_size > _LARGE else None
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if remembered and len(digest := remembered.read_text()) == 64:
+            return digest
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    # What was changed a moment ago may change once more within the resolution of the clock.
+    if remembered and time.time() - max(found.st_mtime, found.st_ctime) > _SETTLED_SECONDS:
+        with contextlib.suppress(OSError):  # a cache that cannot be written
+            write_atomic(epath.Path(remembered), digest)
+    return digest

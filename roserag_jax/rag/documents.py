@@ -20,6 +20,7 @@ from typing import NamedTuple
 from roserag_jax.errors import first_line, shorten
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_LATIN = ["cp1252", "cp1250", "cp1254", "cp1257"]  # Western, Central European, Turkish, Baltic
 MAX_BYTES = 1 << 30  # of one document, also of what a .docx decompresses to
 
 
@@ -78,7 +79,12 @@ def decode(data: bytes) -> str:
         raise Unreadable("not text")
     import charset_normalizer
 
-    best = charset_normalizer.from_bytes(data[: 1 << 20]).best()
+    sample = data[: 1 << 20]
+    # A few accented letters among plain ones: without this they are taken for Arabic or Chinese ones in short files.
+    is_latin = len(re.findall(rb"[A-Za-z]", sample)) > 1.5 * len(re.findall(rb"[\x80-\xff]", sample))
+    if is_latin and len(data) < 128:
+        return data.decode("cp1252", "replace")
+    best = charset_normalizer.from_bytes(sample, cp_isolation=_LATIN if is_latin else None).best()
     if best is None:
         raise Unreadable("its encoding is not known; save it as UTF-8")
     return data.decode(best.encoding, "replace")

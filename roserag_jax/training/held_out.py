@@ -10,6 +10,7 @@ from roserag_jax.errors import UserError
 from roserag_jax.inference.engine import Engine
 from roserag_jax.inference.respond import respond
 from roserag_jax.rag import answers, metrics
+from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.training.checkpoints import Checkpoints, Restored
 from roserag_jax.training.log import TrainingLog, round_row
 from roserag_jax.training.pair_loader import Stream
@@ -30,8 +31,8 @@ class QuestionAnswering:
 
     Args:
       engine_of: the engine of the network with an adapter.
-      rows: the questions, with their golden answers.
-      prompts: theirs, as tokens.
+      rows: the questions, with their golden answers and prompts.
+      prompts: the prompts as tokens.
       metric: how answers are compared, as `config.evaluate.metric`.
       language: of the answers.
       limits: of the responses, as `inference.respond` takes them.
@@ -59,8 +60,9 @@ class QuestionAnswering:
         """EM and F1 in percent."""
         scores = []
         for response in respond(self.engine_of(adapter), self.tokenizer, self.prompts, **self.limits):
-            _, *answer = answers.parse(response.text)
-            scores.append(metrics.score_row(self.rows[response.number], *answer, self.compare))
+            row = self.rows[response.number]
+            _, *answer = answers.parse(response.text, opens_thoughts(row["prompt"]))
+            scores.append(metrics.score_row(row, *answer, self.compare))
         return {name: 100 * float(np.mean([each[name] for each in scores])) for name in ("em", "f1")}
 
 

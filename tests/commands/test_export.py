@@ -3,21 +3,25 @@
 import copy
 import json
 
+import numpy as np
 import pytest
+from conftest import run_command, tokens_logits
 
 from roserag_jax import export
 from roserag_jax.errors import UserError
+from roserag_jax.session import Session
 from roserag_jax.workdir import Workdir, digest
 
 torch = pytest.importorskip("torch")
 
 
 def test_export_and_adapter_load_elsewhere(finished, model_folder):
-    """peft on the adapter and transformers on the merged folder give the same logits."""
+    """What the command writes: transformers on the merged folder, peft on the adapter and this network agree."""
     peft = pytest.importorskip("peft")
     import transformers
 
-    export.run(finished)
+    done = run_command("export", finished)
+    assert done.returncode == 0 and "adapter merged in." in done.stdout, done.stderr
     export.run(finished)  # its own folder it makes again
     work = Workdir(finished.workdir)
     assert json.loads((work / "merged/merged_from.json").read_text())["adapter"] == str(work / "adapter")
@@ -38,3 +42,5 @@ def test_export_and_adapter_load_elsewhere(finished, model_folder):
         size = original.abs().max()  # this model's weights are large, and so are its logits
         assert (adapted(tokens).logits - merged(tokens).logits).abs().max() < 1e-5 * size
         assert (merged(tokens).logits - original).abs().max() > 1e-4 * size
+    here = tokens_logits(Session(finished).model(work / "adapter"), tokens[0].numpy())
+    np.testing.assert_allclose(here, merged(tokens).logits[0].detach().numpy(), atol=1e-5 * float(size), rtol=0)

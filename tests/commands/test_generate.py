@@ -4,10 +4,12 @@ import json
 import re
 
 import pytest
+from conftest import copy_folder
+from safetensors.numpy import load_file, save_file
 
 from roserag_jax import generate, session
 from roserag_jax.errors import UserError
-from roserag_jax.workdir import Workdir
+from roserag_jax.workdir import PartialResults, Workdir
 
 
 def test_generate_verifies_samples_from_elsewhere(finished, config_of, questions, tmp_path, capsys):
@@ -37,6 +39,44 @@ def test_generate_verifies_samples_from_elsewhere(finished, config_of, questions
     config.generate.samples = str(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="There is no file"):
         generate.run(config)
+
+
+def test_generate_with_other_weights_behind_the_same_path_makes_every_row_anew(
+    config_of, questions, model_folder, tmp_path, monkeypatch, capsys
+):
+    """Stopped half way and started again after one number of one norm was changed: no row is the former model's."""
+    folder = copy_folder(model_folder, tmp_path / "model")
+    config, alone = (config_of(questions, model=str(folder)) for _ in range(2))
+    add = PartialResults.add
+
+    def stop_behind_the_second_row(partial, row):
+        add(partial, row)
+        if len(partial.done) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialResults, "add", stop_behind_the_second_row)
+        with pytest.raises(KeyboardInterrupt):
+            generate.run(config)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] *= 1.5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    generate.run(config)
+    assert "resuming" not in "".join(capsys.readouterr())
+    generate.run(alone)
+    rows = lambda config: Workdir(config.workdir).rows("candidates.jsonl")
+    for row, expected in zip(rows(config), rows(alone), strict=True):
+        assert [c["response"] for c in row["candidates"]] == [c["response"] for c in expected["candidates"]]
+        for candidate, other in zip(row["candidates"], expected["candidates"], strict=True):
+            assert candidate["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+    tensors["model.layers.1.input_layernorm.weight"][3] /= 1.5
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    generate.run(config)
+    assert (
+        f"candidates.jsonl is out of date (config.model={folder} has changed): rebuilding." in capsys.readouterr().out
+    )
+    assert [c["logprob"] for c in rows(config)[0]["candidates"]] != [c["logprob"] for c in rows(alone)[0]["candidates"]]
 
 
 def test_generate_judges_sampled_answers(config_of, questions, tmp_path):

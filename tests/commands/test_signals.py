@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import start_command
+from conftest import start_command, write_lines
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -69,6 +69,7 @@ def run():
         globals()[sys.argv[1]]()
 
 signals._BUSY_SECONDS = 1.0
+signals.on_arrival(lambda status, why: print("arrived", status, why, flush=True))
 signals.install()
 status = 0
 try:
@@ -82,9 +83,11 @@ sys.exit(status)
 
 
 def assert_stopped(process, how, timeout):
-    err = process.communicate(timeout=timeout)[1]
+    """The process ends in one line and with the signal's status; returns what it printed."""
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == STATUS[how], err
     assert err.count("Stopped by") == 1 and "Traceback" not in err and "ignored" not in err, err
+    return out
 
 
 @pytest.mark.parametrize("place", ["collector", "destructor", "weak", "library", "c_code", "deferred", "convert"])
@@ -95,7 +98,9 @@ def test_signal_arrives_where_an_exception_would_be_lost(place):
     assert process.stdout.readline() == "running\n"
     time.sleep(0.13)
     process.send_signal(how)
-    assert_stopped(process, how, 90)
+    out = assert_stopped(process, how, 90)
+    if place == "c_code":  # which takes so long that other processes are told before
+        assert out.count(f"arrived {STATUS[how]} Stopped by") == 1
 
 
 @pytest.mark.parametrize("how", list(STATUS), ids=lambda how: how.name)
@@ -112,18 +117,50 @@ def test_signal_ends_a_command_while_it_imports(how, tmp_path):
         assert_stopped(process, how, 30)
 
 
-def test_signal_at_any_moment_of_a_run_ends_it_in_one_line(config_of, questions):
-    """Seeded moments of `generate`; `SIGNAL_MOMENTS=100` for a campaign."""
-    draw = random.Random(0)
-    for _ in range(int(os.environ.get("SIGNAL_MOMENTS", "2"))):
-        config, how = config_of(questions), draw.choice(list(STATUS))
-        process = start_command("generate", config, stderr=subprocess.PIPE)
-        time.sleep(draw.uniform(1, 12))
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["train", "generate", "evaluate", "index"])
+def test_signal_at_any_moment_of_a_run_ends_it_in_one_line(stage, config_of, finished, tmp_path):
+    """Seeded moments of each command, from its first import on; `SIGNAL_MOMENTS=100` for a campaign."""
+    draw = random.Random(stage)
+    changes = {"data.pairs": f"{finished.workdir}/pairs.jsonl", "train.evaluate": False}
+    changes = {"train": changes, "evaluate": {"evaluate.systems": ("base", "closed_book")}}.get(stage, {})
+    if stage == "index":
+        text = lambda: " ".join(draw.choices("tern moss heron reed gull fen".split(), k=40))
+        changes = {"retrieve.corpus": write_lines(tmp_path / "c.jsonl", *({"text": text()} for _ in range(50_000)))}
+    for moment in range(int(os.environ.get("SIGNAL_MOMENTS", "2"))):
+        if stage == "index":
+            changes["index"] = str(tmp_path / f"index{moment}")
+        config, how = config_of(**changes), draw.choice(list(STATUS))
+        process = start_command(stage, config, stderr=subprocess.PIPE)
+        time.sleep(draw.uniform(0.3, 12))
         if process.poll() is None:
             process.send_signal(how)
             assert_stopped(process, how, 120)
         else:
-            assert process.returncode == 0
+            assert process.returncode == 0, process.communicate()
+
+
+def test_signal_after_the_last_line_leaves_the_commands_status():
+    """While the interpreter ends, it would put back the handlers that end a process without a word."""
+    program = """
+import os, sys
+from roserag_jax import signals
+
+class Last:
+    def __del__(self, kill=os.kill, me=os.getpid()):
+        print("still here", flush=True)
+        kill(me, 15)
+
+signals.install()
+signals.last = Last()
+signals.finish(2)
+if sys.argv[1] == "before":
+    os.kill(os.getpid(), 2)
+sys.exit(2)
+"""
+    for when, printed in (("behind", "still here\n"), ("before", "")):
+        done = subprocess.run([sys.executable, "-c", program, when], capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (2, printed, "")
 
 
 def test_signals_are_left_alone_where_the_package_is_a_library():

@@ -152,6 +152,17 @@ def test_first_end_is_everybodys_and_what_follows_is_not_news(run, status):
     assert all(m.ends.empty() for m in members)
 
 
+def test_announced_end_reaches_the_others_before_the_process_has_ended(run):
+    _, members = run(3)
+    members[0].link.welcome()
+    members[1].link.announce(143, "Stopped by SIGTERM.")
+    assert [members[i].end()[:2] for i in (0, 2)] == [(143, "Stopped by SIGTERM.")] * 2
+    for member in members:
+        member.link.leave(143, "Stopped by SIGTERM.")
+    time.sleep(0.2)
+    assert members[0].ends.empty() and members[2].ends.empty()
+
+
 def test_silent_process_is_named_by_the_watchdog(run):
     _, members = run(2, watchdog=0.5)
     members[0].link.welcome()

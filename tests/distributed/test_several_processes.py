@@ -11,13 +11,15 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from roserag_jax import generate, options, train
+from roserag_jax import generate, options, session, train
+from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.workdir import Workdir
 
-pytestmark = pytest.mark.skipif("TEST_PROCESSES" not in os.environ, reason="set TEST_PROCESSES=1 (make test-processes)")
+pytestmark = pytest.mark.processes
 pytest.importorskip("torch")
 
 
@@ -98,27 +100,34 @@ def test_generation_through_every_end_and_with_other_numbers_of_processes(config
     assert texts(config) == texts(alone)
 
 
-def test_training_with_other_numbers_of_processes(config_of, pairs):
-    """Two processes, killed; four, told to stop; one to the end: the adapter of a single process."""
+def test_training_with_other_numbers_of_processes(config_of, pairs, monkeypatch):
+    """Two processes, killed; four, told to stop; one to the end, over four devices each time: the adapter of a single
+    process to the bit.
+
+    Over other devices sums are taken in another order, which AdamW shows in entries whose gradient nearly cancels.
+    """
     from safetensors.numpy import load_file
 
+    monkeypatch.setattr(session, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:4]))
+    devices = lambda count: {i: {"JAX_NUM_CPU_DEVICES": str(4 // count)} for i in range(count)}
     changes = {"data.pairs": pairs, "train.evaluate": False, "train.checkpoint_every": 1, "train.epochs": 6}
     changes |= {"mesh.data": -1, "mesh.fsdp": 1}
     config, alone = config_of(**changes, **{"train.batch": 4}), config_of(**changes, **{"train.batch": 4})
     checkpoints = Workdir(config.workdir) / "checkpoints"
     saved = lambda least: any(int(f.name) >= least for f in checkpoints.glob("*/*") if f.name.isdigit())
-    run = Run("train", config, 2).when(lambda: saved(2), {1: signal.SIGKILL})
+    run = Run("train", config, 2, environment=devices(2)).when(lambda: saved(2), {1: signal.SIGKILL})
     (status, output), _ = run.ends()
     assert status == 134 and time.monotonic() - run.sent < 30
     assert_one_line(output, "error: process 1 (")
     latest = max(int(f.name) for f in checkpoints.glob("*/*") if f.name.isdigit())
-    ends = Run("train", config, 4).when(lambda: saved(latest + 1), {3: signal.SIGTERM}).ends()
+    run = Run("train", config, 4, environment=devices(4)).when(lambda: saved(latest + 1), {3: signal.SIGTERM})
+    ends = run.ends()
     assert [code for code, _ in ends] == [143] * 4 and f"resuming at {latest}" in ends[0][1], ends
     train.run(config)
     train.run(alone)
     adapter = lambda c: load_file(Workdir(c.workdir) / "adapter/adapter_model.safetensors")
     for name, expected in adapter(alone).items():
-        np.testing.assert_allclose(adapter(config)[name], expected, atol=2.8e-7, err_msg=name)
+        np.testing.assert_array_equal(adapter(config)[name], expected, err_msg=name)
 
 
 def test_stopped_process_is_named_and_all_write_their_stacks(config_of, pairs):

@@ -1,5 +1,6 @@
 """The content of a model, named."""
 
+import os
 import shutil
 import time
 
@@ -9,6 +10,7 @@ from conftest import copy_folder
 from safetensors.numpy import load_file, save_file
 
 from roserag_jax.errors import UserError
+from roserag_jax.hub import model_files
 from roserag_jax.hub.model_files import fingerprint
 
 
@@ -35,18 +37,30 @@ def test_fingerprint_of_a_folder_is_its_contents(model_folder, tmp_path):
         fingerprint(str(folder))
 
 
-def test_fingerprint_of_a_large_file_is_quick_and_sees_other_weights(smollm_path, tmp_path):
-    """Any tensor of a megabyte or more that was replaced is seen; the file keeps its size."""
+def test_fingerprint_of_a_large_file_is_remembered_and_sees_one_changed_bit(smollm_path, tmp_path, monkeypatch):
+    """Also where size and time of the file are those from before; a copy has the same content and fingerprint."""
     copy = tmp_path / "model.gguf"
     shutil.copyfile(smollm_path, copy)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(model_files, "_SETTLED_SECONDS", 0.0)
     start = time.process_time()
     first = fingerprint(str(copy))
-    assert time.process_time() - start < 5
+    read = time.process_time() - start
+    start = time.process_time()
+    assert fingerprint(str(copy)) == first
+    assert time.process_time() - start < read / 4
     assert first == fingerprint(str(smollm_path))
+    times = copy.stat()
     with copy.open("r+b") as file:
-        file.seek(60_000_000)
-        file.write(np.random.default_rng(0).bytes(1 << 20))
-    assert fingerprint(str(copy)) != first
+        file.seek(60_000_001)
+        bits = file.read(1)[0]
+        file.seek(60_000_001)
+        file.write(bytes([bits ^ 1]))
+    os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert copy.stat().st_mtime_ns == times.st_mtime_ns and fingerprint(str(copy)) != first
+    for remembered in (tmp_path / "cache/roserag_jax/digests").iterdir():
+        remembered.write_bytes(b"\xff cut off")
+    assert fingerprint(str(smollm_path)) == first
 
 
 def test_fingerprint_of_a_hub_id_is_its_commit(model_folder, tmp_path, monkeypatch):

@@ -79,6 +79,13 @@ def test_read_guesses_the_encoding(encoding, tmp_path):
     assert places(tmp_path / "a.txt") == [(" ".join(text.split()), None, None)]
 
 
+@pytest.mark.parametrize("text", ["café latin", "Müller", "L’été à Besançon", "Straße 7 in Österreich", "a naïve plan"])
+def test_read_takes_one_accented_letter_for_a_latin_one(text, tmp_path):
+    """A file too short to guess its encoding from: what Windows writes in the west."""
+    write(tmp_path, a__txt=text.encode("cp1252"))
+    assert [p.text for p in documents.read(tmp_path / "a.txt")] == [text]
+
+
 @pytest.mark.parametrize("declared", ["", '<meta charset="cp1252">', '<?xml version="1.0" encoding="utf-8"?>'])
 def test_read_html(declared, tmp_path):
     pytest.importorskip("lxml")

@@ -9,6 +9,7 @@ from conftest import write_lines
 
 from roserag_jax import options
 from roserag_jax.errors import UserError
+from roserag_jax.hub.tokenizer import turn_end
 from roserag_jax.preference.pairs import read_pairs
 from roserag_jax.rag.chat import opens_thoughts, render_chat
 from roserag_jax.rag.prompts import PromptBuilder, cut_passages
@@ -281,6 +282,126 @@ def test_render_chat_leaves_no_room_for_thoughts(templated):
         assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
         text = PromptBuilder(tokenizer, 4000, 1, template_arguments={"enable_thinking": True}).plain(ROW).text
         assert text.endswith(thinking) and opens_thoughts(text) == (template is deepseek)
+
+
+# As the templates of Llama 3.2 and Qwen3 are built, in fewer words: the first takes tools, the date and the system turn
+# out of what it is given before it writes any turn; the second looks backwards for the last question, and shows
+# thoughts in turns behind it only.
+LLAMA_3_2 = """{{- bos_token }}
+{%- if custom_tools is defined %}{%- set tools = custom_tools %}{%- endif %}
+{%- if not tools_in_user_message is defined %}{%- set tools_in_user_message = true %}{%- endif %}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "1 Jan 1970" %}
+    {%- endif %}
+{%- endif %}
+{%- if not tools is defined %}{%- set tools = none %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|im_start|>system\n\n" }}
+{%- if tools is not none %}{{- "Tools: on\n" }}{%- endif %}
+{{- "Today: " + date_string + "\n\n" + system_message + "<|im_end|>" }}
+{%- if tools_in_user_message and not tools is none %}
+    {%- if messages | length != 0 %}
+        {%- set first = messages[0]['content']|trim %}
+        {%- set messages = messages[1:] %}
+    {%- else %}
+        {{- raise_exception("no turn for the tools") }}
+    {%- endif %}
+    {{- "<|im_start|>user\n\n" -}}
+    {%- for tool in tools %}{{- tool | tojson(indent=4) + "\n" }}{%- endfor %}
+    {{- first + "<|im_end|>" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if not (message.role == 'tool' or 'tool_calls' in message) %}
+        {{- '<|im_start|>' + message['role'] + '\n\n' + message['content'] | trim + '<|im_end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n\n' }}{%- endif %}
+"""
+QWEN3 = """{%- if tools %}{{- "<|im_start|>system\n# Tools<|im_end|>\n" }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- set ns = namespace(searching=true, last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.searching and message.role == "user" and not message.content.startswith('<tool_response>') %}
+        {%- set ns.searching = false %}
+        {%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set thoughts = '' %}
+        {%- if '</think>' in content %}
+            {%- set thoughts = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last and (loop.last or thoughts) %}
+            {{- '<|im_start|>assistant\n<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+        {%- else %}
+            {{- '<|im_start|>assistant\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}
+{%- endif %}
+"""
+SYSTEM_TALK = [
+    {"role": "system", "content": " Be brief. "},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."},
+    {"role": "user", "content": "Two?"},
+]
+RESPONSES = {name: [{"role": "assistant", "content": f"It is {name}."}] for name in ("chosen", "rejected")}
+
+
+def test_render_chat_in_a_template_built_like_llama_3_2(templated, tmp_path):
+    """No tools, a fixed date, the system turn in its place: what transformers renders on that day."""
+    tokenizer = templated(LLAMA_3_2)
+    start = f"{tokenizer.bos_token}<|im_start|>system\n\nToday: 26 Jul 2024\n\n"
+    text = render_chat(tokenizer, SYSTEM_TALK)
+    assert text.startswith(f"{start}Be brief.<|im_end|><|im_start|>user\n\nOne?<|im_end|>") and "Tools" not in text
+    oracle = {"tokenize": False, "add_generation_prompt": True, "date_string": "26 Jul 2024"}
+    assert text == tokenizer.apply_chat_template(SYSTEM_TALK, **oracle)
+    built = PromptBuilder(tokenizer, 4000, 1, 2).plain(ROW).text
+    assert built.startswith(f"{start}<|im_end|><|im_start|>user") and built.count("Today") == 1
+    assert built.endswith("<|im_end|><|im_start|>assistant\n\n")
+    file = write_lines(tmp_path / "pairs.jsonl", {"prompt": SYSTEM_TALK[:2], **RESPONSES})
+    (pair,) = read_pairs(file, tokenizer, {})
+    assert pair["prompt"] == render_chat(tokenizer, SYSTEM_TALK[:2]) and pair["chosen"] == "It is chosen."
+
+
+def test_render_chat_in_a_template_built_like_qwen3(templated, tmp_path):
+    """Thoughts of earlier turns are dropped, and the next turn begins behind an empty block of them."""
+    tokenizer = templated(QWEN3)
+    text, closed = render_chat(tokenizer, SYSTEM_TALK), "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert text.endswith("assistant\nYes.<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n" + closed)
+    assert text == tokenizer.apply_chat_template(
+        SYSTEM_TALK, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    built = PromptBuilder(tokenizer, 4000, 1, 2).plain(ROW).text
+    assert built.count("Answer: ") == 2 and built.count("<think>") == 1 and built.endswith(closed)
+    thinking = {"enable_thinking": True}
+    assert render_chat(tokenizer, SYSTEM_TALK, thinking) == text.removesuffix(closed) + "<|im_start|>assistant\n"
+    file = write_lines(tmp_path / "pairs.jsonl", {"prompt": SYSTEM_TALK[1:2], **RESPONSES})
+    (pair,) = read_pairs(file, tokenizer, {})
+    assert pair["prompt"] == f"<|im_start|>user\nOne?<|im_end|>\n{closed}" and pair["chosen"] == "It is chosen."
+    for arguments in ({}, thinking):
+        assert tokenizer.convert_ids_to_tokens(turn_end(tokenizer, (2,), arguments)) == "<|im_end|>"
 
 
 def test_template_arguments_are_options(templated, tmp_path):
