@@ -6,8 +6,8 @@ Reads the corpus (rows, a folder of documents, or hf://) once and writes its pas
 (by default one in the user's cache), which `retrieve`, `answer`, `evaluate` and `train` then open at once. With
 `--config.retrieve.retriever=colbert` or `dense` (or `hybrid` of such), the passages' vectors too. Run again, it checks
 the index against its digests, adds documents and rows that are new and removes those that are gone; stopped, it
-resumes. Several processes share the encoding out. `--config.retrieve.chunk_words`, `chunk_overlap` and `chunk_title`
-say how documents are cut.
+resumes. Several processes share the encoding out. `--config.retrieve.chunk_size`, `chunk_overlap`, `chunk_unit`
+and `chunk_title` say how documents are cut.
 """
 
 import os
@@ -17,7 +17,6 @@ from pathlib import Path
 from roserag_jax import cli
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.rag.corpora import Corpus
 from roserag_jax.retrieval import indexing
 from roserag_jax.retrieval.index import Index
 from roserag_jax.retrieval.registry import update_vectors, vectors_of
@@ -27,7 +26,7 @@ def run(config) -> None:
     """The command."""
     if not config.retrieve.corpus:
         raise UserError("config.retrieve.corpus: name the corpus to index.")
-    corpus = Corpus(config.retrieve.corpus, indexing.chunking(config.retrieve))
+    corpus = indexing.open_corpus(config)
     folder = indexing.folder_of(config, corpus)
     with processes.main_first():
         if processes.is_main():

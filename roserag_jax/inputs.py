@@ -5,11 +5,13 @@ from pathlib import Path
 from etils import epath
 
 from roserag_jax import options
+from roserag_jax.hub import model_files
 from roserag_jax.hub.encoder import encoder_fingerprint
 from roserag_jax.rag import documents, files
 from roserag_jax.rag.corpora import Chunking
 from roserag_jax.retrieval.cache import cache_files
 from roserag_jax.retrieval.index import Index
+from roserag_jax.retrieval.indexing import chunk_tokenizer
 from roserag_jax.retrieval.registry import ENCODERS
 from roserag_jax.workdir import digest, digest_of_files
 
@@ -43,7 +45,10 @@ def corpus_recipe(config) -> tuple[list[str], dict[str, str]]:
     """The options that name a corpus and say how it is cut, and its digest; of an index alone, that of its passages."""
     if config.retrieve.corpus:
         names = ["retrieve.corpus", *(f"retrieve.chunk_{field}" for field in Chunking._fields)]
-        return names, input_digest(config, "retrieve.corpus")
+        inputs = input_digest(config, "retrieve.corpus")
+        if tokenizer := chunk_tokenizer(config):
+            inputs[f"tokenizer of {tokenizer}"] = model_files.fingerprint(tokenizer, weights=False)
+        return names, inputs
     return [], {"config.index": Index(Path(config.index).expanduser()).content} if config.index else {}
 
 

@@ -25,8 +25,15 @@ RETRIEVE = {
         "a folder of documents (text, Markdown; HTML, PDF and .docx with the extra 'documents'); used by the "
         "retrievers that search it, answer, noise and StrategyQA's evidence",
     ),
-    "chunk_words": Option(120, "length of a passage of a document in words, about", at_least=10),
-    "chunk_overlap": Option(0, "number of words that a passage of a document repeats from the one before", at_least=0),
+    "chunk_size": Option(120, "length of a passage of a document in words (or tokens), about", at_least=10),
+    "chunk_overlap": Option(
+        0, "number of words (or tokens) that a passage of a document repeats from the one before", at_least=0
+    ),
+    "chunk_unit": Option(
+        "words",
+        "what these two count: words, or tokens of the retriever's encoder, else of the model",
+        ("words", "tokens"),
+    ),
     "chunk_title": Option(
         "file", "title of a document's passages: its file's name, that and the heading, or none", CHUNK_TITLES
     ),
@@ -102,8 +109,11 @@ def _only_compressed_vectors_have_centroids(config) -> Faults:
 
 @together
 def _chunks_move_on(config) -> Faults:
-    if config.retrieve.chunk_overlap >= config.retrieve.chunk_words:
-        yield "retrieve.chunk_overlap", f"must be less than config.retrieve.chunk_words={config.retrieve.chunk_words}"
+    retrieve = config.retrieve
+    if retrieve.chunk_overlap >= retrieve.chunk_size:
+        yield "retrieve.chunk_overlap", f"must be less than config.retrieve.chunk_size={retrieve.chunk_size}"
+    if retrieve.chunk_unit == "tokens" and not (retrieve.colbert or retrieve.dense or config.tokenizer or config.model):
+        yield "retrieve.chunk_unit", "needs a tokenizer: set config.tokenizer, config.model or a retriever's encoder"
 
 
 @together

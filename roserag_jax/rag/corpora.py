@@ -1,6 +1,8 @@
 """Passages to search: files of rows, StrategyQA's paragraphs, or documents."""
 
+import bisect
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -24,14 +26,16 @@ class Chunking(NamedTuple):
     """How a document is cut into passages.
 
     Attributes:
-      words: of a passage, about.
-      overlap: words that a passage repeats from the one before.
+      size: words or tokens of a passage, about.
+      overlap: how many of them a passage repeats from the one before.
       title: 'file' titles a passage with its file's name, 'heading' with that and its heading, 'none' not at all.
+      unit: 'words', or the tokenizer whose tokens are counted.
     """
 
-    words: int = 120
+    size: int = 120
     overlap: int = 0
     title: str = "file"
+    unit: str = "words"
 
 
 DEFAULT_CHUNKING = Chunking()
@@ -68,12 +72,17 @@ class Corpus:
     StrategyQA's paragraphs, one JSON object of `{id: {title, content}}`. A document gives one passage per run of
     paragraphs on one page and under one heading; its `source` is `{file, page?, heading?}`.
 
+    Args:
+      token_starts: where tokens begin in a text, if the chunking counts those.
+
     Raises:
       UserError: there is nothing to read, or, later, a row is not as it should be.
     """
 
-    def __init__(self, path: str, chunking: Chunking = DEFAULT_CHUNKING):
-        self.path, self.chunking, self.left_out = path, chunking, {}
+    def __init__(
+        self, path: str, chunking: Chunking = DEFAULT_CHUNKING, token_starts: Callable[[str], list[int]] | None = None
+    ):
+        self.path, self.chunking, self.token_starts, self.left_out = path, chunking, token_starts, {}
         self.local = None if path.startswith(HUB) else epath.Path(path).expanduser()
         if self.local and (not path or not self.local.exists()):
             raise UserError(f"config.retrieve.corpus={path!r}: there is no such file or folder.")
@@ -140,7 +149,7 @@ class Corpus:
 
     def _document(self, name: str, file: Path) -> list[dict]:
         stem, passages = Path(name).stem, []
-        cut = chunks(documents.read(file), self.chunking.words, self.chunking.overlap)
+        cut = chunks(documents.read(file), self.chunking.size, self.chunking.overlap, self.token_starts)
         for i, (text, place) in enumerate(cut):
             titles = {"file": stem, "none": "", "heading": ": ".join(filter(None, (stem, place.get("heading"))))}
             source = {"file": name, **place}
@@ -213,36 +222,77 @@ def split_contents(contents: str) -> tuple[str, str]:
 _FULL_STOP = re.compile(r"[\u3002\uff01\uff1f\uff61]")
 
 
-def chunks(paragraphs: Iterable[Paragraph], words: int, overlap: int = 0) -> Iterator[tuple[str, dict]]:
-    """Runs of paragraphs of up to about `words` words, each with the place where it begins: `{page?, heading?}`.
+TokenStarts = Callable[[str], list[int]]  # where each token of a text begins
+
+
+def chunks(
+    paragraphs: Iterable[Paragraph], size: int, overlap: int = 0, token_starts: TokenStarts | None = None
+) -> Iterator[tuple[str, dict]]:
+    """Runs of paragraphs of up to about `size` words, each with the place where it begins: `{page?, heading?}`.
 
     A new page or heading begins a new run, unless the present one is headings only. A paragraph stays whole up to twice
     the length of a run. A run repeats the last `overlap` words of the one before, where that has the same place.
+
+    Args:
+      token_starts: makes size and overlap those of tokens; words stay whole.
     """
     chunk, place, only_headings = [], {}, True
-    text = lambda: "".join(chunk).strip()
+    text = lambda: "".join(piece for piece, _ in chunk).strip()
     for paragraph in paragraphs:
-        pieces = word_pieces(f"{paragraph.text} ")
+        pieces = _measured(f"{paragraph.text} ", token_starts)
         if paragraph.place != place:
             if not only_headings:
                 yield text(), place
                 chunk, only_headings = [], True
             place = paragraph.place
-        elif chunk and len(chunk) + len(pieces) > words:
+        elif chunk and _length(chunk) + _length(pieces) > size:
             yield text(), place
-            chunk, only_headings = chunk[max(0, len(chunk) - overlap) :], True
-        while len(pieces) > 2 * words:
-            room = _until_sentence(pieces, max(1, words - len(chunk)))
-            chunk, pieces = chunk + pieces[:room], pieces[room:]
+            chunk, only_headings = _last(chunk, overlap), True
+        at, left = 0, _length(pieces)
+        while left > 2 * size:
+            room = _until_sentence(pieces, at, max(1, _fitting(pieces, size - _length(chunk), at)))
+            taken = pieces[at : at + room]
+            chunk, at, left = chunk + taken, at + room, left - _length(taken)
             yield text(), place
-            chunk = chunk[max(0, len(chunk) - overlap) :]
-        chunk += pieces
+            chunk = _last(chunk, overlap)
+        chunk += pieces[at:]
         only_headings = only_headings and paragraph.is_heading
     if chunk:
         yield text(), place
 
 
-def _until_sentence(pieces: list[str], most: int) -> int:
-    """How many of the first pieces to take so that a sentence of a script without spaces is not cut, at most `most`."""
-    ends = (n for n in range(most, most // 2, -1) if _FULL_STOP.search(pieces[n - 1]))
+Pieces = list[tuple[str, int]]  # of one word each, with what follows it, and how much each counts
+
+
+def _measured(text: str, token_starts: TokenStarts | None) -> Pieces:
+    """The words of a text, each counting 1 or its tokens."""
+    pieces = word_pieces(text)
+    if token_starts is None:
+        return [(piece, 1) for piece in pieces]
+    starts, end, measured = token_starts(text), 0, []
+    for piece in pieces:
+        begin, end = end, end + len(piece)
+        measured.append((piece, bisect.bisect_left(starts, end) - bisect.bisect_left(starts, begin)))
+    return measured
+
+
+def _length(pieces: Pieces) -> int:
+    return sum(length for _, length in pieces)
+
+
+def _fitting(pieces: Pieces, room: int, start: int = 0) -> int:
+    """How many pieces from `start` are no longer than `room` together."""
+    totals = itertools.accumulate(pieces[i][1] for i in range(start, len(pieces)))
+    return sum(1 for _ in itertools.takewhile(lambda total: total <= room, totals))
+
+
+def _last(pieces: Pieces, overlap: int) -> Pieces:
+    """The last pieces, no longer than `overlap` together."""
+    count = _fitting(pieces[::-1], overlap)
+    return pieces[len(pieces) - count :]
+
+
+def _until_sentence(pieces: Pieces, start: int, most: int) -> int:
+    """How many pieces to take from `start` so that a sentence of a script without spaces is not cut, at most `most`."""
+    ends = (n for n in range(most, most // 2, -1) if _FULL_STOP.search(pieces[start + n - 1][0]))
     return next(ends, most)

@@ -15,7 +15,8 @@ import numpy as np
 from roserag_jax.errors import UserError, first_line
 from roserag_jax.retrieval.bm25 import Searcher, schema
 
-VERSION = 1  # of what is indexed and how; an index of another one is built anew
+VERSION = 2  # of what is indexed and how; an index of another one is built anew
+_FIELDS = ("version", "corpus", "chunking", "signature", "content", "next", "files")
 MANIFEST, NUMBERS = "manifest.json", "numbers.npy"
 
 
@@ -27,7 +28,9 @@ def read_manifest(folder: Path) -> dict | None:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        return {name: manifest[name] for name in ("version", "corpus", "chunking", "signature", "content", "files")}
+        return {
+            name: manifest[name] for name in ("version", "corpus", "chunking", "signature", "content", "next", "files")
+        }
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from roserag_jax.errors import UserError, first_line
+from roserag_jax.hub import model_files
+from roserag_jax.hub.tokenizer import read_tokenizer
 from roserag_jax.rag.corpora import Chunking, Corpus
 from roserag_jax.retrieval import bm25
 from roserag_jax.retrieval.bm25 import schema
@@ -39,18 +41,37 @@ def open_index(config) -> Index:
 
     Without `config.index` the index of a corpus is kept in the user's cache, by the corpus' path and chunking.
     """
-    options = config.retrieve
-    if not options.corpus:
+    if not config.retrieve.corpus:
         return Index(Path(config.index).expanduser())
-    corpus = Corpus(options.corpus, chunking(options))
+    corpus = open_corpus(config)
     folder = folder_of(config, corpus)
     update(folder, corpus)
     return Index(folder)
 
 
-def chunking(options) -> Chunking:
-    """How `config.retrieve` cuts documents into passages."""
-    return Chunking(options.chunk_words, options.chunk_overlap, options.chunk_title)
+def open_corpus(config) -> Corpus:
+    """The corpus that the configuration names, with its documents cut as it says."""
+    options = config.retrieve
+    cut = Chunking(options.chunk_size, options.chunk_overlap, options.chunk_title)
+    if options.chunk_unit == "words":
+        return Corpus(options.corpus, cut)
+    name = chunk_tokenizer(config)
+    path = model_files.resolve_path(name, weights=False, option="tokenizer")
+    tokenizer = read_tokenizer(path)
+
+    def token_starts(text: str) -> list[int]:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return [start for start, _ in found["offset_mapping"]]
+
+    unit = f"tokens of {model_files.fingerprint(name, weights=False)}"
+    return Corpus(options.corpus, cut._replace(unit=unit), token_starts)
+
+
+def chunk_tokenizer(config) -> str:
+    """The model whose tokens documents are cut by; empty where words are counted."""
+    options = config.retrieve
+    counted = options.chunk_unit == "tokens"
+    return (options.colbert or options.dense or config.tokenizer or config.model) if counted else ""
 
 
 def folder_of(config, corpus: Corpus) -> Path:
@@ -81,7 +102,7 @@ def update(folder: Path, corpus: Corpus, verify: bool = False) -> None:
     if folder.is_dir() and not is_ours and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and not an index: name another folder in config.index.")
     try:
-        with _locked(folder):
+        with locked(folder):
             _update(folder, corpus, verify)
     except (ValueError, OSError) as error:  # the library's errors are ValueErrors
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -96,9 +117,9 @@ def _update(folder: Path, corpus: Corpus, verify: bool) -> None:
     signature = corpus.signature()  # before it is read: what changes meanwhile is noticed next time
     if manifest and manifest["signature"] == signature and not verify:
         return
-    _begin(folder, corpus)
+    first = _begin(folder, corpus, manifest)
     index = tantivy.Index(schema(), path=str(folder))
-    changes = _Changes(index, folder)
+    changes = _Changes(index, folder, first)
     writer = index.writer(heap_size=WRITER_BYTES, num_threads=1)
     for unit in corpus.units():
         if changes.is_new(unit.key):
@@ -122,7 +143,7 @@ def _update(folder: Path, corpus: Corpus, verify: bool) -> None:
         print(f"{folder}: {len(numbers)} passages of {corpus.path}; {counts}{corpus.remark()}.")
     np.save(folder / NUMBERS, np.sort(numbers))
     content = hashlib.sha256(np.unique(units).tobytes() + json.dumps(corpus.chunking).encode()).hexdigest()
-    _write_manifest(folder, corpus, signature, content)
+    _write_manifest(folder, corpus, signature, content, changes.next)
 
 
 def _verified(folder: Path, corpus: Corpus, verify: bool) -> dict | None:
@@ -155,19 +176,28 @@ def _recipe(corpus: Corpus) -> dict:
     return {"version": VERSION, "chunking": list(corpus.chunking), "corpus": path}
 
 
-def _begin(folder: Path, corpus: Corpus) -> None:
-    """Mark an index as one that is being built, until its manifest is back."""
-    (folder / _BUILDING).write_text(json.dumps(_recipe(corpus)))
+def _begin(folder: Path, corpus: Corpus, manifest: dict | None) -> int:
+    """Mark an index as one that is being built, until its manifest is back.
+
+    Returns:
+      The first number that no passage ever had, as far as is known: the vectors of a passage go by its number.
+    """
+    building = folder / _BUILDING
+    before = manifest or (json.loads(building.read_bytes()) if building.exists() else {})
+    first = before.get("next", 0)
+    building.write_text(json.dumps(_recipe(corpus) | {"next": first}))
     (folder / MANIFEST).unlink(missing_ok=True)
+    return first
 
 
-def _write_manifest(folder: Path, corpus: Corpus, signature: str, content: str) -> None:
+def _write_manifest(folder: Path, corpus: Corpus, signature: str, content: str, following: int) -> None:
     # Not the folders of vectors, which have manifests of their own.
     names = [e.name for e in sorted(folder.iterdir()) if e.is_file() and e.name[0] != "." and e.name != MANIFEST]
     manifest = {
         **_recipe(corpus),
         "signature": signature,
         "content": content,
+        "next": following,
         "files": {name: [(folder / name).stat().st_size, _digest(folder / name)] for name in names},
     }
     temporary = folder / f".{MANIFEST}"
@@ -206,11 +236,11 @@ def _fields(searcher: Any, *names: str) -> list[np.ndarray]:
 class _Changes:
     """Which units of a corpus are new to an index, which of the index's are gone, and how far the update is."""
 
-    def __init__(self, index: Any, folder: Path):
+    def __init__(self, index: Any, folder: Path, first: int):
         numbers, units = _fields(index.searcher(), "number", "unit")
         self.old = np.unique(units)
         self.seen = np.zeros(len(self.old), bool)
-        self.next, self.new, self.folder = int(numbers.max()) + 1 if len(numbers) else 0, set(), folder
+        self.next, self.new, self.folder = max(first, int(numbers.max(initial=0)) + bool(len(numbers))), set(), folder
         self.added, self.unit = 0, 0
         self.start = self.committed = self.reported = time.monotonic()
         if len(numbers):
@@ -265,7 +295,7 @@ class _Changes:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold an index for one writer; readers need no lock. A file system without locks is not locked."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("a") as handle:

@@ -5,9 +5,9 @@ with the slices that are missing, a changed corpus costs the passages that are n
 slices out among them. Vectors of passages that are gone stay until they are the most, and are not found.
 """
 
+import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,18 +18,19 @@ from roserag_jax.errors import UserError, first_line
 from roserag_jax.progress import Progress
 from roserag_jax.retrieval import codec
 from roserag_jax.retrieval.index import Index, check_sizes
+from roserag_jax.retrieval.indexing import locked
 from roserag_jax.retrieval.vectors import Shard, TextVectors, open_shards
 
 VERSION = 1
 SLICE = 4096  # passages of a shard
 MANIFEST = "manifest.json"
 _SAMPLE = 16  # ColBERT's: 16 sqrt(120 R) passages are clustered, into about 16 sqrt(T) centroids
+_MOST_SAMPLED = 200_000  # passages: 4 GB of float16
 
 
 def folder_name(kind: str, fingerprint: str, bits: int) -> str:
     """The name of the folder of vectors by one encoder and compression."""
-    encoder = hashlib.sha256(fingerprint.encode()).hexdigest()[:12]
-    return f"{kind}-{encoder}-{f'{bits}bit' if bits else 'float16'}"
+    return f"{kind}-{_sha256(fingerprint.encode())[:12]}-{f'{bits}bit' if bits else 'float16'}"
 
 
 def update(
@@ -55,19 +56,40 @@ def update(
     Raises:
       UserError: a file is damaged.
     """
-    wanted = {"version": VERSION, "encoder": fingerprint, "bits": bits, "content": index.content}
-    manifest = _read_manifest(folder)
-    if manifest:
-        check_sizes(folder, manifest)
-        for name, (_, digest) in manifest["files"].items() if verify and share[0] == 0 else ():
-            if _digest(folder / name) != digest:
-                raise UserError(f"{folder / name} is damaged: delete the folder to have the vectors built anew.")
-        if all(manifest[name] == value for name, value in wanted.items()):
-            return
     numbers = np.asarray(index.passages.numbers)
-    together = processes.barrier if share[1] > 1 else lambda name: None
+    wanted = {"version": VERSION, "encoder": fingerprint, "bits": bits, "passages": _sha256(numbers.tobytes())}
+    is_first, several = share[0] == 0, share[1] > 1
+    with locked(folder) if is_first else contextlib.nullcontext():
+        stale = is_first and not _is_up_to_date(folder, wanted, verify)
+        if several:
+            stale = processes.gather("vectors are stale", stale)[0]
+        if stale:
+            _update(folder, index, encoder, wanted, numbers, normalized, share)
+
+
+def _is_up_to_date(folder: Path, wanted: dict, verify: bool) -> bool:
+    """Whether the vectors of a folder are those that are wanted, after checking its files."""
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        return False
+    check_sizes(folder, manifest)
+    for name, (_, digest) in manifest["files"].items() if verify else ():
+        if _digest(folder / name) != digest:
+            raise UserError(f"{folder / name} is damaged: delete the folder to have the vectors built anew.")
+    return all(manifest[name] == value for name, value in wanted.items())
+
+
+def _update(
+    folder: Path,
+    index: Index,
+    encoder: Callable[[], TextVectors],
+    wanted: dict,
+    numbers: np.ndarray,
+    normalized: bool,
+    share: tuple[int, int],
+) -> None:
+    together, bits = processes.barrier if share[1] > 1 else lambda name: None, wanted["bits"]
     if share[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         _drop_stale(folder, numbers)
     together("vectors are being built")
@@ -90,7 +112,7 @@ def update(
 def _read_manifest(folder: Path) -> dict | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        return {name: manifest[name] for name in ("version", "encoder", "bits", "content", "files")}
+        return {name: manifest[name] for name in ("version", "encoder", "bits", "passages", "files")}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
@@ -107,8 +129,9 @@ def _drop_stale(folder: Path, numbers: np.ndarray) -> None:
     """Delete all shards if most of their passages are gone, so that what is left over does not pile up."""
     there = _numbers(open_shards(folder))
     if len(there) and 2 * np.isin(there, numbers).sum() < len(there):
-        shutil.rmtree(folder)
-        folder.mkdir()
+        for file in folder.iterdir():
+            if not file.name.startswith("."):  # the lock
+                file.unlink()
 
 
 def _encode(
@@ -149,11 +172,14 @@ def _train(index: Index, encoder: TextVectors, numbers: np.ndarray, bits: int, n
     """Learn the compression from a sample of the passages."""
     if encoder.size % (8 // bits):
         raise UserError(f"config.retrieve.bits={bits}: vectors of {encoder.size} dimensions do not fill whole bytes.")
-    count = min(len(numbers), 1 + int(_SAMPLE * (120 * len(numbers)) ** 0.5))
+    count = min(len(numbers), 1 + int(_SAMPLE * (120 * len(numbers)) ** 0.5), _MOST_SAMPLED)
     places = np.sort(np.random.default_rng(0).choice(len(numbers), count, replace=False))
-    vectors = encoder.encode_passages([index.passages[place] for place in places])
-    total = sum(map(len, vectors)) * len(numbers) / count
-    flat = np.concatenate(vectors).astype(np.float16)
+    parts = []
+    for start in range(0, count, SLICE):
+        vectors = encoder.encode_passages([index.passages[place] for place in places[start : start + SLICE]])
+        parts.append(np.concatenate(vectors).astype(np.float16))
+    flat = np.concatenate(parts)
+    total = len(flat) * len(numbers) / count
     centroids = min(1 << int(np.log2(_SAMPLE * total**0.5)), max(1, len(flat) // 4))
     print(f"vectors: clustering {len(flat):,} of {count:,} passages into {centroids:,} centroids.", flush=True)
     return codec.train(flat, centroids, bits, normalized)
@@ -183,6 +209,10 @@ def _write_manifest(folder: Path, wanted: dict) -> None:
     temporary = folder / f".{MANIFEST}"
     temporary.write_text(json.dumps(wanted | {"files": files}, indent=1))
     temporary.replace(folder / MANIFEST)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _digest(file: Path) -> str:

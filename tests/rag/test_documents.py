@@ -214,7 +214,7 @@ def test_word_bomb_is_refused(tmp_path, monkeypatch):
 def test_chunks_keep_to_size_overlap_and_place():
     paragraph = lambda n, word="w", **place: documents.Paragraph(" ".join(f"{word}{i}" for i in range(n)), **place)
     sizes = lambda found: [len(text.split()) for text, _ in found]
-    run = lambda *paragraphs, **kw: list(corpora.chunks(paragraphs, **{"words": 10} | kw))
+    run = lambda *paragraphs, **kw: list(corpora.chunks(paragraphs, **{"size": 10} | kw))
     assert sizes(run(paragraph(4), paragraph(5), paragraph(3))) == [9, 3]
     assert sizes(run(paragraph(35))) == [10, 10, 15] and sizes(run(paragraph(20))) == [20]
     overlapping = run(paragraph(35), paragraph(8), overlap=3)
@@ -225,6 +225,11 @@ def test_chunks_keep_to_size_overlap_and_place():
     title = paragraph(1, heading="a", is_heading=True), paragraph(1, heading="b", is_heading=True)
     assert [(len(t.split()), place) for t, place in run(*title, paragraph(4, heading="b"))] == [(6, {"heading": "b"})]
     assert run(*title) == [("w0 w0", {"heading": "b"})] and run() == []
+    # A token begins every second letter: w0 to w9 have one and a half with their space, w10 and on two.
+    by_tokens = run(paragraph(35), token_starts=lambda text: range(0, len(text), 2), overlap=3)
+    assert all(len(text) <= 20 for text, _ in by_tokens[:-1]) and len(by_tokens) > 5
+    words = [word for text, _ in by_tokens for word in text.split()]
+    assert set(words) == {f"w{i}" for i in range(35)} and len(words) > 35
 
 
 def test_digest_of_a_folder_is_of_what_is_read(tmp_path):

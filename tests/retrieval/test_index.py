@@ -122,7 +122,7 @@ def test_update_of_a_folder_reads_changed_documents_only(tmp_path, monkeypatch):
     docs.mkdir()
     for name in "abc":
         (docs / f"{name}.md").write_text(f"# Part {name}\n\nMoss {name} is green.\n\n" + "peat " * 300)
-    index = built(tmp_path / "index", str(docs), words=100, title="heading")
+    index = built(tmp_path / "index", str(docs), size=100, title="heading")
     assert index.search(["moss b"], 1)[0][0]["title"] == "b: Part b"
     assert index.search(["moss b"], 1)[0][0]["source"] == {"file": "b.md", "heading": "Part b"}
     read, original = [], documents.read
@@ -130,12 +130,12 @@ def test_update_of_a_folder_reads_changed_documents_only(tmp_path, monkeypatch):
     (docs / "b.md").write_text("Fern is brown.")
     (docs / "c.md").unlink()
     (docs / "d.TXT").write_text("Kelp is brown.")
-    index = built(tmp_path / "index", str(docs), words=100, title="heading")
+    index = built(tmp_path / "index", str(docs), size=100, title="heading")
     assert sorted(read) == ["b.md", "d.TXT"]
     assert sorted({p["source"]["file"] for p in index.passages}) == ["a.md", "b.md", "d.TXT"]
     assert not any(c["source"]["file"] == "c.md" for c in index.search(["moss peat"], 99)[0])
     read.clear()
-    index = built(tmp_path / "index", str(docs), words=50, title="heading")  # is built anew
+    index = built(tmp_path / "index", str(docs), size=50, title="heading")  # is built anew
     assert sorted(read) == ["a.md", "b.md", "d.TXT"] and len(index) > 5
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from conftest import run_command, word_pieces, write_lines
 
-from roserag_jax import options, retrieve
+from roserag_jax import inputs, options, retrieve
 from roserag_jax.errors import UserError
+from roserag_jax.retrieval import indexing
 from roserag_jax.retrieval.batches import local_mesh
 from roserag_jax.retrieval.colbert import ColBERT
 from roserag_jax.retrieval.combined import Fusion, Reranker
@@ -127,3 +128,20 @@ def test_index_command_builds_vectors(config):
     assert again.returncode == 0 and "clustering" not in again.stdout and "2bit: " in again.stdout
     found = RETRIEVERS["colbert"].build(config).search(QUERIES, 5)
     assert all(len(contexts) == 5 for contexts in found)
+
+
+def test_documents_are_cut_by_tokens_of_the_encoder(config, tmp_path):
+    config = _without(config, "dense", "candidates")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/a.txt").write_text("bankon " * 100)  # two word pieces each
+    config.retrieve.corpus, config.index = str(tmp_path / "docs"), ""
+    count = lambda: sorted(len(p["text"].split()) for p in indexing.open_corpus(config).passages())
+    config.retrieve.chunk_size = 20
+    assert count() == [20, 20, 20, 40]
+    before = inputs.corpus_recipe(config)
+    config.retrieve.chunk_unit = "tokens"
+    assert count() == [10] * 8 + [20]
+    assert inputs.corpus_recipe(config) != before
+    config.retrieve.colbert = ""
+    with pytest.raises(UserError, match="chunk_unit='tokens': needs a tokenizer"):
+        options.validate(config, model=False)

@@ -156,6 +156,20 @@ def test_update_encodes_what_is_new_and_resumes(tmp_path, monkeypatch):
     indexing.update(tmp_path / "index", Corpus(str(corpus)), verify=True)  # knows its own files among these
 
 
+def test_a_passage_never_gets_the_vectors_of_one_that_is_gone(tmp_path):
+    """The last row goes, another comes, and the first comes back: each is found by its own vectors."""
+    corpus, topics = tmp_path / "c.jsonl", Topics()
+    rows, other = rows_of(6), rows_of(1, seed=3)
+    for step in (rows, rows[:5], [*rows[:5], *other], rows[:5], rows):
+        indexing.update(tmp_path / "index", Corpus(write_lines(corpus, *step)))
+        index = Index(tmp_path / "index")
+        if step != rows[:5]:  # the vectors miss some updates of the index
+            vector_indexing.update(index.folder / "v", index, lambda: topics, fingerprint="t")
+    store = VectorStore(index.folder / "v", index.passages.numbers, local_mesh())
+    order, _ = exact(index, QUERIES[:4], 6)
+    assert [places.tolist() for places, _ in store.search(topics.encode_queries(QUERIES[:4]), 6)] == order.tolist()
+
+
 def test_processes_share_the_passages_out(built, tmp_path):
     index, whole = built()
     for process in (1, 0):
