@@ -3,16 +3,26 @@
 Where weights, caches and activations fit on one device, weights are replicated: nothing but the adapter's gradients
 then goes over the wire. Else decoding splits heads, MLP and vocabulary (tensor) over as few devices as it takes, so
 that no weights are gathered for each token, and training splits the weights (fsdp), whose gathering a step's
-arithmetic hides.
+arithmetic hides. Both meshes are of the same devices, except that each of several processes decodes by itself.
 
 The sizes are estimates from the shapes; `roserag plan` compiles the programs and says what they really take.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from roserag_jax.distributed import hardware
+from roserag_jax.distributed.mesh import AXES, make_mesh, prefers_unstacked_layers
+from roserag_jax.inference.requests import DecoderCapacity
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import LoRAConfig
 
+SLOTS = 8  # questions decoded at a time on a device, where `generate.batch` leaves it to the memory
 _HEADROOM = 0.92  # of a device's memory; the rest is for what the estimates leave out
 
 
@@ -23,12 +33,96 @@ class Choice(NamedTuple):
     why: str
 
 
-def weight_bytes(config: ModelConfig, itemsize: int) -> int:
-    """Bytes of the frozen weights."""
+class Meshes(NamedTuple):
+    """The mesh to decode with and the one to train with, and in one line why they are so."""
+
+    decoding: Mesh
+    training: Mesh
+    why: str
+
+
+def choose_meshes(config: ConfigDict, model: ModelConfig, lora: LoRAConfig, devices: Sequence[Any]) -> Meshes:
+    """Make the meshes of a run: those that `config.mesh` says, or where all of it is 'auto' those that suit.
+
+    Args:
+      devices: of all processes; they need not be there.
+
+    Raises:
+      UserError: `config.mesh` does not make so many devices.
+    """
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    sizes = {axis: config.mesh[axis] for axis in AXES}
+    if set(sizes.values()) != {"auto"}:
+        training = decoding = _filled(sizes)
+        if len(local) < len(devices):  # a process that decodes has its own devices only, split like those of training
+            data, fsdp = (-1, 1) if training["fsdp"] == 1 else (1, -1)
+            decoding = {"data": data, "fsdp": fsdp, "tensor": training["tensor"]}
+        why = "as config.mesh says"
+    else:
+        memory = config.mesh.memory_gb * 1e9 or hardware.memory_of(devices[0])
+        train = _for_training(config, model, lora, len(devices), memory)
+        decode = _for_decoding(config, model, local, memory)
+        training, decoding = train.sizes, decode.sizes
+        why = f"training {train.why}; decoding {decode.why}"
+    meshes = make_mesh(**decoding, devices=local), make_mesh(**training, devices=devices)
+    shown = (" ".join(f"{axis}={size}" for axis, size in mesh.shape.items()) for mesh in meshes)
+    return Meshes(*meshes, "mesh for decoding {}, for training {}: {}".format(*shown, why))
+
+
+def _filled(sizes: dict[str, int | str]) -> dict[str, int]:
+    """Sizes with numbers for 'auto': the first of them takes what remains, unless another does, the others are 1."""
+    free = [axis for axis, size in sizes.items() if size == "auto"]
+    filling = free[0] if free and -1 not in sizes.values() else None
+    return {axis: (-1 if axis == filling else 1) if axis in free else size for axis, size in sizes.items()}
+
+
+def decoder_capacity(config: ConfigDict, devices: int) -> DecoderCapacity:
+    """What the decoder has to hold for `generate`, before the questions are known."""
+    generate = config.generate
+    return DecoderCapacity(
+        generate.batch or SLOTS * devices,
+        max(generate.guided_samples, generate.plain_samples, 1),
+        ((1, generate.max_tokens), (generate.max_tokens + 8, generate.answer_tokens)),
+    )
+
+
+def _for_training(config, model, lora, devices: int, memory: float | None) -> Choice:
+    train = config.train
+    return for_training(
+        model,
+        lora,
+        jnp.dtype(config.dtype).itemsize,
+        devices=devices,
+        memory=memory,
+        pairs=train.batch // train.accumulate,
+        tokens=config.prompt.max_tokens + 2 * train.max_response,
+        remat=train.remat,
+        quantized=bool(config.base_dtype),
+    )
+
+
+def _for_decoding(config, model, local: Sequence[Any], memory: float | None) -> Choice:
+    capacity, itemsize = decoder_capacity(config, len(local)), jnp.dtype(config.dtype).itemsize
+    replicated = make_mesh(data=len(local), fsdp=1, tensor=1, devices=local)
+    return for_decoding(
+        model,
+        itemsize,
+        devices=len(local),
+        memory=memory,
+        slots=capacity.slots,
+        slot_bytes=capacity.slot_bytes(model, itemsize, config.prompt.max_tokens),
+        copies=2 if prefers_unstacked_layers(replicated) else 1,
+        quantized=bool(config.base_dtype),
+    )
+
+
+def weight_bytes(config: ModelConfig, itemsize: int, quantized: bool = False) -> int:
+    """Bytes of the frozen weights, those of projections one each if they are quantized."""
     c = config
     heads = c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
     tables = c.vocab_size * c.embed_dim * (1 if c.tie_embeddings else 2)
-    return itemsize * (c.num_layers * (heads + 3 * c.embed_dim * c.mlp_dim) + tables)
+    projections = c.num_layers * (heads + 3 * c.embed_dim * c.mlp_dim)
+    return (1 if quantized else itemsize) * projections + itemsize * tables
 
 
 def adapter_bytes(config: ModelConfig, lora: LoRAConfig) -> int:
@@ -61,6 +155,7 @@ def for_training(
     pairs: int,
     tokens: int,
     remat: str,
+    quantized: bool = False,
 ) -> Choice:
     """Choose the mesh to train with.
 
@@ -69,7 +164,7 @@ def for_training(
       pairs: of a microbatch.
       tokens: of a pair, prompt and both responses.
     """
-    needs = weight_bytes(config, itemsize) + adapter_bytes(config, lora)
+    needs = weight_bytes(config, itemsize, quantized) + adapter_bytes(config, lora)
     needs += training_bytes(config, itemsize, -(-pairs // devices), tokens, remat)
     if devices == 1 or memory is None or needs <= _HEADROOM * memory:
         return Choice({"data": devices, "fsdp": 1, "tensor": 1}, _why(needs, memory, "replicated"))
@@ -77,21 +172,57 @@ def for_training(
 
 
 def for_decoding(
-    config: ModelConfig, itemsize: int, *, devices: int, memory: float | None, slots: int, slot_bytes: int
+    config: ModelConfig,
+    itemsize: int,
+    *,
+    devices: int,
+    memory: float | None,
+    slots: int,
+    slot_bytes: int,
+    copies: int = 1,
+    quantized: bool = False,
 ) -> Choice:
     """Choose the mesh to decode with.
 
     Args:
       devices: of one process; each decodes by itself.
       slots: questions at a time.
+      copies: of the weights that decoding holds.
     """
-    weights = weight_bytes(config, itemsize)
+    weights = copies * weight_bytes(config, itemsize, quantized)
     for tensor in (t for t in range(1, devices + 1) if devices % t == 0):
         needs = weights / tensor + -(-slots // (devices // tensor)) * slot_bytes
         if memory is None or needs <= _HEADROOM * memory:
             break
     how = "replicated" if tensor == 1 else f"split over {tensor} devices"
     return Choice({"data": devices // tensor, "fsdp": 1, "tensor": tensor}, _why(needs, memory, how))
+
+
+def most_questions(weights: int, mesh: Mesh, memory: float, slot_bytes: int) -> int:
+    """How many questions at a time the memory of a mesh's devices should hold beside `weights` bytes of weights."""
+    split = mesh.size // mesh.shape["data"]
+    copies = 2 if prefers_unstacked_layers(mesh) else 1
+    free = _HEADROOM * memory - copies * weights / split
+    return max(0, int(free // slot_bytes)) * mesh.size // mesh.shape["tensor"]
+
+
+def most_pairs(
+    weights: int,
+    config: ModelConfig,
+    lora: LoRAConfig,
+    itemsize: int,
+    mesh: Mesh,
+    *,
+    memory: float,
+    tokens: int,
+    remat: str,
+) -> int:
+    """How many pairs of `tokens` tokens in a microbatch the memory of a mesh's devices should hold beside weights."""
+    split = mesh.size // mesh.shape["data"]
+    free = _HEADROOM * memory - (weights + adapter_bytes(config, lora)) / split
+    bytes_of = lambda pairs: training_bytes(config, itemsize, pairs, tokens, remat)
+    each = bytes_of(2) - bytes_of(1)
+    return max(0, int((free - bytes_of(0)) // each)) * mesh.size // mesh.shape["tensor"]
 
 
 def _why(needs: float, memory: float | None, how: str) -> str:

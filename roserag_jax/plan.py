@@ -3,15 +3,17 @@
     python -m roserag_jax.plan --config configs/gemma2b.py --topology v5e:2x4 [--slices 2]
 
 Needs the extra `plan` (libtpu) and minutes, but no accelerator and no weights: of the model only `config.json` is read,
-so `config.model` may be a folder with that file alone. Prints the mesh that suits decoding and the one that suits
-training, and for the prefill of prompts, a decode step, scoring and a training step: memory per device and whether it
-fits, collectives, FLOPs and bytes, the roofline time and what bounds it, and how long it took to compile.
+so `config.model` may be a folder with that file alone. Prints the meshes that the run would have on these devices
+(`config.mesh`, by default chosen from the sizes), how many questions and pairs should fit on them, and for the prefill
+of prompts, a decode step, scoring and a training step: memory per device and whether it fits, collectives, FLOPs and
+bytes, the roofline time and what bounds it, and how long it took to compile.
 
 Shapes are the largest of the configuration: prompts of `prompt.max_tokens`, responses of `train.max_response`. The
 roofline takes the chip's published rates and no latencies; a real step takes longer. Several processes decode each by
 itself, so decoding is planned for the devices of one host.
 """
 
+import json
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,19 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
+from jax.sharding import Mesh
 
 from roserag_jax import automatic_mesh, cli
 from roserag_jax.distributed import hardware
 from roserag_jax.distributed.collectives import count_collectives
 from roserag_jax.distributed.hardware import Chip
-from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.distributed.sharding import devices, sharding, state_shardings
 from roserag_jax.errors import UserError, first_line
 from roserag_jax.hub import loading, model_files
 from roserag_jax.inference import decode_step, engine, kv_cache
 from roserag_jax.inference.decode_step import DecodeState, RequestParams
 from roserag_jax.inference.engine import bucket
-from roserag_jax.inference.requests import DecoderCapacity
 from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.models.cache import PrefixCache, SuffixCache
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig
@@ -44,7 +45,7 @@ from roserag_jax.training.train_step import TrainStep, adamw
 _TOPOLOGY = flags.DEFINE_string("topology", None, "chips to compile for, as in v5e:2x4 or v5p:2x2x2")
 _SLICES = flags.DEFINE_integer("slices", 1, "how many slices of them")
 _PROGRAMS = flags.DEFINE_list("programs", ["prefill", "decode", "score", "train"], "which to compile")
-_MESH = flags.DEFINE_enum("mesh", "best", ["best", "config"], "compile for the meshes that suit best, or config.mesh")
+_ROWS = flags.DEFINE_string("rows", None, "JSON lines file to which what was found of each program is appended")
 SCORED = 8  # responses of a prompt that are scored together
 
 
@@ -53,6 +54,7 @@ class Program(NamedTuple):
 
     name: str
     work: str
+    mesh: Mesh
     lower: Callable
     flops: float
     bytes: float
@@ -64,7 +66,7 @@ class Plan:
     def __init__(self, config, found: list):
         self.config, self.devices = config, found
         _, self.model_config = model_files.read_config(config.model, config.revision or None)
-        self.dtype = jnp.dtype(config.dtype)
+        self.dtype, self.quantized = jnp.dtype(config.dtype), bool(config.base_dtype)
         self.lora = LoRAConfig(
             config.lora.rank,
             config.lora.alpha,
@@ -72,55 +74,29 @@ class Plan:
             tuple(t for t in PROJECTIONS if t in config.lora.targets),
             config.lora.rslora,
         )
-        self.weights = automatic_mesh.weight_bytes(self.model_config, self.dtype.itemsize)
-        self.capacity = DecoderCapacity(
-            config.generate.batch,
-            max(config.generate.guided_samples, config.generate.plain_samples, 1),
-            ((1, config.generate.max_tokens), (config.generate.max_tokens + 8, config.generate.answer_tokens)),
-        )
+        self.weights = automatic_mesh.weight_bytes(self.model_config, self.dtype.itemsize, self.quantized)
+        self.meshes = automatic_mesh.choose_meshes(config, self.model_config, self.lora, found)
+        self.capacity = automatic_mesh.decoder_capacity(config, self.meshes.decoding.size)
         self.prompt_length = config.prompt.max_tokens
 
-    def meshes(self, kind: str) -> dict[str, tuple]:
-        """The mesh for decoding and the one for training, each with the reason.
-
-        Args:
-          kind: 'best', or 'config' for `config.mesh`.
-        """
-        first = self.devices[0]
-        local = [device for device in self.devices if device.process_index == first.process_index]
-        if kind == "config":
-            mesh = self.config.mesh
-            data, fsdp = (-1, 1) if mesh.fsdp == 1 else (1, -1)  # as several processes do
-            decoding = {"data": data, "fsdp": fsdp, "tensor": mesh.tensor}
-            decoding = dict(mesh) if len(local) == len(self.devices) else decoding
-            return {
-                "decoding": (make_mesh(**decoding, devices=local), "config.mesh"),
-                "training": (make_mesh(**mesh, devices=self.devices), "config.mesh"),
-            }
-        memory, itemsize = hardware.memory_of(first), self.dtype.itemsize
-        slot = self.capacity.slot_bytes(self.model_config, itemsize, self.prompt_length)
-        decoding = automatic_mesh.for_decoding(
-            self.model_config, itemsize, devices=len(local), memory=memory, slots=self.capacity.slots, slot_bytes=slot
+    def limits(self, memory: float) -> str:
+        """Describe how many questions and pairs the memory of a device should hold, estimated."""
+        c, itemsize, train = self.model_config, self.dtype.itemsize, self.config.train
+        decoding, training = self.meshes.decoding, self.meshes.training
+        slot = self.capacity.slot_bytes(c, itemsize, self.prompt_length)
+        questions = automatic_mesh.most_questions(self.weights, decoding, memory, slot)
+        tokens = self.prompt_length + 2 * train.max_response
+        pairs = automatic_mesh.most_pairs(
+            self.weights, c, self.lora, itemsize, training, memory=memory, tokens=tokens, remat=train.remat
         )
-        train = self.config.train
-        training = automatic_mesh.for_training(
-            self.model_config,
-            self.lora,
-            itemsize,
-            devices=len(self.devices),
-            memory=memory,
-            pairs=train.batch // train.accumulate,
-            tokens=self.prompt_length + 2 * train.max_response,
-            remat=train.remat,
+        return (
+            f"estimated to fit: {questions} questions x {self.capacity.branches} samples at a time "
+            f"(generate.batch), {pairs} pairs in a microbatch (train.batch / train.accumulate)"
         )
-        return {
-            "decoding": (make_mesh(**decoding.sizes, devices=local), decoding.why),
-            "training": (make_mesh(**training.sizes, devices=self.devices), training.why),
-        }
 
-    def programs(self, meshes: dict) -> list[Program]:
+    def programs(self) -> list[Program]:
         """The programs that were asked for."""
-        decoding, training = meshes["decoding"][0], meshes["training"][0]
+        decoding, training, _ = self.meshes
         made = {
             "prefill": lambda: self._prefill(decoding),
             "decode": lambda: self._decode(decoding),
@@ -131,7 +107,7 @@ class Plan:
 
     def _network(self, mesh):
         """The frozen network as its graph and the shapes of its weights, laid over a mesh."""
-        graph, state = nnx.split(loading.abstract_model(self.model_config, LoRAConfig(), self.dtype))
+        graph, state = nnx.split(loading.abstract_model(self.model_config, LoRAConfig(), self.dtype, self.quantized))
         shape = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         return graph, jax.tree.map(shape, state, state_shardings(state, mesh))
 
@@ -144,7 +120,7 @@ class Plan:
         c = self.model_config
         tables = c.vocab_size * c.embed_dim * (1 if c.tie_embeddings else 2)
         attention = 4 * keys * c.num_layers * c.num_heads * c.head_dim
-        return tokens * (2 * (self.weights / self.dtype.itemsize - tables) + attention)
+        return tokens * (2 * (automatic_mesh.weight_bytes(c, 1) - tables) + attention)
 
     def _cache_bytes(self, tokens: float) -> float:
         c = self.model_config
@@ -166,7 +142,7 @@ class Plan:
         tokens, lengths = self._array(mesh, (X, P), np.int32), self._array(mesh, (X,), np.int32)
         lower = lambda: engine._prefill.lower(graph, weights, tokens, lengths)
         work = f"{X} prompts of {P} tokens"
-        return Program("prefill", work, lower, self._forward(X * P, P / 2), self._weights_read(mesh))
+        return Program("prefill", work, mesh, lower, self._forward(X * P, P / 2), self._weights_read(mesh))
 
     def _weights_read(self, mesh) -> float:
         """Bytes of weights that all devices read: once by each group that has all of them."""
@@ -210,7 +186,7 @@ class Plan:
         )
         flops = self._forward(B * N, self.prompt_length + M / 2) + 2 * B * N * c.vocab_size * c.embed_dim
         read = self._weights_read(mesh) + self._cache_bytes(B * (self.prompt_length + N * M / 2))
-        return Program("decode step", f"{B} questions x {N} samples", lower, flops, read)
+        return Program("decode step", f"{B} questions x {N} samples", mesh, lower, flops, read)
 
     def _score(self, mesh) -> Program:
         X, S = devices("batch", mesh), bucket(self.config.generate.max_tokens)
@@ -220,11 +196,12 @@ class Plan:
         lower = lambda: engine._score.lower(graph, weights, cache, tokens, tokens)
         flops = self._forward(X * SCORED * S, self.prompt_length + S / 2)
         flops += 2 * X * SCORED * S * self.model_config.vocab_size * self.model_config.embed_dim
-        return Program("scoring", f"{X} prompts x {SCORED} responses of {S}", lower, flops, self._weights_read(mesh))
+        work = f"{X} prompts x {SCORED} responses of {S}"
+        return Program("scoring", work, mesh, lower, flops, self._weights_read(mesh))
 
     def _train(self, mesh) -> Program:
         train, c = self.config.train, self.model_config
-        model = loading.abstract_model(c, self.lora, self.dtype)
+        model = loading.abstract_model(c, self.lora, self.dtype, self.quantized)
         step = TrainStep(
             model,
             mesh,
@@ -244,43 +221,59 @@ class Plan:
         passes = 3 * train.accumulate  # forward, its recomputation, backward
         read = passes * self._weights_read(mesh)
         work = f"{B} pairs of {P} + 2 x {S} tokens"
-        return Program("training step", work, lambda: step.lower(batch), step.flops(batch), read)
+        return Program("training step", work, mesh, lambda: step.lower(batch), step.flops(batch), read)
 
 
-def report(program: Program, mesh, chip: Chip) -> str:
-    """Compile a program and describe it in a few lines."""
-    start = time.monotonic()
+def measure(program: Program, chip: Chip) -> dict:
+    """Compile a program and return what it takes, by name; times in seconds, sizes in bytes, of one device."""
+    n, start = program.mesh.size, time.monotonic()
+    row = {"program": program.name, "work": program.work, "mesh": dict(program.mesh.shape), "chip": chip.name}
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(program.mesh):
             compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
             raise
-        return f"{program.name} ({program.work}): DOES NOT FIT. {first_line(error)[:300]}"
-    seconds, memory, n = time.monotonic() - start, compiled.memory_analysis(), mesh.size
-    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = arguments + temporary + results
+        return row | {"refused": first_line(error)[:300]}
+    seconds, memory = time.monotonic() - start, compiled.memory_analysis()
     traffic = count_collectives(compiled.as_text())
     wire = sum(kind.bytes for kind in traffic.values())
-    times = {
-        "arithmetic": program.flops / n / chip.flops,
-        "memory": program.bytes / n / chip.bandwidth,
-        "wire": wire / chip.links,
+    return row | {
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "collectives": {kind: tuple(each) for kind, each in sorted(traffic.items())},
+        "flops": program.flops / n,
+        "read": program.bytes / n,
+        "sent": wire,
+        "times": {
+            "arithmetic": program.flops / n / chip.flops,
+            "memory": program.bytes / n / chip.bandwidth,
+            "wire": wire / chip.links,
+        },
+        "compile_seconds": seconds,
     }
-    bound = max(times, key=times.get)
-    sent = ", ".join(f"{kind} {t.count} x, {_size(t.bytes)}" for kind, t in sorted(traffic.items())) or "none"
+
+
+def describe(row: dict, chip: Chip) -> str:
+    """Describe what `measure` found in a few lines."""
+    title = f"{row['program']} ({row['work']})"
+    if "refused" in row:
+        return f"{title}: DOES NOT FIT. {row['refused']}"
+    total, times = row["arguments"] + row["temporary"] + row["results"], row["times"]
     fits = "fits" if total < chip.memory else "DOES NOT FIT"
+    bound = max(times, key=times.get)
+    sent = ", ".join(f"{kind} {count} x, {_size(size)}" for kind, (count, size) in row["collectives"].items())
     lines = [
-        f"{program.name} ({program.work})",
-        f"memory per device  {_size(total)} of {_size(chip.memory)} ({fits}): arguments {_size(arguments)}, temporary "
-        f"{_size(temporary)}, results {_size(results)}",
-        f"collectives        {sent}",
-        f"per device         {program.flops / n / 1e9:.4g} GFLOPs, at least {_size(program.bytes / n)} read, "
-        f"{_size(wire)} sent",
+        title,
+        f"memory per device  {_size(total)} of {_size(chip.memory)} ({fits}): arguments "
+        f"{_size(row['arguments'])}, temporary {_size(row['temporary'])}, results {_size(row['results'])}",
+        f"collectives        {sent or 'none'}",
+        f"per device         {row['flops'] / 1e9:.4g} GFLOPs, at least {_size(row['read'])} read, "
+        f"{_size(row['sent'])} sent",
         f"roofline           {1e3 * times[bound]:.3g} ms, bound by {bound} "
         f"({', '.join(f'{kind} {1e3 * t:.3g}' for kind, t in times.items())})",
-        f"compiled in        {seconds:.0f} s",
+        f"compiled in        {row['compile_seconds']:.0f} s",
     ]
     return "\n  ".join(lines)
 
@@ -304,14 +297,14 @@ def run(config) -> None:
         raise UserError(f"--topology={_TOPOLOGY.value}: the rates of a {found[0].device_kind!r} are not known.")
     plan = Plan(config, found)
     print(f"{config.model} in {config.dtype} on {len(found)} x {chip.name}: weights {plan.weights / 1e9:.2f} GB")
-    meshes = plan.meshes(_MESH.value)
-    for name, (mesh, why) in meshes.items():
-        set_by = " ".join(f"--config.mesh.{axis}={size}" for axis, size in mesh.shape.items())
-        print(f"mesh for {name}: {set_by} ({why})")
-    for program in plan.programs(meshes):
-        print(
-            report(program, meshes["training" if program.name == "training step" else "decoding"][0], chip), flush=True
-        )
+    print(f"{plan.meshes.why}\n{plan.limits(config.mesh.memory_gb * 1e9 or chip.memory)}", flush=True)
+    for program in plan.programs():
+        row = measure(program, chip)
+        print(describe(row, chip), flush=True)
+        if _ROWS.value:
+            with open(_ROWS.value, "a", encoding="utf-8") as file:
+                about = {"model": config.model, "topology": _TOPOLOGY.value, "slices": _SLICES.value}
+                file.write(json.dumps(about | row) + "\n")
 
 
 if __name__ == "__main__":

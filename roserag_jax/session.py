@@ -1,5 +1,6 @@
 """The model of a configuration, loaded once and only when a stage asks for it, and the adapter to use with it."""
 
+import copy
 import functools
 import hashlib
 import sys
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax import automatic_mesh
+from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
 from roserag_jax.hub import loading, model_files, peft_adapter, tokenizer
 from roserag_jax.inference.engine import Engine
@@ -56,27 +58,30 @@ class Session:
         return found
 
     @functools.cached_property
+    def meshes(self) -> automatic_mesh.Meshes:
+        """The meshes to decode and to train with; prints why they are so, where there is a choice."""
+        meshes = automatic_mesh.choose_meshes(self.config, self.source.config, self.lora, jax.devices())
+        if meshes.training.size > 1 and processes.is_main():
+            print(meshes.why)
+        return meshes
+
+    @functools.cached_property
     def mesh(self):
-        """The mesh over all devices."""
-        return make_mesh(**self.config.mesh)
+        """The mesh over all devices, to train with."""
+        return self.meshes.training
 
     @functools.cached_property
     def decoding_session(self) -> "Session":
-        """The session to decode with: this one, or with several processes one over this process's devices alone.
+        """The session to decode with: this one, or one with another mesh, which has the weights while it needs them.
 
-        They decode different questions, so they must not run in step; the weights are then loaded once more.
+        Several processes decode different questions, so they must not run in step: each has a mesh of its own devices.
         """
-        if jax.process_count() == 1:
+        if self.meshes.decoding == self.mesh:
             return self
-        session = Session(self.config)
-        mesh = self.config.mesh
-        data, fsdp = (-1, 1) if mesh.fsdp == 1 else (1, -1)  # replicated here too, where training replicates
-        session.mesh = make_mesh(data, fsdp, mesh.tensor, jax.local_devices())
+        session = copy.copy(self)
+        session._frozen, session.mesh = self._frozen, self.meshes.decoding
+        session.decoding_session = session
         return session
-
-    def free_decoding_session(self) -> None:
-        """Drop the weights that `decoding_session` holds beside this session's, before training needs the memory."""
-        self.__dict__.pop("decoding_session", None)
 
     @functools.cached_property
     def dtype(self):
@@ -86,9 +91,23 @@ class Session:
         return jnp.dtype(self.config.dtype)
 
     @functools.cached_property
+    def _frozen(self) -> dict:
+        """The frozen weights and the mesh that they are on, for this session and the one to decode with."""
+        return {"mesh": None, "base": None}
+
+    @property
     def base(self):
-        """The frozen weights on the mesh."""
-        return loading.load_base(self.source, self.dtype, self.mesh, quantized=bool(self.config.base_dtype))
+        """The frozen weights on the mesh.
+
+        Where they are on another one they move here, and arrays of theirs that somebody still has are lost.
+        """
+        frozen = self._frozen
+        if frozen["mesh"] != self.mesh:
+            base = frozen["base"] and loading.move_base(frozen["base"], self.mesh)
+            frozen["base"] = None  # before they are loaded once more, where they cannot move
+            frozen["base"] = base or loading.load_base(self.source, self.dtype, self.mesh, bool(self.config.base_dtype))
+            frozen["mesh"] = self.mesh
+        return frozen["base"]
 
     @functools.cached_property
     def lora(self) -> LoRAConfig:
@@ -135,6 +154,8 @@ class Session:
 
     def engine(self, adapter: epath.Path | None = None) -> Engine:
         """An engine over `model(adapter)`, the adapter merged into the weights if the configuration says so."""
+        if self.decoding_session is not self:
+            return self.decoding_session.engine(adapter)
         model = self.model(adapter)
         if adapter is not None and self.config.merge:
             model = loading.merge_adapter(model)

@@ -58,14 +58,13 @@ def make(session: Session, workdir: Workdir) -> None:
     if workdir.is_up_to_date(ADAPTER, wanted):
         return
     training, held = _pairs(session, workdir)
-    session.free_decoding_session()
     stream = Stream(training, batch=train.batch, pad_id=session.pad_id, epochs=train.epochs, seed=config.seed)
     step = _train_step(session, stream)
     _print_plan(session, stream, held)
 
     # The same run whichever of its checkpoints is wanted in the end.
     run_options = {k: v for k, v in wanted.options.items() if k not in ("train.keep", *_EVALUATION)}
-    fingerprint = Recipe(run_options, wanted.inputs).fingerprint(mesh=config.mesh.to_dict())
+    fingerprint = Recipe(run_options, wanted.inputs).fingerprint()
     folder = workdir / "checkpoints" / fingerprint
     log = TrainingLog(workdir, folder, wandb=train.wandb, options=config.to_dict())
     with contextlib.ExitStack() as stack:

@@ -40,9 +40,9 @@ class Recipe(NamedTuple):
     options: dict
     inputs: dict[str, str]
 
-    def fingerprint(self, **layout) -> str:
-        """Sixteen hex digits over everything, and over what shapes the work but not the result (`layout`)."""
-        text = json.dumps([self.options, self.inputs, layout], sort_keys=True, default=list)
+    def fingerprint(self) -> str:
+        """Sixteen hex digits over everything."""
+        text = json.dumps([self.options, self.inputs], sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

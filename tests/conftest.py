@@ -46,7 +46,7 @@ def _modules_with_arrays() -> list[str]:
 
 install_import_hook(_modules_with_arrays(), "conftest.typechecked")
 
-from roserag_jax import generate, options, session, train
+from roserag_jax import automatic_mesh, generate, options, train
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.hub import gguf, loading, model_files
 from roserag_jax.inference.engine import Engine
@@ -463,7 +463,7 @@ def stop_when(process, seen, how):
 def alone():
     """For tests about files: one device compiles faster."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+        patch.setattr(automatic_mesh, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
         yield
 
 

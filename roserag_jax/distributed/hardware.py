@@ -25,9 +25,11 @@ class Chip(NamedTuple):
     links: float
 
 
-# By the beginning of `device_kind`, the longer first. TPU memory is what XLA lets a program have.
+# By the beginning of `device_kind`, the longer first. TPU memory is what XLA lets a program have. The topologies of
+# libtpu have both cores of a TPU v4 as devices; on the machines themselves JAX shows the chip as one.
 _CHIPS = {
     "TPU v5 lite": Chip("TPU v5e", 15.75 * 2**30, 819 * GB, 197e12, 100 * GB),
+    "TPU v4": Chip("TPU v4 core", 15.25 * 2**30, 614 * GB, 137.5e12, 75 * GB),
     "TPU v6 lite": Chip("TPU v6e", 31.25 * 2**30, 1640 * GB, 918e12, 224 * GB),
     "TPU v5": Chip("TPU v5p", 95.74 * 2**30, 2765 * GB, 459e12, 300 * GB),
 }
@@ -60,6 +62,8 @@ def topology(name: str, slices: int = 1) -> list:
     """
     from jax.experimental import topologies
 
+    if name.startswith("gpu"):
+        raise UserError(f"--topology={name}: only TPUs can be compiled for without being there.")
     # libtpu would look for the machine that it is on, and lets one process at a time use its chips.
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),

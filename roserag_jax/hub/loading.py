@@ -87,6 +87,26 @@ def load_base(source: ModelFiles, dtype, mesh: Mesh, quantized: bool = False) ->
     return nnx.from_flat_state(filled)
 
 
+def move_base(base: nnx.State, mesh: Mesh) -> nnx.State | None:
+    """Lay frozen parameters over another mesh; the arrays that they were are given up.
+
+    Returns:
+      None where that takes other processes: between the devices of one and those of all, unless every device holds all.
+    """
+    shardings = state_shardings(base, mesh)
+    old, new = jax.tree.leaves(base), jax.tree.leaves(shardings)
+    if old[0].sharding.device_set == new[0].device_set:
+        return jax.device_put(base, shardings, donate=True)
+    if not all(leaf.sharding.is_fully_replicated for leaf in old) or not all(each.is_fully_replicated for each in new):
+        return None
+
+    def of_own_copies(leaf, sharding):
+        copies = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+    return jax.tree.map(of_own_copies, base, shardings)
+
+
 def _check_tensors(source: ModelFiles, wanted: list[tuple[str, tuple[int, ...]]]) -> dict[str, str]:
     """Compare names and shapes before anything is placed.
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from roserag_jax.errors import UserError
 from roserag_jax.options.data import DATA
@@ -36,8 +36,12 @@ OPTIONS: dict[str, dict[str, Option] | Option] = GENERAL | {
 
 def defaults() -> ConfigDict:
     """A locked `ConfigDict` of all options at their defaults; configuration files start from it."""
+
+    def value(option):
+        return FieldReference(option.default, field_type=option.value_type) if option.value_type else option.default
+
     tree = {
-        name: {k: option.default for k, option in entry.items()} if isinstance(entry, dict) else entry.default
+        name: {k: value(option) for k, option in entry.items()} if isinstance(entry, dict) else value(entry)
         for name, entry in OPTIONS.items()
     }
     return ConfigDict(tree).lock()

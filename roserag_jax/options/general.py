@@ -46,14 +46,39 @@ GENERAL = {
     "merge": Option(False, "merge the adapter into a copy of the weights before decoding: faster, for more memory"),
 }
 
+
+def _mesh_axis(value) -> str | None:
+    whole = isinstance(value, int) and not isinstance(value, bool) and (value > 0 or value == -1)
+    return None if whole or value == "auto" else "'auto', a number of devices, or -1 for all that remain"
+
+
 MESH = {
     "data": Option(
-        -1, "number of devices over which batches are split and weights are replicated; -1 takes all that remain"
+        "auto",
+        "number of devices over which batches are split and weights are replicated; where all three are 'auto', the "
+        "mesh follows from the model's size and the devices' memory, one for decoding and one for training; beside a "
+        "number, the first 'auto' takes the devices that remain",
+        check=_mesh_axis,
+        value_type=object,
     ),
     "fsdp": Option(
-        1, "number of devices over which batches and weights are split: for weights that do not fit on one (-1, data=1)"
+        "auto",
+        "number of devices over which batches and weights are split: for weights that do not fit on one",
+        check=_mesh_axis,
+        value_type=object,
     ),
-    "tensor": Option(1, "number of devices over which heads, MLP and vocabulary are split"),
+    "tensor": Option(
+        "auto",
+        "number of devices over which heads, MLP and vocabulary are split",
+        check=_mesh_axis,
+        value_type=object,
+    ),
+    "memory_gb": Option(
+        0.0,
+        "memory of a device that the automatic mesh counts on; 0.0 is what the device has (that of a CPU is not known: "
+        "weights are then replicated)",
+        at_least=0,
+    ),
 }
 
 

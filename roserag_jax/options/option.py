@@ -20,6 +20,7 @@ class Option(NamedTuple):
 
     Args:
       check: returns what is wrong with a value by itself, or None.
+      value_type: where values need not have the type of the default, theirs; `check` then looks at it.
     """
 
     default: Any
@@ -30,6 +31,7 @@ class Option(NamedTuple):
     above: float | None = None
     below: float | None = None
     check: Callable[[Any], str | None] | None = None
+    value_type: Any = None
 
     def fault(self, value: Any) -> str | None:
         """What is wrong with a value, as a phrase; None if it is allowed."""

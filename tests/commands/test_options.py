@@ -38,6 +38,8 @@ def test_options_of_every_configuration_are_valid(name):
         ({"generate.top_p": 0.0}, "config.generate.top_p=0.0: must be more than 0"),
         ({"lora.dropout": 1.0}, "config.lora.dropout=1.0: must be less than 1"),
         ({"seed": 2**32}, "config.seed=4294967296: must be at most 4294967295"),
+        ({"mesh.fsdp": 0}, "config.mesh.fsdp=0: 'auto', a number of devices, or -1"),
+        ({"mesh.data": "all"}, "config.mesh.data='all': 'auto', a number of devices, or -1"),
         ({"prompt.examples": 3}, "config.prompt.examples=3: must be at most 2"),
         ({"prompt.stop": ("",)}, "config.prompt.stop=('',): a tuple of texts"),
         ({"lora.targets": ("q_proj", "x")}, "['x'] unknown; known: q_proj"),

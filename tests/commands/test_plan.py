@@ -103,11 +103,11 @@ def plan(model_folder, *arguments):
 def test_programs_are_compiled_for_tpus(model_folder):
     done = plan(model_folder, "--topology=v5e:2x2", "--programs=decode,train")
     assert done.returncode == 0, done.stderr
-    assert "mesh for training: --config.mesh.data=4 --config.mesh.fsdp=1 --config.mesh.tensor=1" in done.stdout
+    assert "mesh for decoding data=4 fsdp=1 tensor=1, for training data=4 fsdp=1 tensor=1: " in done.stdout
     decode, train = done.stdout.split("decode step")[1].split("training step")
     # Replicated weights: a decode step sends no arrays, a training step the adapter's gradients.
     assert "all-gather" not in decode and "all-reduce" in train and "(fits)" in decode and "(fits)" in train
-    done = plan(model_folder, "--topology=v5e:2x2", "--programs=decode", "--mesh=config", *FSDP)
+    done = plan(model_folder, "--topology=v5e:2x2", "--programs=decode", *FSDP)
     assert "all-gather" in done.stdout.split("decode step")[1]  # the weights, for each token
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from roserag_jax import session, train
+from roserag_jax import automatic_mesh, train
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.errors import UserError
 from roserag_jax.workdir import Workdir, digest
@@ -42,10 +42,14 @@ def test_train_writes_every_artifact_and_keeps_it_the_second_time(finished, caps
 
 
 @pytest.mark.slow
-def test_train_on_eight_devices_makes_the_same(finished, config_of, questions, monkeypatch):
-    """The whole path on a mesh of eight: the same candidates and pairs, the same answers before and after."""
-    monkeypatch.setattr(session, "make_mesh", make_mesh)
-    config = config_of(questions, **{"mesh.fsdp": 4, "mesh.tensor": 2})
+@pytest.mark.parametrize("mesh", [{"mesh.fsdp": 4, "mesh.tensor": 2}, {"mesh.memory_gb": 1e-4}], ids=["told", "auto"])
+def test_train_on_eight_devices_makes_the_same(mesh, finished, config_of, questions, monkeypatch):
+    """The whole path on a mesh of eight: the same candidates and pairs, the same answers before and after.
+
+    With the automatic mesh of devices with too little memory, decoding is in tensor and training in fsdp.
+    """
+    monkeypatch.setattr(automatic_mesh, "make_mesh", make_mesh)
+    config = config_of(questions, **mesh)
     train.run(config)
     ours, theirs = Workdir(config.workdir), Workdir(finished.workdir)
     texts = lambda work: [(p["id"], p["chosen"], p["rejected"]) for p in work.rows("pairs.jsonl")]

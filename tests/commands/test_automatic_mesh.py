@@ -1,0 +1,62 @@
+"""The meshes of a run: those that it is told, those that suit, and weights that move from one to the other."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import LORA
+
+from roserag_jax import automatic_mesh, options
+from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.errors import UserError
+from roserag_jax.hub import loading
+from roserag_jax.session import Session
+
+REPLICATED = {"data": 8, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "decoding", "training"),
+    [
+        ({}, REPLICATED, REPLICATED),  # the memory of a CPU is not known
+        ({"memory_gb": 1.0}, REPLICATED, REPLICATED),
+        ({"memory_gb": 1e-4}, {"data": 1, "fsdp": 1, "tensor": 8}, {"data": 1, "fsdp": 8, "tensor": 1}),
+        ({"fsdp": 4}, {"data": 2, "fsdp": 4, "tensor": 1}, {"data": 2, "fsdp": 4, "tensor": 1}),
+        ({"fsdp": -1, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}, {"data": 1, "fsdp": 4, "tensor": 2}),
+        ({"data": 2, "memory_gb": 1e-4}, {"data": 2, "fsdp": 4, "tensor": 1}, {"data": 2, "fsdp": 4, "tensor": 1}),
+    ],
+    ids=str,
+)
+def test_choose_meshes(mesh, decoding, training, tiny_llama, monkeypatch):
+    """Weights are replicated where they fit, and numbers of the user's always hold; the reason is one line."""
+    monkeypatch.setattr(automatic_mesh, "make_mesh", make_mesh)
+    config = options.defaults()
+    config.mesh.update(mesh)
+    found = automatic_mesh.choose_meshes(config, tiny_llama[0].config, LORA, jax.devices())
+    assert (dict(found.decoding.shape), dict(found.training.shape)) == (decoding, training)
+    assert found.why.startswith("mesh for decoding data=") and "\n" not in found.why
+
+
+def test_choose_meshes_refuses_numbers_that_do_not_fit(tiny_llama, monkeypatch):
+    monkeypatch.setattr(automatic_mesh, "make_mesh", make_mesh)
+    config = options.defaults()
+    config.mesh.tensor = 3
+    with pytest.raises(UserError, match="config.mesh: data=-1 x fsdp=1 x tensor=3 does not make 8 devices"):
+        automatic_mesh.choose_meshes(config, tiny_llama[0].config, LORA, jax.devices())
+
+
+def test_weights_are_loaded_once_and_move_between_meshes(config_of, monkeypatch, capsys):
+    """Decoding in tensor, training in fsdp, and decoding again: the same scores, the same weights to the bit."""
+    monkeypatch.setattr(automatic_mesh, "make_mesh", make_mesh)
+    loads, load = [], loading.load_base
+    monkeypatch.setattr(loading, "load_base", lambda *given: loads.append(given) or load(*given))
+    run, alone = Session(config_of(**{"mesh.memory_gb": 1e-4})), Session(config_of(**{"mesh.data": 8}))
+    prompt, response = [list(b"Which one?")], [[list(b"So. Answer: b")]]
+    scores = lambda session: session.engine().score(session.engine().prefill(prompt), prompt, response, 16)
+    expected = scores(alone)
+    np.testing.assert_allclose(scores(run), expected, atol=1e-4)
+    weights = lambda session: jax.tree.leaves(jax.tree.map(np.asarray, session.base))
+    jax.tree.map(np.testing.assert_array_equal, weights(run), weights(alone))
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(run.base)} == {run.mesh}
+    np.testing.assert_allclose(scores(run), expected, atol=1e-4)
+    assert len(loads) == 2  # one of each session
+    assert "mesh for decoding data=1 fsdp=1 tensor=8, for training data=1 fsdp=8 tensor=1: " in capsys.readouterr().out
