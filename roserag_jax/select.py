@@ -13,8 +13,8 @@ from roserag_jax.distributed import processes
 from roserag_jax.hub import model_files, tokenizer
 from roserag_jax.hub.reward_model import RewardModelFolder
 from roserag_jax.inputs import input_digest
-from roserag_jax.preference import labels, pairs, selection
-from roserag_jax.preference.rewards import RewardModel, read_scores
+from roserag_jax.preference import labels, pairs, rewards, selection
+from roserag_jax.preference.rewards import RewardModel
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers
 from roserag_jax.rag.prompts import PromptBuilder
@@ -74,8 +74,8 @@ def _make_rewards(session: Session, workdir: Workdir) -> None:
         texts = [builder.conversations(questions[row["id"]], responses(row)) for row in rows]
         groups = [[*map(model.tokens, of_question)] for of_question in texts]
         with processes.watched():
-            for number, rewards in model.rewards(groups, config.evaluate.batch, missing):
-                partial.add({"id": rows[number]["id"], "rewards": rewards})
+            for number, found in model.rewards(groups, config.evaluate.batch, missing):
+                partial.add({"id": rows[number]["id"], "rewards": found})
                 processes.step()
                 progress.update(len(partial.done))
     results = partial.gather()
@@ -83,15 +83,6 @@ def _make_rewards(session: Session, workdir: Workdir) -> None:
         if processes.is_main():
             workdir.publish(REWARDS, wanted, to_jsonl(results), len(results))
             partial.clear()
-
-
-def _with_rewards(config, workdir: Workdir, rows: list[dict]) -> list[dict]:
-    """Rows of candidates with the rewards that they are judged by, if they are."""
-    if config.select.labels == "scores":
-        return labels.with_rewards(rows, read_scores(config.select.scores, rows))
-    if config.select.labels == "reward":
-        return labels.with_rewards(rows, [row["rewards"] for row in workdir.rows(REWARDS)])
-    return rows
 
 
 def _make(session: Session, workdir: Workdir) -> None:
@@ -103,7 +94,7 @@ def _make(session: Session, workdir: Workdir) -> None:
         workdir.publish(PAIRS, wanted, to_jsonl(rows), len(rows))
         print(f"{PAIRS}: {len(rows)} ready-made pairs\n{selection.lengths(rows)}")
         return
-    rows = _with_rewards(config, workdir, workdir.rows(CANDIDATES))
+    rows = rewards.joined(config.select, workdir, workdir.rows(CANDIDATES))
     shown = {row["id"]: row.get("contexts", [])[: config.prompt.passages] for row in workdir.rows(RETRIEVED["train"])}
     measure = answers.Measure(config.evaluate.metric, config.data.language)
     if not labels.LABELS[config.select.labels].hint:

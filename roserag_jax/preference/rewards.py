@@ -20,9 +20,11 @@ from roserag_jax.hub import loading
 from roserag_jax.hub.reward_model import RewardModelFolder
 from roserag_jax.inference.engine import Engine, bucket, pad
 from roserag_jax.models.cache import PrefixCache
+from roserag_jax.preference import labels
 from roserag_jax.rag.files import read_rows
 from roserag_jax.rag.layouts import as_number, as_text
 from roserag_jax.rag.prompts import prompt_tokens
+from roserag_jax.workdir import REWARDS, Workdir
 
 
 class RewardModel:
@@ -130,3 +132,16 @@ def read_scores(path: str, rows: list[dict]) -> list[list[float | None]]:
         raise UserError(f"config.select.scores={path}: no row is of a question in candidates.jsonl.")
     print(f"{path}: scores of {matched} of {total} candidates; {unknown} rows for other questions.")
     return [found[row["id"]] for row in rows]
+
+
+def joined(options, workdir: Workdir, rows: list[dict]) -> list[dict]:
+    """Rows of candidates with the rewards that they are judged by, where they are.
+
+    Args:
+      options: `config.select`.
+    """
+    if options.labels == "scores":
+        return labels.with_rewards(rows, read_scores(options.scores, rows))
+    if options.labels == "reward":
+        return labels.with_rewards(rows, [row["rewards"] for row in workdir.rows(REWARDS)])
+    return rows
