@@ -2,8 +2,7 @@
 
 from roserag_jax.options.option import Faults, Option, together
 from roserag_jax.rag.corpora import CHUNK_TITLES
-from roserag_jax.retrieval import codec, registry
-from roserag_jax.retrieval.dense import POOLINGS
+from roserag_jax.retrieval import registry
 from roserag_jax.retrieval.registry import RETRIEVERS
 
 
@@ -58,7 +57,7 @@ RETRIEVE = {
         "auto",
         "how the sentence encoder's hidden states become one vector: their mean, or the first (cls); auto is what its "
         "files say, else the mean",
-        ("auto", *POOLINGS),
+        ("auto", *registry.POOLINGS),
     ),
     "query_prefix": Option(
         "auto",
@@ -69,7 +68,7 @@ RETRIEVE = {
         0,
         "bits of a dimension that vectors are compressed to, beside a centroid; 0 keeps them in float16; for "
         + registry.users("bits"),
-        (0, *codec.BITS),
+        (0, *registry.BITS),
     ),
     "probe": Option(
         0,
@@ -104,7 +103,7 @@ def _retriever_has_its_source(config) -> Faults:
 @together
 def _only_compressed_vectors_have_centroids(config) -> Faults:
     if config.retrieve.probe and not config.retrieve.bits:
-        yield "retrieve.probe", f"needs compressed vectors; set config.retrieve.bits to one of {codec.BITS}"
+        yield "retrieve.probe", f"needs compressed vectors; set config.retrieve.bits to one of {registry.BITS}"
 
 
 @together

@@ -12,8 +12,8 @@ from jaxtyping import Int
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.models.bert import Bert
 
-LENGTHS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-BATCH_TOKENS = {"cpu": 1 << 12}  # of a device; more are no faster there
+LENGTHS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 192, 224, 256, 320, 384, 448, 512)
+BATCH_TOKENS = {"cpu": 1 << 10}  # of a device; more do not stay in its caches
 _BATCH_TOKENS_ELSEWHERE = 1 << 15
 
 

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from roserag_jax.retrieval.colbert import normalize
 
-BITS = (1, 2, 4)
 _ITERATIONS = 8
 _CHUNK = 1 << 13  # vectors compared with all centroids at once
 

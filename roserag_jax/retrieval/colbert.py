@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -23,6 +24,8 @@ from roserag_jax.hub.json_files import Fields, read_json_object
 from roserag_jax.retrieval.batches import BatchEncoder
 
 PADDED = -9999.0  # the similarity of what is no piece of the passage
+_SIMILARITIES = {"cpu": 1 << 19}  # computed at once
+_SIMILARITIES_ELSEWHERE = 1 << 26
 
 
 class Settings(NamedTuple):
@@ -171,11 +174,19 @@ def passage_text(passage: dict) -> str:
 def maxsim(
     queries: Float[Array, "Q W1 Z"], passages: Float[Array, "R W2 Z"], kept: Bool[Array, "R W2"]
 ) -> Float[Array, "Q R"]:
-    """Score every passage for every query by MaxSim."""
-    (Q, pieces, _), (R, W, _) = queries.shape, passages.shape
-    flat = passages.astype(jnp.float32).reshape(R * W, -1)
-    similar = (queries.reshape(Q * pieces, -1) @ flat.T).reshape(Q, pieces, R, W)
-    return jnp.where(kept, similar, PADDED).max(axis=-1).sum(axis=1)
+    """Score every passage for every query by MaxSim.
+
+    A few passages at a time: the similarities of all would not stay in a cache, and take three times as long on a CPU.
+    """
+    (Q, pieces, Z), W = queries.shape, passages.shape[1]
+
+    def score(passage):
+        vectors, kept = passage
+        similar = queries.reshape(Q * pieces, Z) @ vectors.astype(jnp.float32).T
+        return jnp.where(kept, similar, PADDED).max(axis=-1).reshape(Q, pieces).sum(axis=1)
+
+    at_once = _SIMILARITIES.get(jax.default_backend(), _SIMILARITIES_ELSEWHERE) // (Q * pieces * W)
+    return jax.lax.map(score, (passages, kept), batch_size=max(1, at_once)).T
 
 
 def pad(vectors: Sequence[np.ndarray], length: int | None = None) -> tuple[np.ndarray, Int[np.ndarray, "R"]]:

@@ -19,8 +19,6 @@ from roserag_jax.rag.files import read_json
 from roserag_jax.retrieval.batches import BatchEncoder
 from roserag_jax.retrieval.colbert import normalize
 
-POOLINGS = ("mean", "cls")
-
 
 class Settings(NamedTuple):
     """How a sentence encoder was trained to read its texts.

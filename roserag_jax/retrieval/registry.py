@@ -1,21 +1,14 @@
-"""The retrievers that `config.retrieve.retriever` names. To add one, write its class and add an entry."""
+"""The retrievers that `config.retrieve.retriever` names. To add one, write its class and add an entry.
+
+The options derive from the entries, so a retriever's own module, and what that imports, is imported when it is built.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import jax
-
-from roserag_jax.hub.encoder import encoder_fingerprint, resolve_encoder
-from roserag_jax.retrieval import dense, vector_indexing
-from roserag_jax.retrieval.batches import local_mesh
-from roserag_jax.retrieval.cache import Cache
-from roserag_jax.retrieval.colbert import ColBERT
-from roserag_jax.retrieval.combined import Fusion, Reranker
-from roserag_jax.retrieval.indexing import open_index
-from roserag_jax.retrieval.opensearch import OpenSearch
-from roserag_jax.retrieval.server import Server
-from roserag_jax.retrieval.vectors import VectorRetriever, VectorStore
+POOLINGS = ("mean", "cls")  # of a sentence encoder
+BITS = (1, 2, 4)  # of a dimension of compressed vectors
 
 
 class Retriever(Protocol):
@@ -41,30 +34,43 @@ class RetrieverSpec(NamedTuple):
     takes: tuple[str, ...] = ()
 
 
-def _colbert(config) -> ColBERT:
+def _colbert(config):
+    from roserag_jax.hub.encoder import resolve_encoder
+    from roserag_jax.retrieval.batches import local_mesh
+    from roserag_jax.retrieval.colbert import ColBERT
+
     return ColBERT(resolve_encoder(config.retrieve.colbert, "retrieve.colbert"), local_mesh())
 
 
-def _dense_settings(options, folder: Path) -> dense.Settings:
+def _dense_settings(options, folder: Path):
+    from roserag_jax.retrieval import dense
+
     return dense.read_settings(folder, options.pooling, options.query_prefix, options.passage_prefix)
 
 
-def _sentence_encoder(config) -> dense.SentenceEncoder:
+def _sentence_encoder(config):
+    from roserag_jax.hub.encoder import resolve_encoder
+    from roserag_jax.retrieval.batches import local_mesh
+    from roserag_jax.retrieval.dense import SentenceEncoder
+
     folder = resolve_encoder(config.retrieve.dense, "retrieve.dense")
-    return dense.SentenceEncoder(folder, local_mesh(), _dense_settings(config.retrieve, folder))
+    return SentenceEncoder(folder, local_mesh(), _dense_settings(config.retrieve, folder))
 
 
 _ENCODERS = {"colbert": _colbert, "dense": _sentence_encoder}
 
 
-def _by_vectors(name: str) -> Callable[[Any], VectorRetriever]:
+def _by_vectors(name: str) -> Callable[[Any], Retriever]:
     """A function that builds the retriever by the vectors of an encoder, which it brings up to date."""
 
-    def build(config) -> VectorRetriever:
-        index, encoder = open_index(config), _ENCODERS[name](config)
+    def build(config) -> Retriever:
+        from roserag_jax.retrieval.batches import local_mesh
+        from roserag_jax.retrieval.vectors import VectorRetriever, VectorStore
+
+        index, encoder = _bm25(config), _ENCODERS[name](config)
         folder = update_vectors(config, name, index, lambda: encoder)
-        numbers = index.passages.numbers
-        return VectorRetriever(index, encoder, VectorStore(folder, numbers, local_mesh()), config.retrieve.probe)
+        store = VectorStore(folder, index.passages.numbers, local_mesh())
+        return VectorRetriever(index, encoder, store, config.retrieve.probe)
 
     return build
 
@@ -76,11 +82,13 @@ def update_vectors(config, name: str, index, encoder: Callable | None = None, to
       encoder: makes the encoder; by default that of the configuration.
       together: whether all processes of the run call this and share the work; otherwise this one does it alone.
     """
-    options, fingerprint, normalized = (
-        config.retrieve,
-        encoder_fingerprint(config.retrieve[name], f"retrieve.{name}"),
-        True,
-    )
+    import jax
+
+    from roserag_jax.hub.encoder import encoder_fingerprint, resolve_encoder
+    from roserag_jax.retrieval import vector_indexing
+
+    options, normalized = config.retrieve, True
+    fingerprint = encoder_fingerprint(options[name], f"retrieve.{name}")
     if name == "dense":
         settings = _dense_settings(options, resolve_encoder(options.dense, "retrieve.dense", weights=False))
         fingerprint, normalized = f"{fingerprint} {settings.for_passages()}", settings.normalized
@@ -98,17 +106,45 @@ def update_vectors(config, name: str, index, encoder: Callable | None = None, to
     return folder
 
 
-def _reranker(config) -> Reranker:
-    return Reranker(open_index(config), _colbert(config), config.retrieve.candidates)
+def _bm25(config):
+    from roserag_jax.retrieval.indexing import open_index
+
+    return open_index(config)
 
 
-def _fusion(config) -> Fusion:
+def _reranker(config) -> Retriever:
+    from roserag_jax.retrieval.combined import Reranker
+
+    return Reranker(_bm25(config), _colbert(config), config.retrieve.candidates)
+
+
+def _fusion(config) -> Retriever:
+    from roserag_jax.retrieval.combined import Fusion
+
     return Fusion([RETRIEVERS[name].build(config) for name in config.retrieve.fused], config.retrieve.candidates)
+
+
+def _cache(config) -> Retriever:
+    from roserag_jax.retrieval.cache import Cache
+
+    return Cache(config.retrieve.cache)
+
+
+def _server(config) -> Retriever:
+    from roserag_jax.retrieval.server import Server
+
+    return Server(config.retrieve.server)
+
+
+def _opensearch(config) -> Retriever:
+    from roserag_jax.retrieval.opensearch import OpenSearch
+
+    return OpenSearch(config.retrieve.opensearch)
 
 
 _VECTORS = ("bits", "probe")
 RETRIEVERS = {
-    "bm25": RetrieverSpec("searches the corpus by words", open_index, ("corpus",)),
+    "bm25": RetrieverSpec("searches the corpus by words", _bm25, ("corpus",)),
     "colbert": RetrieverSpec(
         "searches it by ColBERTv2's late interaction", _by_vectors("colbert"), ("corpus", "colbert"), _VECTORS
     ),
@@ -124,13 +160,11 @@ RETRIEVERS = {
     "hybrid": RetrieverSpec(
         "fuses what the retrievers of retrieve.fused find by reciprocal rank", _fusion, ("fused",), ("candidates",)
     ),
-    "cache": RetrieverSpec("looks each question up in a file", lambda config: Cache(config.retrieve.cache), ("cache",)),
-    "server": RetrieverSpec(
-        "asks a server in Search-R1's protocol", lambda config: Server(config.retrieve.server), ("server",)
-    ),
+    "cache": RetrieverSpec("looks each question up in a file", _cache, ("cache",)),
+    "server": RetrieverSpec("asks a server in Search-R1's protocol", _server, ("server",)),
     "opensearch": RetrieverSpec(
         "asks an index of OpenSearch or Elasticsearch",
-        lambda config: OpenSearch(config.retrieve.opensearch),
+        _opensearch,
         ("opensearch",),
     ),
 }
