@@ -22,6 +22,7 @@ COMMANDS = (
     "inspect",
     "plan",
     "report",
+    "watch",
 )
 
 

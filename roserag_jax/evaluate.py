@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from roserag_jax import cli, options, retrieve
+from roserag_jax import cli, options, rates, retrieve
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
 from roserag_jax.inference.respond import respond
@@ -161,7 +161,14 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     label = name.removeprefix("eval/")
     partial = PartialResults(workdir, f"evaluate-{label}", wanted.fingerprint(), [row["id"] for row in rows])
     missing, em = partial.missing(), sum(example["scores"]["em"] for example in partial.done.values())
-    progress = Progress(f"evaluate {label}", len(partial.done) + len(missing), "questions", len(partial.done))
+    progress = Progress(
+        f"evaluate {label}",
+        len(partial.done) + len(missing),
+        "questions",
+        len(partial.done),
+        workdir=workdir,
+        rate=rate_key(config, system, K),
+    )
     if missing:
         engine = session.decoding_session.engine(folder)
         progress.phase(f"answering {len(missing)} questions")
@@ -177,6 +184,11 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
             _publish(workdir, name, wanted, examples, {"system": system, "passages": K, "noise": noise})
             partial.clear()
     return json.loads((workdir / name / "metrics.json").read_text())
+
+
+def rate_key(config, system: str, passages: int) -> str:
+    """What the speed of an evaluation depends on, for `rates`."""
+    return rates.key(config, "evaluate", passages=passages, adapter=system not in ("closed_book", "base"))
 
 
 def _publish(workdir: Workdir, name: str, wanted: Recipe, examples: list[dict], about: dict) -> None:

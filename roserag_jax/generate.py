@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from etils import epath
 from ml_collections import ConfigDict
 
-from roserag_jax import cli, options, retrieve
+from roserag_jax import cli, options, rates, retrieve
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
 from roserag_jax.inference.engine import shared_prefix_length
@@ -164,6 +164,11 @@ def make(session: Session, workdir: Workdir) -> None:
                 print(table(*labels.agreement_table(results, [r["golden_answers"] for r in rows], _measure(config))))
 
 
+def rate_key(config, sampling) -> str:
+    """What the speed of generating depends on, for `rates`."""
+    return rates.key(config, "generate", guided=sampling.guided_samples, plain=sampling.plain_samples)
+
+
 def _measure(config) -> answers.Measure:
     return answers.Measure(config.evaluate.metric, config.data.language)
 
@@ -181,7 +186,14 @@ def _generate(
     partial = PartialResults(workdir, stage, wanted.fingerprint(), [row["id"] for row in rows])
     questions = question_inputs(session, builder, rows, sampling) if rows else []
     missing = partial.missing()
-    progress = Progress(stage, len(partial.done) + len(missing), "questions", len(partial.done))
+    progress = Progress(
+        stage,
+        len(partial.done) + len(missing),
+        "questions",
+        len(partial.done),
+        workdir=workdir,
+        rate=rate_key(session.config, sampling),
+    )
     if missing:
         longest = max(max(len(q.plain.tokens), len(q.guided.tokens) if q.reused is None else 0) for q in questions)
         capacity = fit_to_memory(session, candidates.decoder_capacity(sampling, questions), longest)
@@ -196,7 +208,8 @@ def _generate(
                 correct_here, total_here = candidates.count_correct(row)
                 correct, total = correct + correct_here, total + total_here
                 note = f"{correct} of {total} candidates correct" if known else f"{total} candidates"
-                progress.update(len(partial.done), note)
+                accepted = [c["rationale"] for c in row["candidates"] if c["correct"]]
+                progress.update(len(partial.done), note, accepted[-1] if accepted else "")
     return partial.gather(), partial
 
 

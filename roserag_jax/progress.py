@@ -1,39 +1,70 @@
-"""A progress line: stage, count, rate, time elapsed and ETA. Process 0 only."""
+"""Progress of a stage: a line on standard error, and a file in the workdir that `roserag watch` reads. Process 0 only.
 
+The file `progress.json` says what is being done and how fast; `stages.jsonl` gets a row for each stage that has ended,
+whose time is no function of its input and so is in no artifact. Finished stages also leave their rate in the user's
+cache, from which the next run is estimated (`rates`).
+"""
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import shlex
 import sys
 import time
 
 import jax
 
+from roserag_jax import rates
+from roserag_jax.rates import clock
+from roserag_jax.workdir import Workdir, append, is_remote, to_json, write_atomic
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+STATUS, STAGES = "progress.json", "stages.jsonl"
+_LINE_SECONDS = 30  # between lines where there is no terminal
+_STATUS_SECONDS = 2  # between writes of the file
 
 
 class Progress:
-    """Counts to `total`; redraws one line on a terminal, prints a line every few seconds elsewhere."""
+    """Counts to `total`; redraws one line on a terminal, prints a line every half minute elsewhere.
 
-    def __init__(self, label: str, total: int, unit: str, done: int = 0):
-        self.label, self.total, self.unit = label, total, unit
+    Args:
+      done: how many were finished by a run before.
+      workdir: where the status goes; None writes none.
+      rate: what the stage's speed depends on, from `rates.key`; '' keeps no rate.
+    """
+
+    def __init__(
+        self, label: str, total: int, unit: str, done: int = 0, *, workdir: Workdir | None = None, rate: str = ""
+    ):
+        self.label, self.total, self.unit, self.rate = label, total, unit, rate
         self.first = self.done = done
         self.start = self.shown = time.monotonic()
+        self.written, self.accepted, self.note = 0.0, "", ""
         self.terminal = sys.stderr.isatty()
         self.quiet = jax.process_index() != 0
+        self.folder = None if workdir is None or self.quiet or is_remote(workdir.path) else workdir.path
         if done:
             self._print(f"{label}: resuming at {done} of {total} {unit}\n")
+        self._keep_time_of_stopped()
+        self._write()
 
-    def update(self, done: int, note: str = "") -> None:
-        """Report that `done` of the total are finished."""
-        self.done, now = done, time.monotonic()
-        if not (self.terminal or done == self.total or now - self.shown >= 5):
+    def update(self, done: int, note: str = "", accepted: str = "") -> None:
+        """Report that `done` of the total are finished.
+
+        Args:
+          accepted: the last rationale that was accepted.
+        """
+        self.done, self.note, self.accepted = done, note, accepted or self.accepted
+        now = time.monotonic()
+        if done == self.total or now - self.written >= _STATUS_SECONDS:
+            self._write()
+        if done == self.total:
+            self._end()
+        if not (self.terminal or done == self.total or now - self.shown >= _LINE_SECONDS):
             return
         self.shown = now
-        rate = (done - self.first) / max(now - self.start, 1e-9)
-        eta = _clock((self.total - done) / rate) if rate else "?"
-        elapsed = _clock(now - self.start)
-        line = f"{self.label}: {done}/{self.total} {self.unit}, {rate:.2g}/s, {elapsed} elapsed, ETA {eta}"
+        line = describe(self._status())
         end = "\n" if done == self.total or not self.terminal else ""
         self._print(f"{chr(13) if self.terminal else ''}{line}{'; ' + note if note else ''}{end}")
 
@@ -44,3 +75,63 @@ class Progress:
     def _print(self, text: str) -> None:
         if not self.quiet:
             print(text, end="", file=sys.stderr, flush=True)
+
+    def _status(self) -> dict:
+        """What `watch` shows; `updated` and `pid` say whether the run is alive."""
+        memory = jax.local_devices()[0].memory_stats() or {}  # none on a CPU
+        return {
+            "stage": self.label,
+            "unit": self.unit,
+            "first": self.first,
+            "done": self.done,
+            "total": self.total,
+            "seconds": round(time.monotonic() - self.start, 2),
+            "note": self.note,
+            "accepted": self.accepted,
+            "memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT / 1e9, 2),
+            "device_memory_gb": round(memory.get("peak_bytes_in_use", 0) / 1e9, 2),
+            "command": shlex.join(["roserag", os.path.basename(sys.argv[0]).removesuffix(".py"), *sys.argv[1:]]),
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "updated": time.time(),
+        }
+
+    def _write(self) -> None:
+        self.written = time.monotonic()
+        if self.folder is not None:
+            write_atomic(self.folder / STATUS, to_json(self._status()))
+
+    def _end(self) -> None:
+        """Keep the stage's time, and its rate for the next run's estimate."""
+        if self.folder is None or self.done == self.first:
+            return
+        self._keep_time(self._status())
+        if self.rate:
+            rates.record(self.rate, (time.monotonic() - self.start) / (self.done - self.first))
+
+    def _keep_time_of_stopped(self) -> None:
+        """Keep the time of a run that was stopped inside a stage: its last status says how far it came."""
+        if self.folder is None:
+            return
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            before = json.loads((self.folder / STATUS).read_text())
+            if before["first"] < before["done"] < before["total"]:
+                self._keep_time(before)
+
+    def _keep_time(self, status: dict) -> None:
+        row = {name: status[name] for name in ("stage", "unit", "seconds", "command")}
+        append(self.folder / STAGES, to_json(row | {"done": status["done"] - status["first"]}))
+
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+
+
+def describe(status: dict) -> str:
+    """A status as a line: stage, count, rate, time elapsed and ETA."""
+    made, seconds = status["done"] - status["first"], status["seconds"]
+    rate = made / max(seconds, 1e-9)
+    eta = clock((status["total"] - status["done"]) / rate) if made else "?"
+    return (
+        f"{status['stage']}: {status['done']}/{status['total']} {status['unit']}, {rate:.2g}/s, "
+        f"{clock(seconds)} elapsed, ETA {eta}"
+    )

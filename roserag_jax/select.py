@@ -63,7 +63,8 @@ def _make_rewards(session: Session, workdir: Workdir) -> None:
         return
     rows, questions = workdir.rows(CANDIDATES), {row["id"]: row for row in workdir.rows(RETRIEVED["train"])}
     partial = PartialResults(workdir, "reward", wanted.fingerprint(), [row["id"] for row in rows])
-    missing, progress = partial.missing(), Progress("reward", len(rows), "questions", len(partial.done))
+    progress = Progress("reward", len(rows), "questions", len(partial.done), workdir=workdir)
+    missing = partial.missing()
     if missing:
         session.free_decoding_session()
         # Its own tokenizer and chat template, and no demonstrations, which only show what a response looks like.

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import jax
 
-from roserag_jax import cli, evaluate, options, select
+from roserag_jax import cli, evaluate, generate, options, rates, retrieve, select
 from roserag_jax.distributed import processes
 from roserag_jax.distributed.sharding import devices
 from roserag_jax.errors import UserError
@@ -30,7 +30,7 @@ from roserag_jax.training.objective import Objective
 from roserag_jax.training.pair_loader import Pair, Stream, hold_out, tokenize
 from roserag_jax.training.train_step import TrainStep, adamw
 from roserag_jax.training.trainer import Trainer
-from roserag_jax.workdir import ADAPTER, CANDIDATES, PAIRS, Recipe, Workdir, is_remote
+from roserag_jax.workdir import ADAPTER, CANDIDATES, PAIRS, RETRIEVED, Recipe, Workdir, is_remote
 
 _NO_INFLUENCE = tuple(
     f"train.{name}" for name in "checkpoint_every keep_checkpoints evaluate remat nonfinite profile_steps wandb".split()
@@ -93,6 +93,7 @@ def make(session: Session, workdir: Workdir) -> None:
             nonfinite=train.nonfinite,
             profile_steps=train.profile_steps,
             profile_folder=workdir / "profile",
+            rate=rates.key(config, "train"),
         )
         state = trainer.fit()
         if skipped := sum(row.get("skipped", 0) for row in log.steps):
@@ -188,9 +189,11 @@ def _question_answering(session: Session, workdir: Workdir, held: list[Pair]) ->
 def _print_plan(session: Session, stream: Stream, held: list[Pair]) -> None:
     """Print what will be trained, and warn where the mesh does not divide it."""
     train, (padding, shapes) = session.config.train, stream.padding()
+    each = rates.seconds_each(rates.key(session.config, "train"))
+    takes = f"; {rates.about(each * len(stream))} by the rate of an earlier run" if each else ""
     print(
         f"train: {len(stream.pairs)} pairs, {len(stream)} steps of {train.batch}, {padding:.0%} padding, {shapes} "
-        f"shapes, adapter rank {session.lora.rank}" + (f"; {len(held)} pairs held out." if held else ".")
+        f"shapes, adapter rank {session.lora.rank}" + (f"; {len(held)} pairs held out" if held else "") + f"{takes}."
     )
     microbatch, over = train.batch // train.accumulate, devices("batch", session.mesh)
     if microbatch % over:
@@ -227,12 +230,38 @@ def _check(session: Session, workdir: Workdir) -> None:
         )
 
 
+def outlook(config, workdir: Workdir) -> str:
+    """What is still to be made, and how long it may take where the rates of earlier runs on this machine are known."""
+    rows = {split: (workdir.manifest(name) or {"rows": 0})["rows"] for split, name in RETRIEVED.items()}
+    stages = []  # name, amount of work, rate
+    evaluation = lambda system: (
+        (f"evaluate {system}", rows["eval"], evaluate.rate_key(config, system, config.prompt.passages))
+        if config.train.evaluate and workdir.manifest(f"eval/{system}") is None
+        else None
+    )
+    stages.append(evaluation("base"))
+    if not config.data.pairs and workdir.manifest(CANDIDATES) is None:
+        stages.append(("generate", rows["train"], generate.rate_key(config, config.generate)))
+    stages = [*stages, evaluation("adapter")]
+    work = [f"{name} ({count} questions)" for name, count, _ in filter(None, stages)]
+    if workdir.manifest(ADAPTER) is None:
+        work.insert(-1 if stages[-1] else len(work), "select and train")
+    if not work:
+        return "To do: nothing, unless something is out of date."
+    known = [(name, count * each) for name, count, rate in filter(None, stages) if (each := rates.seconds_each(rate))]
+    takes = "; ".join(f"{name} {rates.about(seconds)}" for name, seconds in known)
+    return f"To do: {', '.join(work)}." + (f" By the rates of earlier runs on this machine: {takes}." if takes else "")
+
+
 def run(config) -> None:
     """The command."""
     workdir, session = Workdir(config.workdir), Session(config)
     _check(session, workdir)
     with workdir.lock():
         results = {}
+        with processes.main_first():
+            retrieve.make(config, workdir, ("train",) * (not config.data.pairs) + ("eval",) * config.train.evaluate)
+        print(outlook(config, workdir))
         if config.train.evaluate:
             results["base"] = evaluate.make(session, workdir, "base")
         make(session, workdir)

@@ -30,7 +30,8 @@ PAIRS = "pairs.jsonl"
 ADAPTER = "adapter"
 
 # What else a run writes, so that what is in its way is found before any work.
-_FILES = (*RETRIEVED.values(), VOTES, CANDIDATES, REWARDS, PAIRS, "metrics.jsonl", ".lock")
+_FILES = (*RETRIEVED.values(), VOTES, CANDIDATES, REWARDS, PAIRS)
+_FILES += ("metrics.jsonl", "progress.json", "stages.jsonl", "report.html", ".lock")
 _FOLDERS = (ADAPTER, "eval", "checkpoints", "tensorboard", "profile", "merged", ".parts")
 
 

@@ -24,6 +24,9 @@ _ADVICE = {
     "none correct": "Raise config.generate.guided_samples or plain_samples; look whether a passage holds the answer.",
     "no evidence": "Look at the candidates; config.select.evidence=0 would accept them.",
     "no support": "Show more passages or retrieve better; config.select.supported=False would accept them.",
+    "no majority": "Draw more samples (config.generate.plain_samples).",
+    "low agreement": "Lower config.select.agreement, or draw more samples.",
+    "no reward": "Lower config.select.reward_margin.",
     "one source only": "config.select.rejection=False needs guided and plain samples of each question.",
 }
 
@@ -55,7 +58,7 @@ def funnel(run: Run) -> dict[str, Any] | None:
     outcomes = run.outcomes.values()
     total = len(run.retrieved.get("train", run.candidates))
     with_correct = sum(any(c["correct"] for c in found.candidates) for found in outcomes)
-    with_both = sum({c["correct"] for c in found.candidates} == {True, False} for found in outcomes)
+    with_both = sum({c["correct"] for c in found.candidates} >= {True, False} for found in outcomes)
     steps = [
         ("questions with passages", total, "retrieve"),
         ("with candidates", sum(bool(found.candidates) for found in outcomes), "sampled and verified"),
@@ -87,14 +90,15 @@ def _sources(run: Run) -> Table:
         pairs = run.pairs_of.get(question, [])
         chosen, rejected = ({pair[side] for pair in pairs} for side in ("chosen", "rejected"))
         for c in found.candidates:
-            tally = counts.setdefault(c["source"], [0, 0, 0, 0])
-            of = (1, bool(c["correct"]), c["response"] in chosen, c["response"] in rejected)
+            tally = counts.setdefault(c["source"], [0] * 5)
+            selected = (c["response"] in chosen, c["response"] in rejected)
+            of = (1, c["correct"] is True, c["correct"] is False, *selected)
             counts[c["source"]] = [n + more for n, more in zip(tally, of, strict=True)]
     header = ["source", "candidates", "correct", "incorrect", "accepted", "chosen", "rejected"]
     percent = lambda right, of: f"{right / of:.0%}" if of else ""
     rows = [
-        [source, str(n), str(right), str(n - right), percent(right, n), str(chosen), str(rejected)]
-        for source, (n, right, chosen, rejected) in sorted(counts.items())
+        [source, str(n), str(right), str(wrong), percent(right, n), str(chosen), str(rejected)]
+        for source, (n, right, wrong, chosen, rejected) in sorted(counts.items())
     ]
     return Table(header, rows)
 

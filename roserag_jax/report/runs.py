@@ -3,6 +3,7 @@
 Nothing is locked, changed or rebuilt. What is absent or cannot be read is a note in the report, and no error.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from roserag_jax import options
 from roserag_jax.errors import UserError, first_line
+from roserag_jax.preference.labels import with_rewards
 from roserag_jax.preference.selection import Outcome, outcome
 from roserag_jax.rag import answers
 from roserag_jax.report import comparison
@@ -23,6 +25,7 @@ from roserag_jax.workdir import (
     CANDIDATES,
     PAIRS,
     RETRIEVED,
+    REWARDS,
     Workdir,
     partial_rows,
     read_manifest,
@@ -125,6 +128,7 @@ def read_run(path: str) -> Run:
     _read_training(run)
     _read_evaluations(run)
     run.stages = _stages(workdir)
+    _add_rewards(run)
     if not (run.retrieved or run.candidates or run.pairs or run.steps or run.metrics or run.has_adapter):
         raise UserError(f"{path} holds nothing of a run: no retrieved.jsonl, candidates.jsonl, eval/ or other.")
     return run
@@ -198,6 +202,20 @@ def _unfinished_candidates(run: Run) -> list[dict]:
     rows = max((partial_rows(folder)[0] for folder in folders), key=len)
     run.notes.append(f"generate is under way, or was stopped: {len(rows)} questions are finished.")
     return rows
+
+
+def _add_rewards(run: Run) -> None:
+    """The rewards that judge the candidates, where rewards do."""
+    if run.config.select.labels != "reward" or not run.candidates:
+        return
+    rewards = {row["id"]: row["rewards"] for row in _artifact(run, REWARDS, lambda row: _is_list(row["rewards"])) or []}
+    found = [rewards.get(row["id"], [None] * len(row["candidates"])) for row in run.candidates]
+    with contextlib.suppress(ValueError):  # of other candidates
+        run.candidates = with_rewards(run.candidates, found)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def _folders(path: epath.Path) -> list[epath.Path]:

@@ -29,6 +29,7 @@ class Trainer:
       nonfinite: what a non-finite step does: 'stop' the run, or 'skip' it (the step must have been made for that).
       profile_steps: steps traced for TensorBoard's profiler, after two that warm up.
       profile_folder: where the trace goes.
+      rate: what the speed of a step depends on, for `rates`.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class Trainer:
         nonfinite: str = "stop",
         profile_steps: int = 0,
         profile_folder: epath.Path | None = None,
+        rate: str = "",
     ):
         self.step, self.stream, self.checkpoints, self.log, self.held_out = step, stream, checkpoints, log, held_out
         self.checkpoint_every, self.nonfinite = checkpoint_every, nonfinite
         self.profile_steps, self.profile_folder = profile_steps, profile_folder
+        self.rate = rate
         self.done = self.saved = 0  # steps
         self.state: TrainState | None = None
 
@@ -74,7 +77,8 @@ class Trainer:
 
     def _run(self) -> None:
         """The loop."""
-        progress = Progress("train", len(self.stream), "steps", self.done)
+        workdir = self.log.workdir
+        progress = Progress("train", len(self.stream), "steps", self.done, workdir=workdir, rate=self.rate)
         rate = matmul_rate(self.step.mesh, jax.tree.leaves(self.step.base)[0].dtype)
         first = self.done + 2
         traced = range(first, min(first + self.profile_steps, len(self.stream)))

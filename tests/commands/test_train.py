@@ -36,8 +36,18 @@ def test_train_writes_every_artifact_and_keeps_it_the_second_time(finished, caps
     assert list((work / "tensorboard").iterdir())
     assert not (work / ".parts").exists() or not list((work / ".parts").iterdir())
     before = {f: digest(work / f) for f in ("candidates.jsonl", "pairs.jsonl", "adapter", "eval")}
+    stages = [json.loads(line)["stage"] for line in (work / "stages.jsonl").read_text().splitlines()]
+    assert stages == ["evaluate base", "generate", "train", "evaluate adapter"]
+    assert 'id="pairs-list"' in (work / "report.html").read_text()
     train.run(finished)
-    assert capsys.readouterr().out.count("up to date: kept") == 8
+    out = capsys.readouterr().out
+    assert out.count("up to date: kept") == 10 and "To do: nothing, unless something is out of date." in out
+    for name in ("eval/adapter", "candidates.jsonl"):  # as if they were yet to come
+        (work / f"{name}.manifest.json" if "." in name else work / name / "manifest.json").rename(work / "aside")
+        todo = train.outlook(finished, work)
+        of = {"eval/adapter": "evaluate adapter (5 questions)", "candidates.jsonl": "generate (6 questions)"}[name]
+        assert f"To do: {of}. By the rates of earlier runs on this machine: " in todo and "about " in todo
+        (work / "aside").rename(work / f"{name}.manifest.json" if "." in name else work / name / "manifest.json")
     assert before == {f: digest(work / f) for f in before}
 
 

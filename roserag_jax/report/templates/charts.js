@@ -22,8 +22,8 @@ const scale = (low, high, from, to) => (value) => from + ((value - low) / (high 
 const extent = (values) => [Math.min(...values), Math.max(...values)];
 
 // Draws again whenever the width changes.
-function figure(title, note, draw, table) {
-  const picture = element("div", {});
+function figure(title, note, draw, table, kind) {
+  const picture = element("div", { class: kind });
   const data = element("details", {}, element("summary", {}, "As a table"));
   data.addEventListener("toggle", () => data.childElementCount > 1 || data.append(dataTable(...table())));
   const made = element("figure", {}, element("figcaption", {}, title, note && element("small", {}, note)), picture, data);
@@ -138,7 +138,7 @@ function lineChart(chart, cursor) {
     })]);
     return [[chart.x, ...chart.series.map((series) => series.name)], rows];
   };
-  const made = figure(chart.title + (chart.y ? ` (${chart.y})` : ""), chart.note, draw, table);
+  const made = figure(chart.title + (chart.y ? ` (${chart.y})` : ""), chart.note, draw, table, "tall");
   made.insertBefore(keys, made.children[1]);
   const names = chart.names && chart.names.map((name, i) => `${i + 1} ${name}`).join(", ");
   if (names) made.insertBefore(element("small", {}, `${chart.x}: ${names}`), made.lastChild);
@@ -167,7 +167,7 @@ function histogram(chart) {
     target.replaceChildren(svg("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", "aria-label": `Histogram: ${chart.title}; ${chart.series.map((series) => series.name).join(", ")}` }, axes(width, HEIGHT, x, y), bars));
   };
   const rows = () => chart.series[0].counts.map((_, bin) => [`${number(chart.edges[bin])} to ${number(chart.edges[bin + 1])}`, ...chart.series.map((series) => series.counts[bin])]);
-  const made = figure(chart.title, "pairs in each range", draw, () => [["range", ...chart.series.map((series) => series.name)], rows()]);
+  const made = figure(chart.title, "pairs in each range", draw, () => [["range", ...chart.series.map((series) => series.name)], rows()], "tall");
   const keys = chart.series.map((series, i) => element("li", {}, svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" }, svg("rect", { class: `f${i}`, width: 16, height: 10 })), series.name));
   made.insertBefore(element("ul", { class: "keys" }, keys), made.children[1]);
   return made;
