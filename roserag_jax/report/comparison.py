@@ -49,9 +49,10 @@ def read_metrics(folder: epath.Path) -> dict:
 
 
 def in_order(results: dict[str, dict]) -> dict[str, dict]:
-    """Metrics by name, sorted: closed book, base, the others."""
+    """Metrics by name, sorted: closed book, base, the others; without noise first."""
     place = lambda name: (
         {"closed_book": 0, "base": 1}.get(results[name]["system"], 2),
+        results[name]["noise"] != "none",
         *(results[name][key] for key in ("noise", "system", "passages")),
     )
     return {name: results[name] for name in sorted(results, key=place)}

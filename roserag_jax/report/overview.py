@@ -46,7 +46,9 @@ def verdict(run: Run, tests: list[comparison.Comparison]) -> list[str]:
 
 def _result(run: Run, tests: list[comparison.Comparison]) -> str:
     """Whether the adapter is better than the base model, not told apart from it, or worse."""
-    first = next((test.name for test in tests if run.metrics[test.name]["system"] not in ("closed_book", "base")), None)
+    systems = [test.name for test in tests if run.metrics[test.name]["system"] not in ("closed_book", "base")]
+    # The one with the passages of the configuration has the system's name alone.
+    first = next((name for name in systems if name == run.metrics[name]["system"]), next(iter(systems), None))
     if first is None:
         if not run.metrics:
             return "Nothing was evaluated, so there is no telling whether the adapter helps."

@@ -1,5 +1,6 @@
 """The report's comparison of several runs: what differs between them, and how they score on the same questions."""
 
+import collections
 from typing import Any
 
 from roserag_jax.rag import metrics
@@ -17,7 +18,8 @@ def comparison_of(runs: list[Run]) -> dict[str, Any] | None:
     """What the comparison shows; None for a single run."""
     if len(runs) < 2:
         return None
-    results = {f"{run.name}: {name}": result for run in runs for name, result in run.metrics.items()}
+    times = collections.Counter(name for run in runs for name in run.metrics)
+    results = {f"{run.name}: {name}": result for run in runs for name, result in run.metrics.items() if times[name] > 1}
     return {
         "options": _differing(runs),
         "made": _made(runs),
@@ -80,5 +82,5 @@ def _charts(runs: list[Run]) -> list[dict[str, Any]]:
         if of_runs:
             chart = next(iter(of_runs.values()))
             series = [{"name": name, "points": c["series"][0]["points"]} for name, c in of_runs.items()]
-            charts.append({**chart, "title": f"{title}: {chart['series'][0]['name']}", "series": series})
+            charts.append({**chart, "title": chart["series"][0]["name"].capitalize(), "series": series})
     return charts

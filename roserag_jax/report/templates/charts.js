@@ -112,7 +112,7 @@ function lineChart(chart, cursor) {
     const drawn = svg("svg", {
       viewBox: `0 0 ${width} ${HEIGHT}`, role: "slider", tabindex: 0, "aria-label": `${chart.title}, over ${chart.x}`,
       "aria-valuemin": first, "aria-valuemax": last, "aria-valuenow": last, "aria-orientation": "horizontal",
-    }, axes(width, HEIGHT, x, y, chart.names && chart.names.map((name, i) => (width / chart.names.length < 80 ? String(i + 1) : name))), lines, cross);
+    }, axes(width, HEIGHT, x, y, chart.names && chart.names.map((name, i) => (width / chart.names.length < 7.5 * Math.max(...chart.names.map((each) => each.length)) ? String(i + 1) : name))), lines, cross);
     drawn.addEventListener("pointermove", (event) => {
       const box = drawn.getBoundingClientRect();
       const at = ((event.clientX - box.left) / box.width) * width;

@@ -5,9 +5,9 @@ function differencesTable(data) {
   const { rows, systems } = data;
   const [a, b, which, search] = ["a", "b", "which", "search"].map((name) => byId(`differences-${name}`));
   for (const control of [a, b]) control.append(...systems.map((name) => element("option", { value: name }, name)));
-  const base = systems.find((name) => name.startsWith("base"));
-  a.value = base || systems[0];
-  b.value = systems.find((name) => name !== a.value && !name.startsWith("closed_book") && !name.startsWith("base")) || systems[systems.length - 1];
+  const others = systems.filter((name) => !/^(base|closed_book)(-|$)/.test(name));
+  a.value = ["base", ...systems].find((name) => systems.includes(name));
+  b.value = ["adapter", ...others, ...systems].find((name) => systems.includes(name) && name !== a.value) || a.value;
   const texts = rows.map((row) => searchable(row.id, row.question, ...row.answers, ...Object.values(row.said).map((said) => said[2])));
   const wanted = {
     a: (one, two) => one && !two, b: (one, two) => two && !one, both: (one, two) => one !== two,
