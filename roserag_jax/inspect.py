@@ -1,4 +1,4 @@
-"""Describe a model before any time is spent on it: family, size, memory, tokenizer.
+"""Describe a model without loading its weights: family, size, memory, tokenizer.
 
     python -m roserag_jax.inspect --config.model=PATH
 

@@ -1,4 +1,4 @@
-"""Compile a run's programs for hardware that is not there, and say what they take.
+"""Compile a run's programs for other hardware, and print the memory and time that they take there.
 
     python -m roserag_jax.plan --config configs/gemma2b.py --topology v5e:2x4 [--slices 2]
 

@@ -4,8 +4,8 @@
 
 Reads rows of `{prompt, responses: [...]}`, where `prompt` is the whole text as the model sees it (with its chat
 template's tokens, as in `pairs.jsonl`; with `plain_text: true` it is text that no template has written, and gets the
-tokenizer's BOS), and writes rows of `{logprobs: [sum], tokens: [n]}` in the same order. The
-end-of-turn token is not part of a response unless --end is given. Uses the workdir's adapter where there is one.
+tokenizer's BOS), and writes rows of `{logprobs: [sum], tokens: [n]}` in the same order. The end-of-turn token is not
+part of a response unless --end is given. Uses the workdir's adapter where there is one.
 """
 
 import numpy as np

@@ -95,7 +95,7 @@ def _read_fields(folder: epath.Path) -> Fields:
         raise UserError(f"{folder} holds no adapter (no {CONFIG}).")
     fields = Fields(read_json_object(file), str(file))
     for key in sorted({*_PLAIN, *fields.values} - _READ):
-        value = fields.values.get(key)
+        value = fields.values.get(key, "none" if key == "bias" else None)  # as in PEFT
         if (value or None) != _PLAIN.get(key):
             raise UserError(f"{file}: {key}={quote(value)} is not implemented.")
     if (start := str(fields.values.get("init_lora_weights"))).startswith(_WITH_ITS_BASE):

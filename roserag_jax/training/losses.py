@@ -6,7 +6,9 @@ computes the log-probabilities that it asks for, and `--options` prints the firs
 
 Axes: B pairs. A response's log-probability includes its end-of-turn token. Every loss returns its value [B] per pair
 and its terms, each [B], for the log; 'reward_margin' is what a preference loss pushes up: the implicit reward of chosen
-over that of rejected.
+over that of rejected. A pair's value is a function of that pair alone: a batch is split into microbatches and over
+devices, and its last rows may only fill it, so a mean over B inside a loss (KTO's estimate of the KL divergence, say)
+would depend on all three.
 """
 
 import dataclasses
