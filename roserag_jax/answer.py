@@ -2,12 +2,15 @@
 
     python -m roserag_jax.answer --config configs/quickstart.py --config.retrieve.corpus=FOLDER --question "..."
     python -m roserag_jax.answer --config configs/quickstart.py --questions questions.jsonl
+    python -m roserag_jax.answer --config configs/quickstart.py --config.retrieve.corpus=FOLDER --serve 8000
 
 The corpus is a .jsonl of {id, contents} or a folder of documents, searched by `config.retrieve.retriever` (BM25 where
-it names none); rows of `--questions` that bring
-their own contexts need none. Uses the workdir's adapter where there is one. One question prints text, with the file and
-page of each passage; a file of questions prints one JSON object a line: {id, question, answer, rationale, passages:
-[{title, text, score?, source?}]}.
+it names none); rows of `--questions` that bring their own contexts need none. Uses the workdir's adapter where there is
+one. One question prints text, with the file and page of each passage; a file of questions prints one JSON object a
+line: {id, question, answer, rationale, passages: [{title, text, score?, source?}]}.
+
+`--serve` offers a page to ask questions on, and the base model and the adapter in OpenAI's protocol (docs/serving.md);
+it needs the extra `serve`. An API key is taken from the environment variable ROSERAG_API_KEY.
 """
 
 from absl import flags
@@ -25,6 +28,7 @@ from roserag_jax.workdir import Workdir
 
 _QUESTION = flags.DEFINE_string("question", None, "one question, answered from the corpus")
 _QUESTIONS = flags.DEFINE_string("questions", None, "a .jsonl of {id?, question, contexts?}")
+_SERVE = flags.DEFINE_integer("serve", None, "port on which to offer the page and the models", 0, 65535)
 
 
 def _questions(config) -> list[dict]:
@@ -67,8 +71,35 @@ def _as_text(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _serve(config, port: int) -> None:
+    """Serve the models until the command is stopped."""
+    if _QUESTION.value is not None or _QUESTIONS.value is not None:
+        raise UserError("--serve takes its questions from clients; leave --question and --questions out.")
+    try:
+        from roserag_jax.serving import server
+        from roserag_jax.serving.models import Models
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "pydantic"):
+            raise
+        raise UserError(f"--serve needs the extra 'serve': pip install 'roserag_jax[serve]' ({error.name}).") from error
+    with cli.messages_on_stderr() as stdout:
+        listening = server.listen(config.serve.host, port)
+        has_passages = config.retrieve.corpus or config.index or not searches_corpus(config.retrieve)
+        retriever = open_retriever(config) if config.prompt.passages and has_passages else None
+        session, adapter = Session(config), find_adapter(config, Workdir(config.workdir))
+        engines = {"base": session.engine()} | ({"adapter": session.engine(adapter)} if adapter else {})
+        models = Models(config, session.tokenizer, engines, retriever)
+        with server.Server(models, listening, names=tuple(config.serve.names)) as running:
+            models.warm_up()
+            print(f"Serving {', '.join(models.by_name)} on {server.url_of(listening)}", file=stdout, flush=True)
+            running.wait()
+
+
 def run(config) -> None:
     """The command."""
+    if _SERVE.value is not None:
+        _serve(config, _SERVE.value)
+        return
     with cli.messages_on_stderr() as stdout:
         rows = _questions(config)
         session, workdir = Session(config), Workdir(config.workdir)

@@ -78,7 +78,7 @@ class DecoderService:
 
     def __init__(self, engine: Engine, capacity: DecoderCapacity, prompt_length: int, max_waiting: int):
         threads = engine.decoder_threads if capacity.slots % engine.decoder_threads == 0 else 1
-        self.capacity, self.max_waiting = capacity, max_waiting
+        self.engine, self.capacity, self.max_waiting = engine, capacity, max_waiting
         of_thread = dataclasses.replace(capacity, slots=capacity.slots // threads)
         self._make_scheduler = lambda: Scheduler(engine, of_thread, prompt_length)
         self._schedulers: list[Scheduler | None] = [self._make_scheduler() for _ in range(threads)]

@@ -18,6 +18,7 @@ from roserag_jax.options.general import GENERAL, MESH
 from roserag_jax.options.option import TOGETHER, Option
 from roserag_jax.options.preference import GENERATE, PROMPT, SELECT
 from roserag_jax.options.retrieval import RETRIEVE
+from roserag_jax.options.serving import SERVE
 from roserag_jax.options.training import LORA, TRAIN
 
 OPTIONS: dict[str, dict[str, Option] | Option] = GENERAL | {
@@ -31,6 +32,7 @@ OPTIONS: dict[str, dict[str, Option] | Option] = GENERAL | {
     "train": TRAIN,
     "evaluate": EVALUATE,
     "export": EXPORT,
+    "serve": SERVE,
 }
 
 
