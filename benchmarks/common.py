@@ -56,9 +56,9 @@ def fastest(run, repeats: int, warm: bool = True) -> float:
     return min(seconds)
 
 
-def matmul_rate(size: int = 2048) -> float:
-    """Operations per second of a float32 matrix product on this device."""
-    a = jnp.ones((size, size))
+def matmul_rate(size: int = 2048, dtype=jnp.float32) -> float:
+    """Operations per second of a matrix product on this device."""
+    a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a: a @ a)
     return 2 * size**3 / fastest(lambda: product(a).block_until_ready(), 5)
 
@@ -77,7 +77,7 @@ def operations(engine: Engine, rows: int, tokens: int, before: int = 0, projecte
       projected: the vocabulary projection too.
     """
     c = engine.config
-    weights = sum(leaf.size for leaf in jax.tree.leaves(engine.state["layers"]))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(engine.network.state(engine.weights)["layers"]))
     weights += c.embed_dim * c.vocab_size if projected else 0
     keys = tokens * before + tokens * (tokens + 1) / 2
     return rows * (2 * tokens * weights + 4 * keys * c.num_layers * c.num_heads * c.head_dim)

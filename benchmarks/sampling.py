@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import common
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
 from roserag_jax.inference.sampling import SamplingParams
-from roserag_jax.inference.scheduler import run_tasks
+from roserag_jax.inference.scheduler import NumberedTask, length_classes, run_tasks
 
 _PASSAGE = 130  # tokens taken for a passage, and for what stands around all of them
 
@@ -31,9 +31,10 @@ def roserag(args, engine, prompts, samples: int):
         yield PrefillRequest(prompts[i])
         yield DecodeRequest([prompts[i][-1:]] * samples, args.new, SamplingParams(1.0), str(i))
 
-    capacity, lengths = DecoderCapacity(len(prompts), samples, ((1, args.new),)), list(map(len, prompts))
+    capacity, classes = DecoderCapacity(len(prompts), samples, ((1, args.new),)), length_classes(map(len, prompts), 1)
+    tasks = lambda: [NumberedTask(i, len(prompt), task(i)) for i, prompt in enumerate(prompts)]
     prefill = lambda: jax.block_until_ready([engine.prefill([p]) for p in prompts])
-    everything = lambda: list(run_tasks(engine, {i: task(i) for i in range(len(prompts))}, lengths, capacity))
+    everything = lambda: list(run_tasks(engine, tasks(), classes, capacity))
     return common.fastest(prefill, args.repeats), common.fastest(everything, args.repeats)
 
 
@@ -57,7 +58,7 @@ def limits(args, engine, prefill: float, decode: float) -> dict:
     """The shares of the machine's limits that `prefill` and `decode`, in seconds, reach."""
     c, branches = engine.config, args.prompts * args.samples
     of_token = 2 * 4 * c.num_layers * c.num_kv_heads * c.head_dim
-    weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(engine.state))
+    weights = 4 * sum(leaf.size for leaf in engine.weights)
     read = args.new * (weights + of_token * (args.prompts * args.length + branches * args.new / 2))
     products = common.matmul_rate()
     of_prompts = common.operations(engine, args.prompts, args.length - 1)

@@ -20,7 +20,7 @@ from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.inference.engine import Engine
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
 from roserag_jax.inference.sampling import SamplingParams
-from roserag_jax.inference.scheduler import run_tasks
+from roserag_jax.inference.scheduler import NumberedTask, length_classes, run_tasks
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import LoRAConfig
 from roserag_jax.models.transformer import Transformer
@@ -65,7 +65,8 @@ def main() -> None:
 
     def run():
         capacity = DecoderCapacity(args.slots, args.branches, ((1, args.new),))
-        return list(run_tasks(engine, {i: task(i) for i in range(args.tasks)}, [args.prompt] * args.tasks, capacity))
+        tasks = (NumberedTask(i, args.prompt, task(i)) for i in range(args.tasks))
+        return list(run_tasks(engine, tasks, length_classes([args.prompt] * args.tasks, 1), capacity))
 
     tokens, seconds = args.branches * sum(limits), common.fastest(run, args.repeats)
     steps = sum(limits) / args.slots

@@ -98,12 +98,17 @@ def repeated(args, opened, pairs) -> tuple[list[float], dict]:
 
 def trl(args, opened, pairs) -> tuple[list[float], dict]:
     """TRL's concatenated forward and ORPO loss, backward, and an AdamW step."""
+    return trl_steps(common.reference(args.model), pairs, args.steps)
+
+
+def trl_steps(model, pairs: list[Pair], steps: int, device: str = "cpu") -> tuple[list[float], dict]:
+    """Seconds of each of TRL's steps on a transformers model, the first aside, and the first one's metrics."""
     import peft
     import torch
     from trl.experimental.orpo import ORPOTrainer
 
     projections = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(common.reference(args.model), projections).train()
+    model = peft.get_peft_model(model, projections).to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     bare = object.__new__(ORPOTrainer)
     bare.__dict__.update(
@@ -111,27 +116,29 @@ def trl(args, opened, pairs) -> tuple[list[float], dict]:
         padding_value=0,
         aux_loss_enabled=False,
         beta=0.1,
-        accelerator=types.SimpleNamespace(device="cpu", gather_for_metrics=lambda value: value),
+        accelerator=types.SimpleNamespace(device=device, gather_for_metrics=lambda value: value),
         args=types.SimpleNamespace(),
     )
     batch = {}
     for side in ("chosen", "rejected"):
-        whole = torch.tensor([pair.prompt + getattr(pair, side) for pair in pairs])
+        whole = torch.tensor([pair.prompt + getattr(pair, side) for pair in pairs], device=device)
         labels = whole.clone()
-        labels[:, : args.prompt] = -100
+        labels[:, : len(pairs[0].prompt)] = -100
         batch |= {
             f"{side}_input_ids": whole,
             f"{side}_attention_mask": torch.ones_like(whole),
             f"{side}_labels": labels,
         }
     seconds, first = [], None
-    for _ in range(args.steps + 1):
+    for _ in range(steps + 1):
         start = time.monotonic()
         loss, metrics = bare.get_batch_loss_metrics(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if device != "cpu":
+            torch.cuda.synchronize()
         seconds.append(time.monotonic() - start)
         first = first or {name: float(value) for name, value in metrics.items()}
     return seconds[1:], {"log_odds_ratio": first["log_odds_chosen"]}

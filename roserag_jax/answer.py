@@ -16,12 +16,15 @@ it needs the extra `serve`. An API key is taken from the environment variable RO
 from absl import flags
 
 from roserag_jax import cli
+from roserag_jax.ahead import in_order
 from roserag_jax.errors import UserError, quote
-from roserag_jax.inference.respond import respond
+from roserag_jax.inference.requests import DecoderCapacity
+from roserag_jax.inference.respond import NumberedPrompt, respond
+from roserag_jax.inference.scheduler import length_classes
 from roserag_jax.options.option import not_utf8
 from roserag_jax.rag import answers, documents, questions
 from roserag_jax.rag.chat import opens_thoughts
-from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.rag.prompts import BUILDERS, PromptBuilder, estimate_lengths
 from roserag_jax.retrieval.registry import found_nothing, open_retriever, searches_corpus
 from roserag_jax.session import Session, find_adapter
 from roserag_jax.workdir import Workdir
@@ -104,19 +107,32 @@ def run(config) -> None:
         rows = _questions(config)
         session, workdir = Session(config), Workdir(config.workdir)
         builder = PromptBuilder(session.tokenizer, **config.prompt)
-        prompts = [builder.plain(row) for row in rows]
         engine = session.engine(find_adapter(config, workdir))
+        lengths = estimate_lengths(
+            [*map(builder.size, rows)], lambda i: len(builder.plain(rows[i]).tokens), builder.max_tokens
+        )
+        limit = config.evaluate.max_tokens
+        slots = session.slots(config.evaluate.batch, DecoderCapacity(1, 1, ((1, limit),)), max(lengths), on_cpu=16)
+        thinking: dict[int, bool] = {}  # whether a response begins in a block of thoughts
+
+        def build(number: int) -> NumberedPrompt:
+            prompt = builder.plain(rows[number])
+            thinking[number] = opens_thoughts(prompt.text)
+            return NumberedPrompt(number, prompt.tokens)
+
         responses = respond(
             engine,
             session.tokenizer,
-            [prompt.tokens for prompt in prompts],
-            slots=config.evaluate.batch,
+            in_order(build, range(len(rows)), threads=BUILDERS, ahead=slots),
+            classes=length_classes(lengths, slots),
+            shared_prefix=builder.common_tokens(),
+            slots=slots,
             max_new_tokens=config.evaluate.max_tokens,
             stop_strings=builder.stop,
         )
         texts = {response.number: response.text for response in responses}
     for i, row in enumerate(rows):
-        rationale, answer, _ = answers.parse(texts[i], opens_thoughts(prompts[i].text))
+        rationale, answer, _ = answers.parse(texts[i], thinking[i])
         result = {"id": row["id"], "question": row["question"], "answer": answer, "rationale": rationale}
         result["passages"] = builder.shown(row)  # numbered as the rationale numbers them
         stdout.write(_as_text(result) if _QUESTIONS.value is None else cli.json_line(result, stdout))

@@ -11,26 +11,30 @@ five passages and three random ones, each with `metrics.json`, `predictions.json
 import json
 import re
 import statistics
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
 from roserag_jax import cli, options, rates, retrieve
+from roserag_jax.ahead import in_order
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.inference.respond import respond
+from roserag_jax.inference.requests import DecoderCapacity
+from roserag_jax.inference.respond import NumberedPrompt, respond
+from roserag_jax.inference.scheduler import length_classes
 from roserag_jax.inputs import corpus_recipe
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, metrics
 from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.rag.noise import Noise
-from roserag_jax.rag.prompts import Prompt, PromptBuilder
+from roserag_jax.rag.prompts import BUILDERS, Prompt, PromptBuilder, estimate_lengths
 from roserag_jax.report.comparison import summary
 from roserag_jax.retrieval.bm25 import BM25
 from roserag_jax.retrieval.indexing import open_index
 from roserag_jax.session import Session, adapter_digest, adapter_folder, checked_adapter
-from roserag_jax.workdir import RETRIEVED, PartialResults, Recipe, Workdir, resolve_path, to_json, to_jsonl
+from roserag_jax.workdir import RETRIEVED, PartialResults, Recipe, RowFile, Workdir, resolve_path, to_json, to_jsonl
 
 # What follows a system's name in that of an evaluation; see `artifact`.
 _ENDS_LIKE_AN_EVALUATION = re.compile(r"-(k\d+|none|no_gold|shuffled|(random|same_topic|counterfactual)\d+)$")
@@ -77,42 +81,65 @@ def recipe(session: Session, workdir: Workdir, folder: epath.Path | None, passag
     return Recipe(options.subset(config, *names) | changed, inputs)
 
 
-def shown_rows(config, rows: list[dict], passages: int, noise: str) -> list[dict]:
-    """Rows with the contexts that are shown: the first K, and what the noise makes of them.
+class ShownRows:
+    """The held-out questions with the contexts that are shown: the first K, and what the noise makes of them.
 
     Noise comes from the corpus that is named, else from the contexts of all rows. A row also says how many gold
-    passages there are, shown or not.
+    passages there are, shown or not. Without noise, rows are read one by one.
     """
-    rows = [{**row, "gold_count": metrics.gold_count(row)} for row in rows]
-    if noise == "none":
-        return [{**row, "contexts": row.get("contexts", [])[:passages]} for row in rows]
-    if config.retrieve.corpus or config.index:
-        searched = open_index(config)
-        pool, index = searched.passages, lambda: searched
-    else:
-        contexts = [c for row in rows for c in row.get("contexts", [])]
-        pool = list({(c["title"], c["text"]): c for c in contexts}.values())
-        index = lambda: BM25(pool)
-    made = Noise(noise, config.seed, rows, pool, index)
-    return [{**row, "contexts": made.passages(row, passages)} for row in rows]
+
+    def __init__(self, config, file: RowFile, passages: int, noise: str):
+        self.file, self.passages, self.noise = file, passages, None
+        if noise == "none":
+            return
+        rows = [self._with_gold_count(row) for row in file]
+        if config.retrieve.corpus or config.index:
+            searched = open_index(config)
+            pool, index = searched.passages, lambda: searched
+        else:
+            contexts = [c for row in rows for c in row.get("contexts", [])]
+            pool = list({(c["title"], c["text"]): c for c in contexts}.values())
+            index = lambda: BM25(pool)
+        self.noise = Noise(noise, config.seed, rows, pool, index)
+
+    def __getitem__(self, i: int) -> dict:
+        row = self._with_gold_count(self.file[i])
+        if self.noise:
+            return {**row, "contexts": self.noise.passages(row, self.passages)}
+        return {**row, "contexts": row.get("contexts", [])[: self.passages]}
+
+    @staticmethod
+    def _with_gold_count(row: dict) -> dict:
+        return {**row, "gold_count": metrics.gold_count(row)}
 
 
-def _answer(session: Session, engine, rows: list[dict], prompts: list[Prompt], stop, only) -> Iterator[dict]:
-    """Answer the questions numbered in `only`; yields each with its scores as soon as it is finished."""
+def _answer(
+    session: Session, engine, rows: ShownRows, builder: PromptBuilder, numbers: Iterable[int], *, classes, slots: int
+) -> Iterator[dict]:
+    """Answer the questions with these numbers; yields each with its scores as soon as it is finished."""
     config = session.config
     measure = answers.Measure(config.evaluate.metric, config.data.language)
+    answered: dict[int, tuple[dict, Prompt]] = {}  # those that are being answered
+
+    def build(number: int) -> NumberedPrompt:
+        row = rows[number]
+        prompt = builder.plain(row)
+        answered[number] = row, prompt
+        return NumberedPrompt(number, prompt.tokens)
+
     responses = respond(
         engine,
         session.tokenizer,
-        [prompt.tokens for prompt in prompts],
-        slots=config.evaluate.batch,
+        in_order(build, numbers, threads=BUILDERS, ahead=slots),
+        classes=classes,
+        shared_prefix=builder.common_tokens(),
+        slots=slots,
         max_new_tokens=config.evaluate.max_tokens,
-        stop_strings=stop,
-        only=only,
+        stop_strings=builder.stop,
     )
     clock = time.monotonic()
     for response in responses:
-        row, prompt = rows[response.number], prompts[response.number]
+        row, prompt = answered.pop(response.number)
         rationale, prediction, parsed = answers.parse(response.text, opens_thoughts(prompt.text))
         now = time.monotonic()
         yield {
@@ -149,36 +176,47 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     wanted = recipe(session, workdir, folder, K, noise)
     if workdir.is_up_to_date(name, wanted):
         return json.loads((workdir / name / "metrics.json").read_text())
-    rows = workdir.rows(RETRIEVED["eval"])
-    if passages and passages > (most := max(len(row.get("contexts", [])) for row in rows)):
+    # The contexts of a row are all that its prompt shows; how many that may be is said by K and the noise.
+    builder = PromptBuilder(session.tokenizer, **{**config.prompt, "passages": K and sys.maxsize})
+    first = lambda row: {**row, "contexts": row.get("contexts", [])[:K]}
+    note = lambda row: (row["id"], len(row.get("contexts", [])), builder.size(first(row)))
+    file = workdir.row_file(RETRIEVED["eval"], note)
+    if passages and passages > (most := max(count for _, count, _ in file.notes)):
         raise UserError(f"config.evaluate.passages: no question has {passages} passages, at most {most}.")
-    rows = shown_rows(config, rows, K, noise)
-    shape = {**config.prompt, "passages": K and max(len(row["contexts"]) for row in rows) or K}
-    builder = PromptBuilder(session.tokenizer, **shape)
-    prompts = [builder.plain(row) for row in rows]
-    if cut := sum(prompt.cut > 0 for prompt in prompts):
-        print(f"{cut} of {len(rows)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
+    rows = ShownRows(config, file, K, noise)
     label = name.removeprefix("eval/")
-    partial = PartialResults(workdir, f"evaluate-{label}", wanted.fingerprint(), [row["id"] for row in rows])
-    missing, em = partial.missing(), sum(example["scores"]["em"] for example in partial.done.values())
+    ids = [each for each, *_ in file.notes]
+    partial = PartialResults(
+        workdir, f"evaluate-{label}", wanted.fingerprint(), ids, lambda example: example["scores"]["em"]
+    )
     progress = Progress(
         f"evaluate {label}",
-        len(partial.done) + len(missing),
+        len(ids),
         "questions",
         len(partial.done),
         workdir=workdir,
         rate=rate_key(config, system, K),
     )
-    if missing:
-        engine = session.decoding_session.engine(folder)
-        progress.phase(f"answering {len(missing)} questions")
+    lengths = estimate_lengths(
+        [size for *_, size in file.notes], lambda i: len(builder.plain(rows[i]).tokens), builder.max_tokens
+    )
+    limit = config.evaluate.max_tokens
+    slots = session.slots(config.evaluate.batch, DecoderCapacity(1, 1, ((1, limit),)), max(lengths), on_cpu=16)
+    missing, em = {*partial.missing()}, sum(partial.done.values())
+    order = [i for i in sorted(range(len(ids)), key=lambda i: (-lengths[i], i)) if i in missing]
+    queue = processes.SharedQueue(f"evaluate {label}", order, slots)
+    if len(queue):
+        engine, classes = session.decoding_session.engine(folder), length_classes(lengths, slots)
+        progress.phase(f"answering {len(queue)} questions")
         with processes.watched():
-            for example in _answer(session, engine, rows, prompts, builder.stop, missing):
+            for example in _answer(session, engine, rows, builder, queue, classes=classes, slots=slots):
                 partial.add(example)
                 processes.step()
                 em += example["scores"]["em"]
                 progress.update(len(partial.done), f"EM {100 * em / len(partial.done):.1f}")
-    examples = partial.gather()
+    examples = list(partial.gather())
+    if cut := sum(example["prompt_cut"] > 0 for example in examples):
+        print(f"{cut} of {len(ids)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
     with processes.main_first():
         if processes.is_main():
             _publish(workdir, name, wanted, examples, {"system": system, "passages": K, "noise": noise})

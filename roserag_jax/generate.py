@@ -2,26 +2,29 @@
 
     python -m roserag_jax.generate --config configs/quickstart.py
 
-Reads `retrieved.jsonl`, writes `candidates.jsonl`: `{id, prompt, passage_spans, golden_answers, candidates: [{response,
-rationale, answer, source, count, correct, logprob, tokens}], dropped}`. When stopped, the same command resumes with the
-questions that are not finished.
+Reads `retrieved.jsonl`, writes `candidates.jsonl`: `{id, prompt, prompt_cut, passage_spans, golden_answers, candidates:
+[{response, rationale, answer, source, count, correct, logprob, tokens}], dropped}`. When stopped, the same command
+resumes with the questions that are not finished. Prompts are built while others are decoded, and several processes take
+the questions from one queue.
 
 With `config.select.labels=self_consistency` the plain rationales come first (`votes.jsonl`); the answer that most of
 them lead to takes the golden answers' place, in `golden_answers` and in what the guided prompts show.
 """
 
+import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from roserag_jax import cli, options, rates, retrieve
+from roserag_jax.ahead import in_order
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
-from roserag_jax.inference.engine import shared_prefix_length
 from roserag_jax.inference.requests import DecoderCapacity
-from roserag_jax.inference.scheduler import run_tasks
+from roserag_jax.inference.scheduler import NumberedTask, length_classes, run_tasks
 from roserag_jax.inputs import input_digest
 from roserag_jax.preference import candidates, labels
 from roserag_jax.preference.candidates import QuestionInputs
@@ -29,10 +32,20 @@ from roserag_jax.preference.labels import LABELS, VOTE
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers
 from roserag_jax.rag.files import read_rows
-from roserag_jax.rag.prompts import PromptBuilder
+from roserag_jax.rag.prompts import BUILDERS, PromptBuilder, PromptSize, estimate_lengths
 from roserag_jax.report.tables import table
 from roserag_jax.session import Session
-from roserag_jax.workdir import CANDIDATES, RETRIEVED, VOTES, PartialResults, Recipe, Workdir, to_jsonl
+from roserag_jax.workdir import (
+    CANDIDATES,
+    RETRIEVED,
+    VOTES,
+    ChangedRows,
+    PartialResults,
+    Recipe,
+    RowFile,
+    Workdir,
+    to_json,
+)
 
 _NO_INFLUENCE = ("generate.batch", "generate.memory_gb")
 _GUIDED = ("generate.guided_samples", "generate.guided_temperature")
@@ -55,11 +68,13 @@ def _votes(config) -> bool:
 
 
 def fit_to_memory(session: Session, capacity: DecoderCapacity, prompt_length: int) -> DecoderCapacity:
-    """The capacity with as many slots as `memory_gb` allows, at most `config.generate.batch`.
+    """The capacity with `config.generate.batch` slots, or as many as the devices hold or `memory_gb` allows.
 
     Raises:
       UserError: not even one question fits.
     """
+    slots = session.slots(session.config.generate.batch, capacity, prompt_length, on_cpu=8)
+    capacity = dataclasses.replace(capacity, slots=slots)
     limit = session.config.generate.memory_gb
     if not limit:
         return capacity
@@ -75,70 +90,83 @@ def fit_to_memory(session: Session, capacity: DecoderCapacity, prompt_length: in
     return capacity
 
 
-def outside_samples(path: str, rows: list[dict]) -> list[list[str]]:
-    """Responses generated elsewhere, by row; ids that are not training questions are ignored.
+def outside_samples(path: str, known: set[str]) -> dict[str, list[str]]:
+    """Responses generated elsewhere, by the id of the question; ids that are not in `known` are ignored.
 
     Raises:
       UserError: a line is not `{id, samples: [text, ...]}`, or none belongs to a question.
     """
     found, unknown = {}, 0
-    known = {row["id"] for row in rows}
     for where, line in read_rows(epath.Path(path).expanduser()):
         samples = line.get("samples")
         if "id" not in line or not isinstance(samples, list) or not all(isinstance(s, str) for s in samples):
             raise UserError(f"{where}: an id and a list of texts, samples, are expected.")
-        unknown += str(line["id"]) not in known
-        found.setdefault(str(line["id"]), []).extend(samples)
-    if not known & found.keys():
+        if str(line["id"]) in known:
+            found.setdefault(str(line["id"]), []).extend(samples)
+        else:
+            unknown += 1
+    if not found:
         raise UserError(f"config.generate.samples={path}: no id in it is one of the training questions.")
-    print(f"{path}: samples for {len(known & found.keys())} of {len(rows)} questions; {unknown} lines for others.")
-    return [found.get(row["id"], []) for row in rows]
+    print(f"{path}: samples for {len(found)} of {len(known)} questions; {unknown} lines for others.")
+    return found
 
 
-def question_inputs(session: Session, builder: PromptBuilder, rows: list[dict], sampling) -> list[QuestionInputs]:
-    """Build the prompts of every question, and add the responses to it that were generated elsewhere.
+class _Note(NamedTuple):
+    """What is kept in memory of a question."""
+
+    id: str
+    size: PromptSize
+    labeled: bool
+
+
+class Questions:
+    """Questions to generate candidates of; the prompts of each are built when it is asked for.
 
     Args:
       sampling: `config.generate`, or a change of it.
+
+    Attributes:
+      order: their numbers, the longest prompts first.
+      classes: the length classes of their prompts.
+      capacity: what the decoder must have room for.
     """
-    config = session.config
-    plain = [builder.plain(row) for row in rows]
-    guided = [builder.guided(row) for row in rows] if sampling.guided_samples else plain
-    if cut := sum(p.cut > 0 for p in plain):
-        print(f"{cut} of {len(rows)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
-    outside = outside_samples(sampling.samples, rows) if sampling.samples else [[] for _ in rows]
-    shared = shared_prefix_length([g.tokens for g in guided])
-    reused = [
-        candidates.reusable_tokens(*of, sampling.guided_samples, shared) for of in zip(plain, guided, strict=True)
-    ]
-    return [QuestionInputs(*of) for of in zip(rows, plain, guided, reused, outside, strict=True)]
+
+    def __init__(self, session: Session, rows: RowFile | ChangedRows, builder: PromptBuilder, sampling):
+        self.rows, self.builder, self.sampling = rows, builder, sampling
+        self.outside = outside_samples(sampling.samples, {n.id for n in rows.notes}) if sampling.samples else {}
+        self.shared = {"plain": builder.common_tokens(), "guided": builder.common_tokens(guided=True)}
+        self.most_reused = candidates.most_reused(builder)
+        sizes = [note.size for note in rows.notes]
+        lengths = estimate_lengths(sizes, lambda i: self.build(i).longest, builder.max_tokens)
+        self.order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))
+        most_outside = max(map(len, self.outside.values()), default=0)
+        capacity = candidates.decoder_capacity(sampling, self.most_reused, most_outside)
+        self.capacity = fit_to_memory(session, capacity, max(lengths))
+        self.classes = length_classes(lengths, self.capacity.slots)
+
+    def build(self, i: int) -> QuestionInputs:
+        """Build the prompts of a question."""
+        row, shared, branches = self.rows[i], len(self.shared["guided"]), self.sampling.guided_samples
+        plain = self.builder.plain(row)
+        guided = self.builder.guided(row, plain) if branches else plain
+        reused = candidates.reusable_tokens(plain, guided, branches, shared, self.most_reused)
+        return QuestionInputs(row, plain, guided, reused, self.outside.get(row["id"], []))
 
 
-def generate_rows(
-    session: Session,
-    builder: PromptBuilder,
-    questions: list[QuestionInputs],
-    capacity: DecoderCapacity,
-    missing: list[int],
-    sampling,
-) -> Iterator[dict]:
-    """Generate the candidates of the questions numbered in `missing`; yields each row as soon as it is finished."""
+def generate_rows(session: Session, questions: Questions, numbers: Iterable[int]) -> Iterator[dict]:
+    """Generate the candidates of the questions with these numbers; yields each row as soon as it is finished."""
     engine, tokenizer = session.decoding_session.engine(), session.tokenizer
-    plain = [q.plain.tokens for q in questions]
-    guided = [q.guided.tokens if q.reused is None else [] for q in questions]  # those that are prefilled
     generator = candidates.CandidateGenerator(
         tokenizer,
-        sampling,
-        shared_prefixes={
-            "plain": engine.prefill_shared_prefix(plain),
-            "guided": engine.prefill_shared_prefix([*filter(None, guided)]),
-        },
-        stop_strings=builder.stop,
+        questions.sampling,
+        shared_prefixes={source: engine.prefill_shared_prefix(tokens) for source, tokens in questions.shared.items()},
+        stop_strings=questions.builder.stop,
         measure=_measure(session.config),
     )
-    tasks = {i: generator.task(questions[i]) for i in missing}
-    lengths = [max(map(len, of)) for of in zip(plain, guided, strict=True)]
-    for _, row in run_tasks(engine, tasks, lengths, capacity, candidates.newline_tokens(tokenizer)):
+    built = in_order(questions.build, numbers, threads=BUILDERS, ahead=questions.capacity.slots)
+    tasks = (NumberedTask(number, each.longest, generator.task(each)) for number, each in enumerate(built))
+    newlines = candidates.newline_tokens(tokenizer)
+    for _, row in run_tasks(engine, tasks, questions.classes, questions.capacity, newlines):
         yield row
 
 
@@ -150,18 +178,32 @@ def make(session: Session, workdir: Workdir) -> None:
     wanted = recipe(session, workdir)
     if workdir.is_up_to_date(CANDIDATES, wanted):
         return
-    rows = workdir.rows(RETRIEVED["train"])
+    builder = PromptBuilder(session.tokenizer, **config.prompt)
+    note = lambda row: _Note(row["id"], builder.size(row), bool(row["golden_answers"]))
+    rows = workdir.row_file(RETRIEVED["train"], note)
     if _votes(config):
-        results, partial = _with_votes(session, workdir, wanted, rows)
+        results, partial = _with_votes(session, workdir, wanted, rows, builder)
     else:
-        results, partial = _generate(session, workdir, "generate", wanted, rows, config.generate)
+        results, partial = _generate(session, workdir, "generate", wanted, rows, builder, config.generate)
     with processes.main_first():
         if processes.is_main():
-            workdir.publish(CANDIDATES, wanted, to_jsonl(results), len(results))
+            counts: collections.Counter = collections.Counter()
+            workdir.publish(CANDIDATES, wanted, _counted(results, counts), len(rows))
             partial.clear()
-            print(f"{CANDIDATES}: {len(results)} questions\n{candidates.summary(results)}")
+            if cut := counts["cut", ""]:
+                limit = config.prompt.max_tokens
+                print(f"{cut} of {len(rows)} prompts were over {limit} tokens; their passages were cut.")
+            print(f"{CANDIDATES}: {len(rows)} questions\n{candidates.summary(counts)}")
             if _votes(config):
-                print(table(*labels.agreement_table(results, [r["golden_answers"] for r in rows], _measure(config))))
+                made, golden = workdir.rows(CANDIDATES), [row["golden_answers"] for row in rows]
+                print(table(*labels.agreement_table(made, golden, _measure(config))))
+
+
+def _counted(rows: Iterable[dict], counts: collections.Counter) -> Iterator[str]:
+    """Rows as JSON lines, and what `candidates.summary` says of them added to `counts`."""
+    for row in rows:
+        counts.update(candidates.tally(row))
+        yield to_json(row)
 
 
 def rate_key(config, sampling) -> str:
@@ -174,71 +216,76 @@ def _measure(config) -> answers.Measure:
 
 
 def _generate(
-    session: Session, workdir: Workdir, stage: str, wanted: Recipe, rows: list[dict], sampling
-) -> tuple[list[dict], PartialResults]:
+    session: Session,
+    workdir: Workdir,
+    stage: str,
+    wanted: Recipe,
+    rows: RowFile | ChangedRows,
+    builder: PromptBuilder,
+    sampling,
+) -> tuple[Iterator[dict], PartialResults]:
     """Generate the candidates of all questions, or what a stopped run has left of them.
 
     Args:
       stage: the name of its partial results, which are the caller's to clear.
       sampling: `config.generate`, or a change of it.
     """
-    builder = PromptBuilder(session.tokenizer, **session.config.prompt)
-    partial = PartialResults(workdir, stage, wanted.fingerprint(), [row["id"] for row in rows])
-    questions = question_inputs(session, builder, rows, sampling) if rows else []
-    missing = partial.missing()
+    partial = PartialResults(workdir, stage, wanted.fingerprint(), [note.id for note in rows.notes], candidates.tally)
     progress = Progress(
-        stage,
-        len(partial.done) + len(missing),
-        "questions",
-        len(partial.done),
-        workdir=workdir,
-        rate=rate_key(session.config, sampling),
+        stage, len(rows), "questions", len(partial.done), workdir=workdir, rate=rate_key(session.config, sampling)
     )
-    if missing:
-        longest = max(max(len(q.plain.tokens), len(q.guided.tokens) if q.reused is None else 0) for q in questions)
-        capacity = fit_to_memory(session, candidates.decoder_capacity(sampling, questions), longest)
+    questions = Questions(session, rows, builder, sampling) if len(rows) else None
+    missing = {*partial.missing()}
+    order = [i for i in questions.order if i in missing] if questions else []
+    queue = processes.SharedQueue(stage, order, questions.capacity.slots if questions else 1)
+    if len(queue):
+        capacity = questions.capacity
         progress.phase(f"{capacity.slots} questions at a time, {capacity.branches} rationales of each")
-        counts = [candidates.count_correct(row) for row in partial.done.values()]
-        correct, total = sum(c for c, _ in counts), sum(n for _, n in counts)
-        known = any(row["golden_answers"] for row in rows)
+        counts = sum(partial.done.values(), collections.Counter())
+        known = any(note.labeled for note in rows.notes)
         with processes.watched():
-            for row in generate_rows(session, builder, questions, capacity, missing, sampling):
+            for row in generate_rows(session, questions, queue):
                 partial.add(row)
                 processes.step()
-                correct_here, total_here = candidates.count_correct(row)
-                correct, total = correct + correct_here, total + total_here
-                note = f"{correct} of {total} candidates correct" if known else f"{total} candidates"
+                counts.update(partial.done[row["id"]])
+                correct, found = (candidates.total(counts, what) for what in ("correct", "candidates"))
+                note = f"{correct} of {found} candidates correct" if known else f"{found} candidates"
                 accepted = [c["rationale"] for c in row["candidates"] if c["correct"]]
                 progress.update(len(partial.done), note, accepted[-1] if accepted else "")
     return partial.gather(), partial
 
 
 def _with_votes(
-    session: Session, workdir: Workdir, wanted: Recipe, rows: list[dict]
-) -> tuple[list[dict], PartialResults]:
+    session: Session, workdir: Workdir, wanted: Recipe, rows: RowFile, builder: PromptBuilder
+) -> tuple[Iterator[dict], PartialResults]:
     """Generate plain candidates, let them vote, and generate guided ones from the answers that win.
 
     Golden answers play no part: the rows are used without them.
     """
     config, measure = session.config, _measure(session.config)
-    unlabeled = [row | {"golden_answers": []} for row in rows]
+    unlabeled = rows.changed(
+        range(len(rows)), lambda row: row | {"golden_answers": []}, lambda note: note._replace(labeled=False)
+    )
     without = ("select.labels", "select.agreement", *_GUIDED)
     of_votes = Recipe({k: v for k, v in wanted.options.items() if k not in without}, wanted.inputs)
     if not workdir.is_up_to_date(VOTES, of_votes):
         plain_only = ConfigDict({**config.generate, "guided_samples": 0})
-        voted, partial = _generate(session, workdir, "vote", of_votes, unlabeled, plain_only)
+        voted, partial = _generate(session, workdir, "vote", of_votes, unlabeled, builder, plain_only)
         with processes.main_first():
             if processes.is_main():
-                workdir.publish(VOTES, of_votes, to_jsonl(voted), len(voted))
+                workdir.publish(VOTES, of_votes, map(to_json, voted), len(rows))
                 partial.clear()
     votes = workdir.rows(VOTES)
     label = {row["id"]: labels.label_of(labels.vote_of_row(row, measure), config.select.agreement) for row in votes}
-    kept = [row | {"golden_answers": [label[row["id"]]["answer"]]} for row in rows if "dropped" not in label[row["id"]]]
+    kept = rows.changed(
+        [i for i, note in enumerate(rows.notes) if "dropped" not in label[note.id]],
+        lambda row: row | {"golden_answers": [label[row["id"]]["answer"]]},
+        lambda note: note._replace(labeled=True),
+    )
     guided_only = ConfigDict({**config.generate, "plain_samples": 0, "samples": ""})
-    made, partial = _generate(session, workdir, "generate", wanted, kept, guided_only)
-    guided = {row["id"]: row for row in made}
-    joined = [labels.join_votes(row, guided.get(row["id"]), label[row["id"]], measure) for row in votes]
-    return joined, partial
+    guided, partial = _generate(session, workdir, "generate", wanted, kept, builder, guided_only)
+    of_row = lambda row: None if "dropped" in label[row["id"]] else next(guided)
+    return (labels.join_votes(row, of_row(row), label[row["id"]], measure) for row in votes), partial
 
 
 def run(config) -> None:

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax import nnx
 from jax.sharding import Mesh
 
 from roserag_jax import automatic_mesh, cli
@@ -106,10 +105,13 @@ class Plan:
         return [made[name]() for name in _PROGRAMS.value]
 
     def _network(self, mesh):
-        """The frozen network as its graph and the shapes of its weights, laid over a mesh."""
-        graph, state = nnx.split(loading.abstract_model(self.model_config, LoRAConfig(), self.dtype, self.quantized))
+        """The frozen network's structure and the shapes of its weights, laid over a mesh."""
+        network, weights = engine.split(
+            loading.abstract_model(self.model_config, LoRAConfig(), self.dtype, self.quantized)
+        )
+        places = jax.tree.leaves(state_shardings(network.state(weights), mesh))
         shape = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        return graph, jax.tree.map(shape, state, state_shardings(state, mesh))
+        return network, tuple(map(shape, weights, places))
 
     def _array(self, mesh, shape, dtype, axes=("batch",)):
         axes = tuple(axes) + (None,) * (len(shape) - len(axes))
@@ -138,9 +140,9 @@ class Plan:
 
     def _prefill(self, mesh) -> Program:
         X, P = devices("batch", mesh), bucket(self.prompt_length)
-        graph, weights = self._network(mesh)
+        network, weights = self._network(mesh)
         tokens, lengths = self._array(mesh, (X, P), np.int32), self._array(mesh, (X,), np.int32)
-        lower = lambda: engine._prefill.lower(graph, weights, tokens, lengths)
+        lower = lambda: engine._prefill.lower(network, weights, tokens, lengths)
         work = f"{X} prompts of {P} tokens"
         return Program("prefill", work, mesh, lower, self._forward(X * P, P / 2), self._weights_read(mesh))
 
@@ -151,7 +153,7 @@ class Plan:
     def _decode(self, mesh) -> Program:
         c, capacity, X = self.model_config, self.capacity, devices("batch", mesh)
         B, N, S, M = -(-capacity.slots // X) * X, capacity.branches, capacity.max_new_tokens, capacity.suffix_length
-        graph, weights = self._network(mesh)
+        network, weights = self._network(mesh)
         prompts = self._prompts(mesh, B)
         array = lambda *shape, dtype=np.int32: self._array(mesh, shape, dtype)
         heads, axes = (c.num_layers, B, c.num_kv_heads, N), (None, *kv_cache.SUFFIX_AXES)
@@ -182,7 +184,7 @@ class Plan:
         stop_mask = jax.ShapeDtypeStruct((2, c.vocab_size), bool)
         key = jax.eval_shape(lambda: jax.random.key(0))
         lower = lambda: decode_step.decode_chunk.lower(
-            graph, weights, None, (prompts.k, prompts.v), state, params, stop_mask, key
+            network, weights, None, (prompts.k, prompts.v), state, params, stop_mask, key
         )
         flops = self._forward(B * N, self.prompt_length + M / 2) + 2 * B * N * c.vocab_size * c.embed_dim
         read = self._weights_read(mesh) + self._cache_bytes(B * (self.prompt_length + N * M / 2))
@@ -190,10 +192,10 @@ class Plan:
 
     def _score(self, mesh) -> Program:
         X, S = devices("batch", mesh), bucket(self.config.generate.max_tokens)
-        graph, weights = self._network(mesh)
+        network, weights = self._network(mesh)
         cache = self._prompts(mesh, X)
         tokens = self._array(mesh, (X, SCORED, S), np.int32)
-        lower = lambda: engine._score.lower(graph, weights, cache, tokens, tokens)
+        lower = lambda: engine._score.lower(network, weights, cache, tokens, tokens)
         flops = self._forward(X * SCORED * S, self.prompt_length + S / 2)
         flops += 2 * X * SCORED * S * self.model_config.vocab_size * self.model_config.embed_dim
         work = f"{X} prompts x {SCORED} responses of {S}"

@@ -8,6 +8,8 @@ is generated. `config.select.labels` says what tells right candidates from wrong
 agree on, a reward model (its rewards go to `rewards.jsonl`) or a file of scores.
 """
 
+import jax
+
 from roserag_jax import cli, generate, options
 from roserag_jax.distributed import processes
 from roserag_jax.hub import model_files, tokenizer
@@ -19,7 +21,17 @@ from roserag_jax.progress import Progress
 from roserag_jax.rag import answers
 from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.session import Session
-from roserag_jax.workdir import CANDIDATES, PAIRS, RETRIEVED, REWARDS, PartialResults, Recipe, Workdir, to_jsonl
+from roserag_jax.workdir import (
+    CANDIDATES,
+    PAIRS,
+    RETRIEVED,
+    REWARDS,
+    PartialResults,
+    Recipe,
+    Workdir,
+    to_json,
+    to_jsonl,
+)
 
 
 def recipe(session: Session, workdir: Workdir) -> Recipe:
@@ -64,8 +76,9 @@ def _make_rewards(session: Session, workdir: Workdir) -> None:
     rows, questions = workdir.rows(CANDIDATES), {row["id"]: row for row in workdir.rows(RETRIEVED["train"])}
     partial = PartialResults(workdir, "reward", wanted.fingerprint(), [row["id"] for row in rows])
     progress = Progress("reward", len(rows), "questions", len(partial.done), workdir=workdir)
-    missing = partial.missing()
-    if missing:
+    # Each process has its share of what process 0 finds missing.
+    missing = processes.gather("rewards missing", partial.missing() if processes.is_main() else None)[0]
+    if missing := missing[jax.process_index() :: jax.process_count()]:
         session.free_decoding_session()
         # Its own tokenizer and chat template, and no demonstrations, which only show what a response looks like.
         builder = PromptBuilder(tokenizer.load_tokenizer(name), **{**config.prompt, "examples": 0})
@@ -75,14 +88,14 @@ def _make_rewards(session: Session, workdir: Workdir) -> None:
         texts = [builder.conversations(questions[row["id"]], responses(row)) for row in rows]
         groups = [[*map(model.tokens, of_question)] for of_question in texts]
         with processes.watched():
-            for number, found in model.rewards(groups, config.evaluate.batch, missing):
+            for number, found in model.rewards(groups, config.evaluate.batch or 16, missing):
                 partial.add({"id": rows[number]["id"], "rewards": found})
                 processes.step()
                 progress.update(len(partial.done))
     results = partial.gather()
     with processes.main_first():
         if processes.is_main():
-            workdir.publish(REWARDS, wanted, to_jsonl(results), len(results))
+            workdir.publish(REWARDS, wanted, map(to_json, results), len(rows))
             partial.clear()
 
 

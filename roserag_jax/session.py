@@ -10,13 +10,16 @@ import jax.numpy as jnp
 from etils import epath
 
 from roserag_jax import automatic_mesh
-from roserag_jax.distributed import processes
+from roserag_jax.distributed import hardware, processes
 from roserag_jax.errors import UserError
 from roserag_jax.hub import loading, model_files, peft_adapter, tokenizer
 from roserag_jax.inference.engine import Engine
+from roserag_jax.inference.requests import DecoderCapacity
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig
 from roserag_jax.models.transformer import Transformer
 from roserag_jax.workdir import ADAPTER, Workdir, read_manifest, resolve_path, verify_files
+
+_MOST_SLOTS = 64  # on a device: with more, steps are bound by arithmetic, and what is decoded finishes later
 
 
 class Session:
@@ -160,6 +163,22 @@ class Session:
         if adapter is not None and self.config.merge:
             model = loading.merge_adapter(model)
         return self.engine_of(model)
+
+    def slots(self, wanted: int, capacity: DecoderCapacity, prompt_length: int, on_cpu: int) -> int:
+        """How many questions to decode at a time: `wanted`, or if that is 0 as many as fit beside the weights.
+
+        Args:
+          on_cpu: the number where the devices' memory is not known.
+        """
+        mesh, config = self.decoding_session.mesh, self.config
+        memory = config.mesh.memory_gb * 1e9 or hardware.memory_of(mesh.devices.flat[0])
+        if wanted or memory is None:
+            return wanted or on_cpu
+        itemsize, groups = self.dtype.itemsize, mesh.size // mesh.shape["tensor"]
+        weights = automatic_mesh.weight_bytes(self.source.config, itemsize, bool(config.base_dtype))
+        each = capacity.slot_bytes(self.source.config, itemsize, prompt_length)
+        fits = automatic_mesh.most_questions(weights, mesh, memory, each)
+        return max(groups, min(fits, _MOST_SLOTS * groups))
 
     def engine_of(self, model: Transformer) -> Engine:
         """An engine over a network."""

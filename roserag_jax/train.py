@@ -166,7 +166,7 @@ def _train_step(session: Session, stream: Stream) -> TrainStep:
 def _question_answering(session: Session, workdir: Workdir, held: list[Pair]) -> QuestionAnswering:
     """What answers the first `answer_questions` questions of the held-out pairs."""
     config = session.config
-    prompts = {pair.id: pair.prompt for pair in held}
+    prompts = {pair.id: list(pair.prompt) for pair in held}
     chosen = list(prompts)[: config.train.answer_questions]
     rows = [row for row in workdir.rows(CANDIDATES) if row["id"] in chosen]
 
@@ -180,7 +180,7 @@ def _question_answering(session: Session, workdir: Workdir, held: list[Pair]) ->
         [prompts[row["id"]] for row in rows],
         metric=config.evaluate.metric,
         language=config.data.language,
-        slots=config.evaluate.batch,
+        slots=config.evaluate.batch or 16,
         max_new_tokens=config.evaluate.max_tokens,
         stop_strings=config.prompt.stop,
     )

@@ -6,19 +6,23 @@ What else lies in a folder (a README, what an editor or a file manager leaves) p
 rows as partial results, named by the fingerprint of what they are made from, and resume from them.
 """
 
+import array
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
+from roserag_jax.ahead import in_order
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
 from roserag_jax.options.option import not_utf8
@@ -86,21 +90,27 @@ def naming(path: epath.Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: epath.Path, content: str | bytes) -> None:
-    """Write a file so that it is seen whole or not at all."""
-    content = content.encode() if isinstance(content, str) else content
+def write_atomic(path: epath.Path, content: str | bytes | Iterable[str | bytes]) -> None:
+    """Write a file, of one piece or of many, so that it is seen whole or not at all."""
+    pieces = [content] if isinstance(content, str | bytes) else content
     if is_remote(path):  # as a bucket does anyway
-        path.write_bytes(content)
+        _write(path, pieces)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp"
     with naming(path):
         try:
-            temporary.write_bytes(content)
-        except OSError:
+            _write(temporary, pieces)
+        except BaseException:
             temporary.unlink(missing_ok=True)  # it takes space on a disk that may be full
             raise
         temporary.replace(path)
+
+
+def _write(path: epath.Path, pieces: Iterable[str | bytes]) -> None:
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece.encode() if isinstance(piece, str) else piece)
 
 
 def append(path: epath.Path, content: str) -> None:
@@ -276,13 +286,13 @@ class Workdir:
         verify_files(path, manifest)
         return manifest["digest"]
 
-    def publish(self, name: str, recipe: Recipe, content: dict[str, str | bytes] | str, rows: int) -> None:
-        """Put a finished artifact in place: the text of a file, or the content of each file of a folder.
+    def publish(self, name: str, recipe: Recipe, content: dict[str, str | bytes] | str | Iterator[str], rows: int):
+        """Put a finished artifact in place: a file's text, also in pieces, or the content of each file of a folder.
 
         Files of a former version that this one lacks are deleted; others, which are the user's, stay.
         """
         path, manifest_file = self.path / name, self._manifest(name)
-        is_folder = not isinstance(content, str)
+        is_folder = isinstance(content, dict)
         # What the former version held, also where that was half replaced when the run ended.
         former_file = manifest_file.with_name(".former.json")
         former = set(former_file.read_text().split("\n")) if is_folder and former_file.exists() else set()
@@ -337,6 +347,60 @@ class Workdir:
         self.verify(name)
         return from_jsonl((self.path / name).read_text())
 
+    def row_file(self, name: str, note: Callable[[dict], Any]) -> "RowFile":
+        """The rows of a finished artifact, after checking it, to be read one by one; see `RowFile`."""
+        self.verify(name)
+        return RowFile(self.path / name, note)
+
+
+class RowFile(Sequence[dict]):
+    """The rows of a file of JSON lines, each read when it is asked for, by any thread.
+
+    Attributes:
+      notes: what `note` made of each row when the file was opened; nothing else of the rows is kept.
+    """
+
+    def __init__(self, path: epath.Path, note: Callable[[dict], Any]):
+        self._file = path.open("rb")
+        if is_remote(path):
+            with self._file as remote:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 (it stays open)
+                shutil.copyfileobj(remote, self._file)
+            self._file.seek(0)
+        self._places, self.notes, start = array.array("Q"), [], 0
+        for line in self._file:
+            if line.strip():
+                self._places.append(start)
+                self.notes.append(note(json.loads(line)))
+            start += len(line)
+        self._places.append(start)
+
+    def __len__(self) -> int:
+        return len(self.notes)
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        start, stop = self._places[i : i + 2]
+        return json.loads(os.pread(self._file.fileno(), stop - start, start))
+
+    def changed(self, places: Sequence[int], row: Callable[[dict], dict], note: Callable[[Any], Any]) -> "ChangedRows":
+        """Some of the rows, each changed by `row` when it is read, and their notes by `note`."""
+        return ChangedRows(self, places, row, [note(self.notes[i]) for i in places])
+
+
+class ChangedRows(Sequence[dict]):
+    """Some rows of a `RowFile`, changed as they are read."""
+
+    def __init__(self, rows: RowFile, places: Sequence[int], change: Callable[[dict], dict], notes: list):
+        self._rows, self._places, self._change, self.notes = rows, places, change, notes
+
+    def __len__(self) -> int:
+        return len(self.notes)
+
+    def __getitem__(self, i: int) -> dict:
+        return self._change(self._rows[self._places[i]])
+
 
 def _plain(options: dict) -> dict:
     """Options as JSON gives them back, tuples as lists."""
@@ -387,51 +451,81 @@ def verify_files(path: epath.Path, manifest: dict) -> None:
 class PartialResults:
     """Finished rows of a stage under way, so that a stopped stage repeats only what was being worked on.
 
-    Several processes take turns at the rows, and each appends to a file of its own; in a bucket a row is a file. A line
-    is a checksum and a row; one that is cut off or damaged is left out, and its row is made anew.
+    Each of several processes appends to a file of its own; in a bucket a row is a file. A line is a checksum and a row;
+    one that is cut off or damaged is left out, and its row is made anew. The rows stay in the files: of each, only
+    where it is and a note are kept.
 
     Args:
       ids: of all rows that the stage makes, in their order.
+      note: what to keep of a finished row.
+
+    Attributes:
+      done: the notes of the finished rows, by id.
     """
 
-    def __init__(self, workdir: Workdir, stage: str, fingerprint: str, ids: list[str]):
+    def __init__(
+        self,
+        workdir: Workdir,
+        stage: str,
+        fingerprint: str,
+        ids: list[str],
+        note: Callable[[dict], Any] = lambda row: None,
+    ):
         self.stage, self.folder = stage, workdir.path / ".parts" / f"{stage}-{fingerprint}"
         self.own = self.folder / f"{jax.process_index():04d}.jsonl"
-        self.ids, self.done = ids, {}
+        self.ids, self.note, self.done = ids, note, {}
+        self._places: dict[str, tuple[epath.Path, int, int]] = {}  # file, start and stop of each row
         if damaged := self.read():
             print(f"{stage}: {damaged} partial results in {self.folder} are damaged and will be made anew.")
         if not is_remote(self.own) and self.own.exists():
-            data = self.own.read_bytes()
-            if data != (sound := b"".join(_sound_lines(data)[0])):  # the next line would join one that is cut off
-                write_atomic(self.own, sound)
+            found, _, rest = _read_rows(self.own, note)
+            if rest:  # the next line would join one that is cut off
+                write_atomic(self.own, (_line(self._read_place((self.own, *place))) for _, place, _ in found))
+                self.read()
 
     def read(self) -> int:
         """Find the finished rows, those of other processes too; returns how many lines are damaged."""
-        rows, damaged = partial_rows(self.folder)
-        self.done |= {row["id"]: row for row in rows}
+        damaged = 0
+        if self.folder.exists():
+            files = sorted(self.folder.glob("*.jsonl"))
+            read = functools.partial(_read_rows, note=self.note)
+            for file, (found, bad, _) in zip(files, in_order(read, files, threads=16), strict=True):
+                damaged += bad
+                for name, place, note in found:
+                    self.done[name], self._places[name] = note, (file, *place)
         return damaged
 
     def missing(self) -> list[int]:
-        """The rows that this process has to make, by their place."""
-        mine = range(jax.process_index(), len(self.ids), jax.process_count())
-        return [i for i in mine if self.ids[i] not in self.done]
+        """The rows that are yet to be made, by their place."""
+        return [i for i, name in enumerate(self.ids) if name not in self.done]
 
-    def gather(self) -> list[dict]:
-        """All rows in their order, once all processes are here with theirs."""
+    def gather(self) -> Iterator[dict]:
+        """All rows in their order, once all processes are here with theirs; each calls this and reads them to the end.
+
+        They are read from the files as they are asked for, and are gone when the folder is cleared.
+        """
         processes.barrier("parts finished")
         self.read()
         processes.barrier("parts read")  # before the first of them clears the folder
-        return [self.done[i] for i in self.ids]
+        return in_order(self._read_place, [self._places[name] for name in self.ids], threads=16)
+
+    def _read_place(self, place: tuple[epath.Path, int, int]) -> dict:
+        file, start, stop = place
+        with file.open("rb") as stream:
+            stream.seek(start)
+            return json.loads(stream.read(stop - start).partition(b" ")[2])
 
     def add(self, row: dict) -> None:
         """Keep a finished row."""
-        text = to_json(row)
-        line = f"{_line_check(text.rstrip().encode()).decode()} {text}"
+        line, file, start = _line(row), self.own, 0
         if is_remote(self.own):
-            (self.folder / f"{self.own.stem}-{len(self.done):08d}.jsonl").write_text(line)
+            file = self.folder / f"{self.own.stem}-{len(self.done):08d}.jsonl"
+            file.write_text(line)
         else:
+            start = self.own.stat().length if self.own.exists() else 0
             append(self.own, line)
-        self.done[row["id"]] = row
+        self.done[row["id"]] = self.note(row)
+        self._places[row["id"]] = file, start, start + len(line.encode())
 
     def clear(self) -> None:
         """Drop the stage's partial results, once its artifact is published; those of other options too."""
@@ -444,24 +538,39 @@ class PartialResults:
 def partial_rows(folder: epath.Path) -> tuple[list[dict], int]:
     """The finished rows of a stage under way, from its folder in `.parts/`, and how many lines are damaged."""
     rows, damaged = [], 0
-    if folder.exists():
-        with ThreadPoolExecutor(16) as pool:  # a bucket takes its time for each
-            for data in pool.map(lambda file: file.read_bytes(), sorted(folder.glob("*.jsonl"))):
-                lines, bad = _sound_lines(data)
-                damaged += bad
-                rows += [json.loads(line.partition(b" ")[2]) for line in lines]
+    for file in sorted(folder.glob("*.jsonl")) if folder.exists() else ():
+        found, bad, _ = _read_rows(file, lambda row: row)
+        damaged += bad
+        rows += [row for *_, row in found]
     return rows, damaged
+
+
+def _line(row: dict) -> str:
+    """A row as a line of partial results."""
+    text = to_json(row)
+    return f"{_line_check(text.rstrip().encode()).decode()} {text}"
 
 
 def _line_check(text: bytes) -> bytes:
     return b"%08x" % zlib.crc32(text)
 
 
-def _sound_lines(data: bytes) -> tuple[list[bytes], int]:
-    """The lines of a file of partial results whose checksum is right, and how many others there are.
+def _read_rows(file: epath.Path, note: Callable[[dict], Any]) -> tuple[list[tuple], int, bool]:
+    """The rows of a file of partial results whose checksum is right.
 
-    A last line without its end does not count: a run was stopped while it wrote it, or is just writing it.
+    Returns:
+      `(id, (start, stop), note)` of each; how many other lines there are; and whether anything else is in the file. A
+      last line without its end does not count: a run was stopped while it wrote it, or is just writing it.
     """
-    whole = [line for line in data.rpartition(b"\n")[0].split(b"\n") if line]
-    sound = [line + b"\n" for line in whole if line.partition(b" ")[0] == _line_check(line.partition(b" ")[2])]
-    return sound, len(whole) - len(sound)
+    found, damaged, rest, start = [], 0, False, 0
+    with file.open("rb") as stream:
+        for line in stream:
+            check, _, text = line.rstrip(b"\n").partition(b" ")
+            if line.endswith(b"\n") and check == _line_check(text):
+                row = json.loads(text)
+                found.append((row["id"], (start, start + len(line)), note(row)))
+            else:
+                rest = True
+                damaged += line.endswith(b"\n") and len(line) > 1
+            start += len(line)
+    return found, damaged, rest

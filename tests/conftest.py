@@ -53,7 +53,7 @@ from roserag_jax.hub import gguf, loading, model_files, peft_adapter
 from roserag_jax.inference.engine import Engine
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
 from roserag_jax.inference.sampling import SamplingParams
-from roserag_jax.inference.scheduler import run_tasks
+from roserag_jax.inference.scheduler import NumberedTask, length_classes, run_tasks
 from roserag_jax.models import rope
 from roserag_jax.models.lora import LoRAConfig
 from roserag_jax.preference import selection
@@ -144,7 +144,13 @@ def decode(engine, prompts, requests, slots=4, branches=3, extra_stop_ids=()):
 
     shapes = tuple((max(map(len, request.forced_prefixes)), request.max_new_tokens) for request in requests)
     capacity, tasks = DecoderCapacity(slots, branches, shapes), dict(enumerate(map(task, prompts, requests)))
-    return [made for _, made in sorted(run_tasks(engine, tasks, list(map(len, prompts)), capacity, extra_stop_ids))]
+    return [made for _, made in sorted(run(engine, tasks, list(map(len, prompts)), capacity, extra_stop_ids))]
+
+
+def run(engine, tasks, lengths, capacity, extra_stop_ids=()):
+    """`run_tasks` of tasks by number, whose prompts have these lengths."""
+    numbered = (NumberedTask(i, lengths[i], task) for i, task in tasks.items())
+    return run_tasks(engine, numbered, length_classes(lengths, capacity.slots), capacity, extra_stop_ids)
 
 
 # Prompts for small random models, and the ids of their questions.

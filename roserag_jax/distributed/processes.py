@@ -35,6 +35,7 @@ _link: Link | None = None
 _ending = threading.Lock()  # held by the thread that says how this process ends
 _told: list[int] = []  # the signals that came while `shared_preemption`
 _queues: dict[str, itertools.count] = {}  # of a single process
+_made = itertools.count()  # numbers of shared queues
 
 
 class _Watched:
@@ -193,6 +194,35 @@ def take(queue: str, count: int) -> int:
     for _ in range(count - 1):
         next(taken)
     return first
+
+
+class SharedQueue(Iterator):
+    """Hands out items, each to one of all processes, in small blocks as they ask: a slow one gets fewer of them.
+
+    All processes make it, in the same order of queues; the items are those of process 0. Iterate over it in any thread,
+    but in one at a time.
+
+    Args:
+      most: the largest block; towards the end of the queue they become smaller.
+    """
+
+    def __init__(self, name: str, items: list, most: int):
+        self._name = f"{name} #{next(_made)}"
+        self._items = gather(self._name, items if is_main() else None)[0]
+        self._most, self._taken, self._block = most, 0, iter(())
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __next__(self) -> Any:
+        found = next(self._block, self)
+        if found is not self:
+            return found
+        size = max(1, min(self._most, (len(self) - self._taken) // (4 * jax.process_count())))
+        first = take(self._name, size)
+        self._taken = first + size
+        self._block = iter(self._items[first : self._taken])
+        return next(self._block)  # or this is the end
 
 
 def check_equal(what: str, value: str) -> None:

@@ -13,7 +13,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from roserag_jax.inference.kv_cache import PREFIX_AXES, SUFFIX_AXES, put_rings, put_slots, take_slots
@@ -116,17 +115,17 @@ def decode_step(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def decode_chunk(graph, weights, layers, prompts, state: DecodeState, params: RequestParams, stop_mask, seed):
+def decode_chunk(network, weights, layers, prompts, state: DecodeState, params: RequestParams, stop_mask, seed):
     """Run up to `CHUNK` decode steps of all slots; fewer once an eighth of the busy ones has finished, or one.
 
     Args:
-      graph, weights, layers: the network, and its layers' parameters unstacked if the caches are.
+      network, weights, layers: the network, and its layers' parameters unstacked if the caches are.
       prompts: keys and values of the prefix cache.
 
     Returns:
       The new state, and a copy of what the host reads of it, while the state itself goes into the next program.
     """
-    model = nnx.merge(graph, weights)
+    model, layers = network.model(weights), layers and network.layers(layers)
     keys = branch_keys(params, seed, state.tokens.shape[1])
     prompts = PrefixCache(*prompts, params.prompt_length)
     busy = state.active.any(-1).sum()
@@ -174,7 +173,7 @@ def update_slots(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def prefill_slots(graph, weights, prompts, tokens: Int[Array, "R P"], lengths, slots, served, shared_prefix):
+def prefill_slots(network, weights, prompts, tokens: Int[Array, "R P"], lengths, slots, served, shared_prefix):
     """Prefill prompts into W slots of each device.
 
     Args:
@@ -182,14 +181,14 @@ def prefill_slots(graph, weights, prompts, tokens: Int[Array, "R P"], lengths, s
       tokens, lengths: what follows the shared prefix of each prompt, right-padded, and its length [R].
       slots, served: the slot of each row, counted within its device, and whether the row holds a prompt, [R].
     """
-    cache = nnx.merge(graph, weights).prefill(tokens, lengths, shared_prefix)
+    cache = network.model(weights).prefill(tokens, lengths, shared_prefix)
     new = cache.k, cache.v
     return tuple(put_slots(a, PREFIX_AXES, rows, slots, served) for a, rows in zip(prompts, new, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def extend_slots(
-    graph,
+    network,
     weights,
     prompts,
     suffix: SuffixCache,
@@ -214,7 +213,7 @@ def extend_slots(
     Returns:
       The suffix cache, and the log-probabilities of `targets`.
     """
-    model = nnx.merge(graph, weights)
+    model = network.model(weights)
     R, N, S = tokens.shape
     M = suffix.used.shape[-1]
     cache = PrefixCache(*(take_slots(a, PREFIX_AXES, slots) for a in prompts), prompt_length)

@@ -3,8 +3,10 @@
 Axes: B batch, N branches, P prompt, S response length, C shared prefix.
 """
 
+import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -17,8 +19,47 @@ from roserag_jax.models.cache import PrefixCache, unstack
 from roserag_jax.models.logprobs import token_logprobs
 from roserag_jax.models.transformer import Transformer
 
+_SHORT_PREFIX = 32  # tokens; what is shorter is not worth a prefill of its own
 # The most of one program that scores: tokens of responses, and bytes of a layer's attention from them to the prompts.
 _SCORED_TOKENS, _SCORED_BYTES = 1 << 15, 1 << 31
+
+
+class Network:
+    """The structure of a network, without its weights: a static argument of the programs that run it.
+
+    It is hashed once. JAX would hash a graph of `nnx` anew and flatten its state in Python at every call, which takes a
+    millisecond: as long as a decoding step of a small model.
+    """
+
+    def __init__(self, graph: nnx.GraphDef, structure):
+        self._graph, self._structure = graph, structure
+        self._hash = hash((graph, structure))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Network) and (self._graph, self._structure) == (other._graph, other._structure)
+
+    def state(self, weights: tuple) -> nnx.State:
+        """The weights by name."""
+        return self._structure.unflatten(weights)
+
+    def model(self, weights: tuple) -> Transformer:
+        """The network with its weights."""
+        return nnx.merge(self._graph, self.state(weights))
+
+    def layers(self, layers: tuple[tuple, ...]) -> tuple[nnx.State, ...]:
+        """The states of layers from their arrays."""
+        stacked = self.state(tuple(range(self._structure.num_leaves)))["layers"]
+        return tuple(jax.tree.structure(stacked).unflatten(arrays) for arrays in layers)
+
+
+def split(model: Transformer) -> tuple[Network, tuple]:
+    """The structure of a network, and its weights."""
+    graph, state = nnx.split(model)
+    weights, structure = jax.tree.flatten(state)
+    return Network(graph, structure), tuple(weights)
 
 
 class Engine:
@@ -28,7 +69,7 @@ class Engine:
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, stop_ids: tuple[int, ...], pad_id: int, seed: int = 0):
-        self.graph, self.state = nnx.split(model)
+        self.network, self.weights = split(model)
         self.config, self.dtype = model.config, model.embed[...].dtype
         self.mesh, self.stop_ids, self.pad_id, self.seed = mesh, tuple(stop_ids), pad_id, seed
         self.on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -37,8 +78,12 @@ class Engine:
 
     @functools.cached_property
     def unstacked_layers(self) -> tuple | None:
-        """The layers' parameters unstacked, where decoding wants them so; they take their memory once more."""
-        return jax.jit(unstack)(self.state["layers"]) if prefers_unstacked_layers(self.mesh) else None
+        """The layers' parameters unstacked, where decoding wants them so; they take their memory once more.
+
+        They are a tuple of arrays for each layer, which `Network.layers` takes.
+        """
+        layers = jax.tree.leaves(self.network.state(self.weights)["layers"])
+        return jax.jit(unstack)(tuple(layers)) if prefers_unstacked_layers(self.mesh) else None
 
     def place(self, *arrays) -> list[jax.Array]:
         """Put host arrays on the devices, their first axis over the mesh's batch axes."""
@@ -46,17 +91,17 @@ class Engine:
         arrays = [*map(np.asarray, arrays)]
         return jax.device_put(arrays, [*map(batch, arrays)])
 
-    def prefill_shared_prefix(self, prompts: list[list[int]]) -> PrefixCache | None:
-        """Prefill what all prompts begin with (instructions, few-shot demonstrations); None where that is short."""
-        C = shared_prefix_length(prompts)
-        return self.prefill([prompts[0][: C + 1]], C) if C else None
+    def prefill_shared_prefix(self, tokens: list[int]) -> "SharedPrefix":
+        """Prefill what prompts begin with (instructions, few-shot demonstrations); nothing where that is short."""
+        C = len(tokens)
+        return SharedPrefix(tokens, self.prefill([[*tokens, self.pad_id]], C) if C >= _SHORT_PREFIX else None)
 
     def prefill(self, prompts: list[list[int]], length: int | None = None) -> PrefixCache:
         """Prefill prompts without their last token, padded to `length` or by default to the bucket of the longest."""
         rows = [p[:-1] for p in prompts]
         tokens, lengths = pad(rows, length or bucket(max(map(len, rows))), self.pad_id)
         with jax.set_mesh(self.mesh):
-            return _prefill(self.graph, self.state, *self.place(tokens, lengths))
+            return _prefill(self.network, self.weights, *self.place(tokens, lengths))
 
     def score(self, cache: PrefixCache, prompts, responses: list[list[list[int]]], length: int) -> np.ndarray:
         """Log-probabilities [B, N, length] of N responses (tokens, stop token included) per prompt; 0 past each end.
@@ -77,9 +122,22 @@ class Engine:
         with jax.set_mesh(self.mesh):
             for start in range(0, N, chunk):
                 placed = self.place(branches[:, start : start + chunk], targets[:, start : start + chunk])
-                logprobs.append(np.asarray(_score(self.graph, self.state, cache, *placed)))
+                logprobs.append(np.asarray(_score(self.network, self.weights, cache, *placed)))
         real = np.arange(length) < lengths.reshape(B, -1)[..., None]
         return np.where(real, np.concatenate(logprobs, axis=1), 0.0)[:, :N]
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedPrefix:
+    """Tokens that prompts begin with, and their keys and values, or None where they are too few to be shared."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    cache: PrefixCache | None = None
+
+    def of(self, prompt: list[int]) -> PrefixCache | None:
+        """The cache, if this prompt begins with the tokens and they are not all of it."""
+        C = len(self.tokens)
+        return self.cache if len(prompt) > C and prompt[:C] == self.tokens else None
 
 
 def bucket(length: int) -> int:
@@ -90,13 +148,17 @@ def bucket(length: int) -> int:
     return -(-length // 256) * 256
 
 
-def shared_prefix_length(prompts: list[list[int]]) -> int:
+def shared_prefix_length(prompts: list[Sequence[int]]) -> int:
     """How many tokens all prompts begin with; 0 where they are too few to be worth a prefill of their own.
 
     The last token of a prompt begins its branches and is never among them.
     """
-    common = min(len(os.path.commonprefix(prompts)), min(map(len, prompts), default=0) - 1)
-    return common if common >= 32 else 0
+    if not prompts:
+        return 0
+    first, last = min(prompts), max(prompts)  # what these begin with, all between them do
+    differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    common = min(next(differ, len(first)), min(map(len, prompts)) - 1)
+    return common if common >= _SHORT_PREFIX else 0
 
 
 def pad(rows: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -108,11 +170,11 @@ def pad(rows: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(graph, state, tokens, lengths):
-    return nnx.merge(graph, state).prefill(tokens, lengths)
+def _prefill(network, weights, tokens, lengths):
+    return network.model(weights).prefill(tokens, lengths)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(graph, state, cache, branches, targets):
-    model = nnx.merge(graph, state)
+def _score(network, weights, cache, branches, targets):
+    model = network.model(weights)
     return token_logprobs(model.extend(branches, cache), targets, model.table, model.config.final_softcap)

@@ -22,7 +22,7 @@ class PrefillRequest:
 
     Args:
       tokens: the whole prompt. Its last token is not prefilled: it is the first one of every branch.
-      shared_prefix: the cache of what all prompts of this kind begin with, from `Engine.prefill_shared_prefix`.
+      shared_prefix: the cache of what it begins with, from `Engine.prefill_shared_prefix`.
     """
 
     tokens: list[int]
@@ -109,10 +109,15 @@ class DecoderCapacity:
     def slot_bytes(self, config: ModelConfig, itemsize: int, prompt_length: int) -> int:
         """Bytes that one slot takes, weights aside, as the program compiled for a TPU v5e allocates them.
 
-        These are keys and values of the prompt; those of the branches, whose values a chunk of steps holds in a second
-        layout; and four arrays of the branches' logits. With small heads the suffix cache is padded to tiles of 128.
+        These are the caches; the values of the branches once more, for a chunk of steps holds them in a second layout;
+        and four arrays of the branches' logits. With small heads the suffix cache is padded to tiles of 128.
         """
+        tiled = self.suffix_length if config.head_dim >= 128 else -(-self.suffix_length // 128) * 128
         token = config.num_layers * config.num_kv_heads * config.head_dim * itemsize  # keys, or values
-        suffix = self.suffix_length if config.head_dim >= 128 else -(-self.suffix_length // 128) * 128
-        cached = token * (2 * bucket(prompt_length) + 3 * self.branches * suffix)
-        return cached + 4 * 4 * self.branches * config.vocab_size
+        working = token * self.branches * (3 * tiled - 2 * self.suffix_length)
+        return self.cache_bytes(config, itemsize, prompt_length) + working + 4 * 4 * self.branches * config.vocab_size
+
+    def cache_bytes(self, config: ModelConfig, itemsize: int, prompt_length: int) -> int:
+        """Bytes of one slot's caches: keys and values of the prompt and of the branches."""
+        token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+        return token * (bucket(prompt_length) + self.branches * self.suffix_length)

@@ -1,11 +1,12 @@
 """Greedy responses to prompts: what `evaluate`, `answer` and the evaluation during training show a user."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from roserag_jax.inference.engine import Engine
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest, Task
-from roserag_jax.inference.scheduler import run_tasks
+from roserag_jax.inference.scheduler import LengthClass, NumberedTask, run_tasks
 from roserag_jax.rag import answers
 
 
@@ -26,34 +27,43 @@ class Response:
     tokens: int
 
 
+class NumberedPrompt(NamedTuple):
+    """A prompt as tokens, and the number that its response has."""
+
+    number: int
+    tokens: list[int]
+
+
 def respond(
     engine: Engine,
     tokenizer,
-    prompts: list[list[int]],
+    prompts: Iterable[NumberedPrompt],
     *,
+    classes: list[LengthClass],
+    shared_prefix: list[int],
     slots: int,
     max_new_tokens: int,
     stop_strings: tuple[str, ...] = (),
-    only: list[int] | None = None,
 ) -> Iterator[Response]:
     """Respond to prompts greedily; yields each `Response` as soon as it is finished.
 
     Args:
+      prompts: taken when slots are free for them.
+      classes: the length classes of all prompts, as `scheduler.run_tasks` takes them.
+      shared_prefix: tokens that prompts begin with.
       slots: prompts worked on at a time.
       stop_strings: texts that end a response.
-      only: the prompts to respond to; None is all. The shapes are those of all either way.
     """
-    shared_prefix = engine.prefill_shared_prefix(prompts)
+    shared = engine.prefill_shared_prefix(shared_prefix)
     stop_function = answers.ending(tokenizer, stop_strings)
 
-    def task(number: int) -> Task:
-        prompt = prompts[number]
-        yield PrefillRequest(prompt, shared_prefix)
+    def task(number: int, prompt: list[int]) -> Task:
+        yield PrefillRequest(prompt, shared.of(prompt))
         (completion,) = yield DecodeRequest([prompt[-1:]], max_new_tokens, stop_function=stop_function)
         text, stopped = answers.until(tokenizer.decode(completion.tokens), stop_strings)
         return Response(number, text, completion.finished or stopped, len(completion.tokens))
 
     capacity = DecoderCapacity(slots, 1, ((1, max_new_tokens),))
-    tasks = {number: task(number) for number in (range(len(prompts)) if only is None else only)}
-    for _, response in run_tasks(engine, tasks, list(map(len, prompts)), capacity):
+    tasks = (NumberedTask(number, len(tokens), task(number, tokens)) for number, tokens in prompts)
+    for _, response in run_tasks(engine, tasks, classes, capacity):
         yield response

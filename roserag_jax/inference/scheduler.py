@@ -10,10 +10,11 @@ Axes: B slots, X devices that slots are split over, N branches, S tokens of a fo
 
 import collections
 import dataclasses
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,64 +31,165 @@ from roserag_jax.models.cache import SuffixCache
 _COMPILING = threading.Lock()  # so that two threads do not both compile a program; running it holds no lock
 TASKS_LOCK = threading.Lock()  # tasks share a tokenizer, which is not made for several threads at once
 _MANY_SLOTS = 16  # with so many the devices run ahead of the host
-_TOGETHER, _TOGETHER_TOKENS = 8, 2048  # slots of a device served in one program where so many wait, and their tokens
+_TOGETHER, _TOGETHER_TOKENS = (8, 4), 2048  # slots of a device served in one program where so many wait; their tokens
+
+
+class NumberedTask(NamedTuple):
+    """A task, the number that its result is yielded with, and the length of its longest prompt."""
+
+    number: int
+    length: int
+    task: Task
+
+
+class LengthClass(NamedTuple):
+    """Prompts of up to `longest` tokens are decoded together; about `count` are expected."""
+
+    longest: int
+    count: int
 
 
 def run_tasks(
     engine: Engine,
-    tasks: dict[int, Task],
-    prompt_lengths: list[int],
+    tasks: Iterable[NumberedTask],
+    classes: list[LengthClass],
     capacity: DecoderCapacity,
     extra_stop_ids: tuple[int, ...] = (),
 ) -> Iterator[tuple[int, Any]]:
-    """Run tasks by number and yield `(number, result)` of each as soon as it is finished.
+    """Run tasks and yield `(number, result)` of each as soon as it is finished.
+
+    Tasks are taken when slots are free for them, and a few more where their lengths are of another class than what is
+    being decoded: they come best in the order of their lengths, but any order will do.
 
     Args:
-      prompt_lengths: the length of the longest prompt of each number, also of those that have no task any more: what is
-        left of a stopped run is then decoded in the shapes of the whole. Tasks are run in few classes of like lengths.
+      classes: from `length_classes`, of all prompts, also of those whose tasks a former run has finished: what is left
+        is then decoded in the same shapes.
       extra_stop_ids: tokens that end the branches of a request with `use_extra_stop_ids`, besides the model's own.
     """
-    for members in length_classes(prompt_lengths, capacity.slots):
-        longest, slots = max(prompt_lengths[i] for i in members), min(capacity.slots, len(members))
-        if not (members := [i for i in members if i in tasks]):
-            continue
-        threads = engine.decoder_threads if slots % engine.decoder_threads == 0 else 1
-        of_thread = dataclasses.replace(capacity, slots=slots // threads)
-        schedulers = [Scheduler(engine, of_thread, longest, extra_stop_ids) for _ in range(threads)]
-        # Each thread has its own share, so that what is decoded beside what depends on no race between them.
-        shares = [[(i, tasks[i]) for i in members[thread::threads]] for thread in range(threads)]
-        yield from _run_in_threads(schedulers, shares)
+    slots = min(capacity.slots, sum(each.count for each in classes))
+    threads = engine.decoder_threads if slots % engine.decoder_threads == 0 else 1
+    of_thread = dataclasses.replace(capacity, slots=max(slots // threads, 1))
+    # Each thread has its own share, so that what is decoded beside what depends on no race between them.
+    dealer = _Dealer(tasks, threads)
+    decoders = [Decoder(engine, dealer.share(i), classes, of_thread, extra_stop_ids) for i in range(threads)]
+    yield from decoders[0].run() if threads == 1 else _run_in_threads(decoders)
 
 
-def length_classes(lengths: list[int], minimum: int) -> list[list[int]]:
-    """Indices by length class (up to 256, 512, 1024, ... tokens); one of fewer than `minimum` joins the next."""
-    classes: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        classes.setdefault(max(8, (length - 1).bit_length()), []).append(i)
-    result: list[list[int]] = []
-    for _, members in sorted(classes.items()):
-        if result and len(result[-1]) < minimum:
-            members = sorted(result.pop() + members)
-        result.append(members)
+def length_classes(lengths: Iterable[int], minimum: int) -> list[LengthClass]:
+    """Length classes of prompts: up to 256, 512, 1024, ... tokens, the last up to the longest prompt.
+
+    A class of fewer than `minimum` prompts joins the next.
+    """
+    counts, longest, few = collections.Counter(), 0, 0
+    for length in lengths:
+        counts[_power(length)] += 1
+        longest = max(longest, length)
+    result = []
+    for limit, count in sorted(counts.items()):
+        few += count
+        if few >= minimum or limit >= longest:
+            result.append(LengthClass(min(limit, bucket(longest)), few))
+            few = 0
     return result
 
 
-def _run_in_threads(schedulers: list["Scheduler"], shares: list[list[tuple[int, Task]]]) -> Iterator[tuple[int, Any]]:
-    """Run several schedulers, each in a thread unless it is alone, and yield their results; an error ends all."""
-    if len(schedulers) == 1:
-        yield from schedulers[0].run(shares[0])
-        return
+def _power(length: int) -> int:
+    return 1 << max(8, (length - 1).bit_length())
+
+
+class _Dealer:
+    """Deals tasks out to decoder threads in turn."""
+
+    def __init__(self, tasks: Iterable[NumberedTask], threads: int):
+        self._tasks, self._turns = iter(tasks), itertools.cycle(range(threads))
+        self._dealt = [collections.deque() for _ in range(threads)]
+        self._lock = threading.Lock()
+
+    def share(self, thread: int) -> Iterator[NumberedTask]:
+        """The tasks of a thread, taken when they are asked for."""
+        while True:
+            with self._lock:
+                while not self._dealt[thread]:
+                    if (following := next(self._tasks, None)) is None:
+                        return
+                    self._dealt[next(self._turns)].append(following)
+                found = self._dealt[thread].popleft()
+            yield found
+
+
+class Decoder:
+    """Runs the tasks of one thread, one length class after another.
+
+    Args:
+      tasks: as they come; of those of other classes than the one that is being decoded, some are kept waiting.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tasks: Iterator[NumberedTask],
+        classes: list[LengthClass],
+        capacity: DecoderCapacity,
+        extra_stop_ids: tuple[int, ...],
+    ):
+        self.engine, self.tasks, self.classes, self.capacity = engine, tasks, classes, capacity
+        self.extra_stop_ids, self.cancelled = extra_stop_ids, False
+        self.scheduler: Scheduler | None = None
+        self.waiting: dict[LengthClass, collections.deque] = collections.defaultdict(collections.deque)
+
+    def run(self) -> Iterator[tuple[int, Any]]:
+        """Run all tasks; yields their results as `run_tasks` does."""
+        while not self.cancelled and (of := self._next_class()):
+            self.scheduler = None  # its caches make room for the next one's
+            capacity = dataclasses.replace(self.capacity, slots=min(self.capacity.slots, max(of.count, 1)))
+            self.scheduler = Scheduler(self.engine, capacity, of.longest, self.extra_stop_ids)
+            yield from self.scheduler.run(self._of_class(of))
+
+    def cancel(self) -> None:
+        """Have `run` end after the chunk that is running."""
+        self.cancelled = True
+        if self.scheduler:
+            self.scheduler.cancelled = True
+
+    def _class(self, length: int) -> LengthClass:
+        """The class of a length; for one that was not expected, one of its own with a single slot."""
+        return next((each for each in self.classes if length <= each.longest), LengthClass(_power(length), 1))
+
+    def _take(self) -> bool:
+        """Put the next task with those of its class; False where there is none."""
+        if found := next(self.tasks, None):
+            self.waiting[self._class(found.length)].append(found)
+        return found is not None
+
+    def _next_class(self) -> LengthClass | None:
+        """The class of which most tasks wait; None where there are no more tasks."""
+        if not any(self.waiting.values()) and not self._take():
+            return None
+        return max(self.waiting, key=lambda each: len(self.waiting[each]))
+
+    def _of_class(self, of: LengthClass) -> Iterator[tuple[int, Task]]:
+        """Tasks of a class, until there are no more or too many others wait."""
+        while not self.cancelled:
+            if self.waiting[of]:
+                found = self.waiting[of].popleft()
+                yield found.number, found.task
+            elif sum(map(len, self.waiting.values())) > self.capacity.slots or not self._take():
+                return
+
+
+def _run_in_threads(decoders: list[Decoder]) -> Iterator[tuple[int, Any]]:
+    """Run several decoders, each in a thread, and yield their results; an error ends all."""
     results: queue.SimpleQueue = queue.SimpleQueue()
 
-    def work(scheduler, share):
+    def work(decoder):
         try:
-            for result in scheduler.run(share):
+            for result in decoder.run():
                 results.put(result)
             results.put(None)
         except BaseException as error:  # raised again by whoever waits for the results
             results.put(error)
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(schedulers, shares, strict=True)]
+    threads = [threading.Thread(target=work, args=(decoder,)) for decoder in decoders]
     try:
         for thread in threads:
             thread.start()
@@ -101,8 +203,8 @@ def _run_in_threads(schedulers: list["Scheduler"], shares: list[list[tuple[int, 
             else:
                 yield result
     finally:  # also if the caller is interrupted or asks for no more
-        for scheduler in schedulers:
-            scheduler.cancelled = True
+        for decoder in decoders:
+            decoder.cancel()
         for thread in threads:
             thread.join()
 
@@ -280,8 +382,8 @@ class Scheduler:
         """
         length = max(length_of(of_device[0]) for of_device in pending if of_device)
         alike = [[b for b in of_device if length_of(b) <= length] for of_device in pending]
-        many = max(map(len, alike)) >= _TOGETHER and _TOGETHER * length * tokens <= _TOGETHER_TOKENS
-        W = _TOGETHER if many else 1
+        waiting = max(map(len, alike))
+        W = next((W for W in _TOGETHER if waiting >= W and W * length * tokens <= _TOGETHER_TOKENS), 1)
         group = [(of_device + [None] * W)[:W] for of_device in alike]
         for of_device, taken in zip(pending, group, strict=True):
             of_device[:] = [b for b in of_device if b not in taken]
@@ -305,7 +407,7 @@ class Scheduler:
         e = self.engine
         with jax.set_mesh(e.mesh), _COMPILING:
             placed = self._place((tokens, lengths, slots, served))
-            self.prompts = decode_step.prefill_slots(e.graph, e.state, self.prompts, *placed, shared)
+            self.prompts = decode_step.prefill_slots(e.network, e.weights, self.prompts, *placed, shared)
         return [b for b, _ in taken]
 
     def _start(self, pending: list[list[int]]) -> list[int]:
@@ -356,7 +458,7 @@ class Scheduler:
         visible = np.array([0 if b is None else self.params.prompt_length[b] for b in rows], np.int32)
         with jax.set_mesh(e.mesh), _COMPILING:
             placed = self._place((tokens, targets, lengths, visible, slots, served))
-            cache, logprobs = decode_step.extend_slots(e.graph, e.state, self.prompts, self.state.cache, *placed)
+            cache, logprobs = decode_step.extend_slots(e.network, e.weights, self.prompts, self.state.cache, *placed)
         self.state = dataclasses.replace(self.state, cache=cache)
         for row, b in enumerate(rows):
             if b is not None:
@@ -378,8 +480,8 @@ class Scheduler:
                 # A copy: the devices may read it when the host has long gone on to change the parameters.
                 self.placed_params = self._place(jax.tree.map(np.copy, self.params))
             self.state, outputs = decode_step.decode_chunk(
-                e.graph,
-                e.state,
+                e.network,
+                e.weights,
                 e.unstacked_layers,
                 self.prompts,
                 self.state,

@@ -1,5 +1,9 @@
 """The two attentions: a prompt over itself, and branches over their shared prompt and themselves.
 
+`prompt_attention` is one function with two forms: blocks of queries that XLA compiles for any platform, and on a TPU
+the splash attention kernel, which keeps scores on the chip. `branch_attention` needs none: its matmuls read the prompt
+once for all branches as they are.
+
 Axes: B batch (prompts), N branches per prompt, C shared-prefix tokens, P prompt tokens, S branch tokens, M suffix-cache
 length, H query heads, K key/value heads, G = H / K query heads per key/value head, h head size.
 
@@ -13,6 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from roserag_jax.distributed.sharding import partition_spec
+
+_KERNEL_TOKENS = 256  # prompts of fewer are left to XLA
+_KERNEL_BLOCK = 512  # most queries, and most keys, of a block of the kernel; both are multiples of 128
 _MAX_SEGMENTS = 8  # for compile time: each is a program of its own
 _MASKED = -1e30  # finite: a row with every key masked stays finite, and so does its gradient
 
@@ -28,17 +36,98 @@ def prompt_attention(
     v: Float[Array, "B K keys h"],
     *,
     window: int | Int[Array, ""] | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Float[Array, "B P H h"]:
+    """Causal self-attention; `q` is already scaled. The C + P keys begin C tokens before the queries.
+
+    Padding is on the right, so causality alone hides it from every real query; padded queries give finite nonsense.
+
+    Args:
+      window: how many positions back a query attends, itself included; None for no limit. Where layers are scanned it
+        is traced: `sliding_window` or far more than there are keys.
+      sliding_window: what `window` is in layers that slide.
+    """
+    by_xla = functools.partial(blocked_attention, softcap=softcap)
+    if q.shape[1] < _KERNEL_TOKENS:
+        return by_xla(q, k, v, window)
+    static = dict(sliding_window=sliding_window, softcap=softcap)
+    by_kernel = functools.partial(_on_each_device, functools.partial(splash_attention, **static))
+    return jax.lax.platform_dependent(q, k, v, window, tpu=by_kernel, default=by_xla)
+
+
+def _on_each_device(attention, q, k, v, window):
+    """Call a kernel on each device's own prompts and heads; XLA does not split kernels by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attention(q, k, v, window)
+    batch, heads, *_ = partition_spec(k.shape, ("batch", "heads", None, None), mesh)
+    of_q = jax.sharding.PartitionSpec(batch, None, heads)
+    of_kv, everywhere = jax.sharding.PartitionSpec(batch, heads), jax.sharding.PartitionSpec()
+    specs = (of_q, of_kv, of_kv, None if window is None else everywhere)
+    return jax.shard_map(attention, in_specs=specs, out_specs=of_q, check_vma=False)(q, k, v, window)
+
+
+def splash_attention(q, k, v, window, *, sliding_window, softcap, interpret=False):
+    """`prompt_attention` by jax's splash attention kernel for TPUs.
+
+    Args:
+      interpret: run the kernel on any platform, slowly.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    P, H, C = q.shape[1], q.shape[2], k.shape[3] - q.shape[1]
+    T, keys = (-(-n // 128) * 128 for n in (P, C + P))
+    q = jnp.pad(q.swapaxes(1, 2), [(0, 0)] * 2 + [(0, T - P), (0, 0)])
+    k = jnp.pad(k.swapaxes(2, 3), [(0, 0)] * 2 + [(0, keys - C - P), (0, 0)])
+    v = jnp.pad(v, [(0, 0)] * 2 + [(0, keys - C - P), (0, 0)])
+    block_q, block_kv = (next(b for b in range(_KERNEL_BLOCK, 0, -128) if n % b == 0) for n in (T, keys))
+    blocks = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+        k_layout=splash.QKVLayout.SEQ_MINOR,  # as the cache has them
+    )
+
+    def attend(limit: int | None):
+        if limit is None or limit >= keys:
+            mask = masks.CausalMask((T, keys), offset=C)
+        else:
+            mask = masks.LocalMask((T, keys), (limit - 1, 0), offset=C)
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([mask] * H),
+            block_sizes=blocks,
+            attn_logits_soft_cap=softcap,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
+        return lambda q, k, v: jax.vmap(kernel)(q, k, v)
+
+    if window is None or isinstance(window, int) or sliding_window is None or sliding_window >= keys:
+        out = attend(window if isinstance(window, int) else None)(q, k, v)
+    else:
+        out = jax.lax.cond(window <= sliding_window, attend(sliding_window), attend(None), q, k, v)
+    return out[:, :, :P].swapaxes(1, 2)
+
+
+def blocked_attention(
+    q: Float[Array, "B P H h"],
+    k: Float[Array, "B K h keys"],
+    v: Float[Array, "B K keys h"],
+    window: int | Int[Array, ""] | None,
+    *,
     softcap: float | None,
     block: int = 256,
 ) -> Float[Array, "B P H h"]:
-    """Causal self-attention in blocks of queries; `q` is already scaled. The C + P keys begin C tokens before them.
+    """`prompt_attention` in blocks of queries.
 
     Each segment of blocks attends to a static number of keys, which all but halves the work of a full square; blocks
-    keep the scores small. Padding is on the right, so causality alone hides it from every real query; padded queries
-    give finite nonsense.
-
-    Args:
-      window: how many positions back a query attends, itself included; None for no limit.
+    keep the scores small.
     """
     B, P, H, h = q.shape
     K, C = k.shape[1], k.shape[3] - P

@@ -434,7 +434,9 @@ class Transformer(nnx.Module):
         def attend(q, k, v):
             q = q.reshape(B, P, c.num_heads, c.head_dim)
             with jax.named_scope("prompt_attention"):
-                out = prompt_attention(q, k, v, window=window, softcap=c.attention_softcap)
+                out = prompt_attention(
+                    q, k, v, window=window, sliding_window=c.sliding_window, softcap=c.attention_softcap
+                )
             return out.reshape(B * P, -1)
 
         return layer(x, angles, store=store, attend=attend, dropout_key=key, needs_output=needs_output)

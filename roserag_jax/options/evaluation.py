@@ -46,7 +46,12 @@ EVALUATE = {
         (*METRICS,),
     ),
     "max_tokens": Option(160, "most tokens of a response", at_least=1),
-    "batch": Option(16, "questions decoded at a time", at_least=1),
+    "batch": Option(
+        0,
+        "questions decoded at a time by a process; 0 is as many as its devices' memory holds, at most 64 on each (on a "
+        "CPU 16)",
+        at_least=0,
+    ),
 }
 
 

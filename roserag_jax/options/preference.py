@@ -72,7 +72,10 @@ GENERATE = {
     ),
     "answer_tokens": Option(24, "most tokens of the answer decoded after a rationale", at_least=1),
     "batch": Option(
-        8, "questions decoded at a time, rounded up to the devices; a new one starts when one is finished", at_least=1
+        0,
+        "questions decoded at a time by a process, rounded up to its devices; a new one starts when one is finished; 0 "
+        "is as many as the devices' memory holds, at most 64 on each (on a CPU 8)",
+        at_least=0,
     ),
     "memory_gb": Option(
         0.0, "most memory for the caches and logits of `generate`, which lowers its batch; 0.0 is no limit", at_least=0

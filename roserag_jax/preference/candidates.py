@@ -6,23 +6,23 @@ the plain prompt, where no golden answer is in sight, and the model decodes its 
 gives the log-probability of the whole response under the plain prompt, which is the confidence that selection needs.
 """
 
+import collections
 import dataclasses
 import os
 import re
 
 import numpy as np
 
-from roserag_jax.inference.engine import bucket
+from roserag_jax.inference.engine import SharedPrefix, bucket
 from roserag_jax.inference.requests import Completion, DecoderCapacity, DecodeRequest, PrefillRequest, Task
 from roserag_jax.inference.sampling import SamplingParams
-from roserag_jax.models.cache import PrefixCache
-from roserag_jax.preference.selection import dropped_samples
 from roserag_jax.rag import answers
 from roserag_jax.rag.chat import opens_thoughts
-from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, response_tokens
+from roserag_jax.rag.prompts import ANSWER_PREFIX, Prompt, PromptBuilder, response_tokens
 
 # First sample index of each source, so that the draws of one do not move when the other's number changes.
 _FIRST_SAMPLE = {"plain": 0, "guided": 1 << 16}
+_HINT_TOKENS = 20  # of a golden answer that the decoder has room for behind the plain prompt
 _SENTENCE_END = re.compile(r"^.*(?:[.!?\u0964\u06d4\u061f](?=\s|$)|[\u3002\uff01\uff1f\uff61])", re.DOTALL)
 
 
@@ -43,6 +43,11 @@ class QuestionInputs:
     guided: Prompt
     reused: int | None = None
     outside: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt that is prefilled."""
+        return max(len(self.plain.tokens), len(self.guided.tokens) if self.reused is None else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,12 @@ def max_forced_prefix(options) -> int:
     return bucket(options.max_tokens + 8)
 
 
-def reusable_tokens(plain: Prompt, guided: Prompt, branches: int, shared_prefix: int) -> int | None:
+def most_reused(builder: PromptBuilder) -> int:
+    """The most tokens of a guided prompt behind what it reuses: those of a hint of some twenty tokens and the rest."""
+    return bucket(builder.hint_tokens() + _HINT_TOKENS)
+
+
+def reusable_tokens(plain: Prompt, guided: Prompt, branches: int, shared_prefix: int, most: int) -> int | None:
     """How many tokens of the plain prompt's cache the guided branches reuse; None if the guided prompt is prefilled.
 
     A guided prompt differs from the plain one only from the hint on, behind the passages and the question. Where it is
@@ -87,21 +97,23 @@ def reusable_tokens(plain: Prompt, guided: Prompt, branches: int, shared_prefix:
 
     Args:
       shared_prefix: tokens that all guided prompts begin with; they are prefilled once in any case.
+      most: the most tokens that may be left, from `most_reused`.
     """
     common = len(os.path.commonprefix([plain.tokens[:-1], guided.tokens[:-1]]))
-    return common if branches * (len(guided.tokens) - common) < len(guided.tokens) - shared_prefix else None
+    rest = len(guided.tokens) - common
+    return common if rest <= most and branches * rest < len(guided.tokens) - shared_prefix else None
 
 
-def decoder_capacity(options, questions: list[QuestionInputs]) -> DecoderCapacity:
-    """What the decoder must have room for to generate the candidates of these questions.
+def decoder_capacity(options, most_reused: int, outside: int = 0) -> DecoderCapacity:
+    """What the decoder must have room for to generate candidates.
 
     Args:
       options: `config.generate`.
+      most_reused: the most tokens of a guided prompt behind what it reuses of the plain prompt's cache.
+      outside: the most responses to a question that were generated elsewhere.
     """
-    outside = max(len(question.outside) for question in questions)
     branches = max(options.guided_samples, options.plain_samples) or outside
-    forced = [len(q.guided.tokens) - q.reused for q in questions if q.reused is not None]
-    sampling = (max([1, *forced]) if options.guided_samples else 1, options.max_tokens)
+    sampling = (max(1, most_reused) if options.guided_samples else 1, options.max_tokens)
     verifying = (max_forced_prefix(options), options.answer_tokens)
     return DecoderCapacity(options.batch, branches, (sampling, verifying))
 
@@ -111,8 +123,7 @@ class CandidateGenerator:
 
     Args:
       options: `config.generate`.
-      shared_prefixes: what all plain and what all guided prompts that are prefilled begin with, by source, from
-        `Engine.prefill_shared_prefix`.
+      shared_prefixes: what plain and what guided prompts begin with, by source, from `Engine.prefill_shared_prefix`.
       stop_strings: texts that end a response.
       measure: whose exact match says that a candidate is correct.
     """
@@ -122,7 +133,7 @@ class CandidateGenerator:
         tokenizer,
         options,
         *,
-        shared_prefixes: dict[str, PrefixCache | None],
+        shared_prefixes: dict[str, SharedPrefix],
         stop_strings: tuple[str, ...] = (),
         measure: answers.Measure = answers.HOTPOTQA,
     ):
@@ -136,10 +147,10 @@ class CandidateGenerator:
         """Sample rationales, verify them on the plain prompt, and return the question's row of `candidates.jsonl`.
 
         Returns:
-          `{id, prompt, passage_spans, golden_answers, candidates: [{response, rationale, answer, source, count,
-          correct, logprob, tokens}], dropped: {reason: count}}`. `count` is how many samples said it, `correct` is None
-          without golden answers, and `logprob` is the sum over the response's `tokens` tokens under the plain prompt,
-          without the end-of-turn token.
+          `{id, prompt, prompt_cut, passage_spans, golden_answers, candidates: [{response, rationale, answer, source,
+          count, correct, logprob, tokens}], dropped: {reason: count}}`. `prompt_cut` is how many tokens of the passages
+          were cut, `count` how many samples said it, `correct` is None without golden answers, and `logprob` is the sum
+          over the response's `tokens` tokens under the plain prompt, without the end-of-turn token.
         """
         dropped = {"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0}
         rationales = yield from self._sample_rationales(question, dropped)
@@ -147,6 +158,7 @@ class CandidateGenerator:
         return {
             "id": question.row["id"],
             "prompt": question.plain.text,
+            "prompt_cut": question.plain.cut,
             "passage_spans": question.plain.passage_spans,
             "golden_answers": question.row["golden_answers"],
             "candidates": candidates,
@@ -159,9 +171,9 @@ class CandidateGenerator:
         with_hint = self.options.guided_samples
         texts = []  # (source, text, finished)
         if with_hint and reused is None:
-            yield PrefillRequest(guided, self.shared_prefixes["guided"])
+            yield PrefillRequest(guided, self.shared_prefixes["guided"].of(guided))
             texts += yield from self._sample(question, "guided", guided[-1:])
-        yield PrefillRequest(plain, self.shared_prefixes["plain"])
+        yield PrefillRequest(plain, self.shared_prefixes["plain"].of(plain))
         if with_hint and reused is not None:
             texts += yield from self._sample(question, "guided", guided[reused:], reused)
         texts += yield from self._sample(question, "plain", plain[-1:])
@@ -258,21 +270,29 @@ def newline_tokens(tokenizer) -> tuple[int, ...]:
     return tuple(int(i) for i, text in zip(ids, texts, strict=True) if "\n" in text)
 
 
-def count_correct(row: dict) -> tuple[int, int]:
-    """How many candidates of a question are correct, and how many there are."""
-    return sum(bool(c["correct"]) for c in row["candidates"]), len(row["candidates"])
+def tally(row: dict) -> collections.Counter:
+    """What `summary` counts of a question: candidates by source, those that are judged and correct, dropped samples."""
+    counts = collections.Counter({("dropped", reason): count for reason, count in row["dropped"].items()})
+    counts["cut", ""] = int(row["prompt_cut"] > 0)
+    for candidate in row["candidates"]:
+        counts["candidates", candidate["source"]] += 1
+        counts["judged", candidate["source"]] += candidate["correct"] is not None
+        counts["correct", candidate["source"]] += bool(candidate["correct"])
+    return counts
 
 
-def summary(rows: list[dict]) -> str:
+def total(counts: collections.Counter, what: str) -> int:
+    """The sum of one of the things that `tally` counts, over the sources."""
+    return sum(count for name, count in counts.items() if name[0] == what)
+
+
+def summary(counts: collections.Counter) -> str:
     """A summary in a few lines: candidates by source, how many are correct, and how many samples were dropped."""
     lines = []
     for source in ("guided", "plain", "outside"):
-        found = [c for row in rows for c in row["candidates"] if c["source"] == source]
-        if judged := [c["correct"] for c in found if c["correct"] is not None]:
-            share = f"{sum(judged)} of {len(judged)} correct ({sum(judged) / len(judged):.0%})"
-            lines.append(f"  {source}: {len(found)} candidates, {share}")
-        elif found:
-            lines.append(f"  {source}: {len(found)} candidates")
-    if reasons := dropped_samples(rows):
-        lines.append(f"  dropped: {reasons}")
+        found, judged, correct = (counts[what, source] for what in ("candidates", "judged", "correct"))
+        share = f", {correct} of {judged} correct ({correct / judged:.0%})" if judged else ""
+        lines += [f"  {source}: {found} candidates{share}"] if found else []
+    if reasons := sorted((name[1], count) for name, count in counts.items() if name[0] == "dropped" and count):
+        lines.append("  dropped: " + ", ".join(f"{count} {reason}" for reason, count in reasons))
     return "\n".join(lines)

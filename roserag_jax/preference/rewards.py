@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -72,7 +71,7 @@ class RewardModel:
             cache = self._engine.prefill(prompts, length=P)
             with jax.set_mesh(self._engine.mesh):
                 placed = self._engine.place(branches.reshape(-1, N, S), lengths.reshape(-1, N) - 1)
-                found = np.asarray(_rewards(self._engine.graph, self._engine.state, self._head, cache, *placed))
+                found = np.asarray(_rewards(self._engine.network, self._engine.weights, self._head, cache, *placed))
             for i, row in zip(members, found, strict=False):
                 yield i, [float(reward) for reward in row[: len(groups[i])]]
 
@@ -85,14 +84,14 @@ class RewardModel:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _rewards(
-    graph,
-    state,
+    network,
+    weights,
     head: Float[Array, "D"],
     cache: PrefixCache,
     branches: Int[Array, "B N S"],
     last: Int[Array, "B N"],
 ) -> Float[Array, "B N"]:
-    hidden = nnx.merge(graph, state).extend(branches, cache)
+    hidden = network.model(weights).extend(branches, cache)
     pooled = jnp.take_along_axis(hidden, last[..., None, None], axis=2)[:, :, 0]
     return jnp.einsum("bnd,d->bn", pooled.astype(jnp.float32), head)
 

@@ -5,9 +5,13 @@ close its block, pose as an 'Answer:' line or end the turn. When the prompt is o
 question never is.
 """
 
+import bisect
 import dataclasses
+import itertools
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from roserag_jax.errors import UserError
 from roserag_jax.rag.chat import TurnMarks, render_chat
@@ -44,6 +48,8 @@ EXAMPLES = (
     ),
 )
 _NAMED = re.compile(r"Passage \d+ says that ")
+BUILDERS = 2  # threads that build prompts; most of it is tokenization, which holds no lock
+_BUILT_TO_ESTIMATE = 16  # prompts
 ANSWER_PREFIX = "\nAnswer:"
 
 Span = tuple[int, int]  # characters [start, end) of a text
@@ -62,6 +68,13 @@ class Prompt:
     tokens: list[int]
     cut: int = 0
     passage_spans: tuple[Span, ...] = ()
+
+
+class PromptSize(NamedTuple):
+    """Bytes of the question and the passages together, and of the question: known before a prompt is built."""
+
+    all: int
+    question: int
 
 
 class PromptBuilder:
@@ -111,13 +124,12 @@ class PromptBuilder:
             )
         return prompt
 
-    def guided(self, row: dict) -> Prompt:
+    def guided(self, row: dict, plain: Prompt) -> Prompt:
         """The prompt that shows the first golden answer; rationales are sampled from it.
 
-        It shows the passages just as the plain prompt does, so the hint's few tokens come on top of the limit; and it
+        It shows the passages just as the `plain` prompt does, so the hint's few tokens come on top of the limit; and it
         differs from it only behind the question, so that both can share the prefill up to there.
         """
-        plain = self.plain(row)
         passages = [plain.text[start:end] for start, end in plain.passage_spans]
         return dataclasses.replace(self._render(passages, row, guided=True), cut=plain.cut)
 
@@ -135,6 +147,30 @@ class PromptBuilder:
         user = {"role": "user", "content": content}
         turns = [[user, {"role": "assistant", "content": text}] for text in texts]
         return [render_chat(self.tokenizer, both, self.template_arguments, generation_prompt=False) for both in turns]
+
+    def size(self, row: dict) -> PromptSize:
+        """The size of what a row's prompt shows."""
+        count = lambda text: len(text.encode(errors="replace"))
+        question = count(row["question"])
+        return PromptSize(question + sum(count(c["title"]) + count(c["text"]) for c in self.shown(row)), question)
+
+    def common_tokens(self, guided: bool = False) -> list[int]:
+        """The tokens that all prompts begin with; a prompt whose first passage merges with them may differ.
+
+        They are what prompts begin with whose first passages have nothing in common.
+        """
+        prompts = []
+        for text in ("A", "b", "7", "(", '"', "\u00e9", "\u4e2d"):
+            passages = [text] * bool(self.passages)
+            row = {"question": text, "golden_answers": [text]}
+            prompts.append(self._render(passages, row, guided).tokens)
+        return os.path.commonprefix(prompts)
+
+    def hint_tokens(self) -> int:
+        """How many tokens a guided prompt has from where it differs from the plain one, with a golden answer of one."""
+        row, passages = {"question": "?", "golden_answers": ["a"]}, ["a"] * bool(self.passages)
+        plain, guided = (self._render(passages, row, guided).tokens for guided in (False, True))
+        return len(guided) - len(os.path.commonprefix([plain[:-1], guided[:-1]]))
 
     def neutral(self, text: str) -> str:
         """Data on one line, with the marks of turns broken up so that neither tokenizer nor model can see them."""
@@ -180,6 +216,25 @@ class PromptBuilder:
             )
         spans = tuple((start + first, start + last) for first, last in spans)
         return Prompt(text, prompt_tokens(self.tokenizer, text), passage_spans=spans)
+
+
+def estimate_lengths(sizes: list[PromptSize], length_of: Callable[[int], int], limit: int) -> list[int]:
+    """Estimate the lengths of prompts in tokens from their sizes, by building a few; seldom too short.
+
+    One of those that are built has the longest question, so that one which is over the limit is found at once.
+
+    Args:
+      length_of: builds a prompt by its place and returns its length.
+      limit: the most tokens of a prompt.
+    """
+    length_of(max(range(len(sizes)), key=lambda i: sizes[i].question))
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i].all)
+    few = {i * (len(order) - 1) // (_BUILT_TO_ESTIMATE - 1) for i in range(_BUILT_TO_ESTIMATE)}
+    built = [(sizes[order[i]].all, length_of(order[i])) for i in sorted(few)]
+    # As long as the longest of the built prompts that are not larger and the next one, and a sixteenth.
+    longest = [max(n, min(n * 17 // 16, limit)) for n in itertools.accumulate((n for _, n in built), max)]
+    steps = [size for size, _ in built]
+    return [longest[bisect.bisect_left(steps, size.all)] for size in sizes]
 
 
 def cut_passages(tokenizer, prompt: Prompt, limit: int) -> Prompt | None:

@@ -3,8 +3,10 @@
 Axes: B pairs of a batch, N = 2 branches (chosen, rejected), C shared-prefix tokens, P prompt tokens, S branch tokens.
 """
 
+import array
 import os
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
@@ -18,9 +20,13 @@ class Pair(NamedTuple):
     """A pair as tokens; the responses end with the end-of-turn token."""
 
     id: str
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+
+    def compact(self) -> "Pair":
+        """The pair in arrays, four bytes a token; as lists, tens of thousands of pairs would take gigabytes."""
+        return Pair(self.id, *(array.array("i", tokens) for tokens in self[1:]))
 
 
 class Batch(NamedTuple):
@@ -59,10 +65,10 @@ def tokenize(tokenizer, stop_id: int, rows: list[dict], max_response: int, max_l
         if longest > max_response:
             return None, "response too long"
         if not max_length or len(prompt) + longest <= max_length:
-            return Pair(row["id"], prompt, chosen, rejected), "whole"
+            return Pair(row["id"], prompt, chosen, rejected).compact(), "whole"
         spans = tuple(map(tuple, row.get("passage_spans", ())))
         cut = cut_passages(tokenizer, Prompt(row["prompt"], prompt, passage_spans=spans), max_length - longest)
-        return (Pair(row["id"], cut.tokens, chosen, rejected), "cut") if cut else (None, "prompt too long")
+        return (Pair(row["id"], cut.tokens, chosen, rejected).compact(), "cut") if cut else (None, "prompt too long")
 
     workers = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=64)
     made = list(grain.MapDataset.source(rows).map(read).to_iter_dataset(workers))

@@ -2,13 +2,16 @@
 
 import json
 import re
+import socket
+import subprocess
 
 import pytest
-from conftest import copy_folder
+from conftest import command_line, copy_folder
 from safetensors.numpy import load_file, save_file
 
 from roserag_jax import generate, session
 from roserag_jax.errors import UserError
+from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.workdir import PartialResults, Workdir
 
 
@@ -138,3 +141,41 @@ def test_generate_without_golden_answers_lets_the_samples_vote(config_of, questi
     config.select.labels, config.select.agreement = "gold", 0.5
     with pytest.raises(UserError, match="no answer; golden_answers must be a list"):
         generate.run(config)
+
+
+def test_generate_builds_prompts_when_slots_are_free(config_of, monkeypatch):
+    """Of 400 questions, the prompts of a few are built before the first is finished, and only those."""
+    config, built, build = config_of(), [], PromptBuilder.plain
+    config.data.train_rows, config.generate.batch = 400, 2
+
+    def add(partial, row):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PromptBuilder, "plain", lambda self, row: built.append(row) or build(self, row))
+    monkeypatch.setattr(PartialResults, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        generate.run(config)
+    assert 2 < len(built) < 40
+
+
+@pytest.mark.slow
+def test_generate_in_several_processes_gives_the_texts_of_one(config_of, tmp_path):
+    """One, two and four processes take the questions from a shared queue; who takes which changes no text."""
+    texts = {}
+    for count in (1, 2, 4):
+        config = config_of()
+        config.data.train_rows = 9
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        started = []
+        for i in range(count):
+            together = [f"--config.distributed=localhost:{port},{count},{i}"] if count > 1 else []
+            line = command_line("generate", config, *together, file=str(tmp_path / f"{count}-{i}.py"))
+            started.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        for process in started:
+            output = process.communicate(timeout=600)[0]
+            assert process.returncode == 0, output
+        rows = Workdir(config.workdir).rows("candidates.jsonl")
+        texts[count] = [(row["id"], [c["response"] for c in row["candidates"]]) for row in rows]
+    assert len(texts[1]) == 9 and texts[2] == texts[1] and texts[4] == texts[1]

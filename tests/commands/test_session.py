@@ -1,14 +1,16 @@
 """A session's engines: with an adapter beside or merged into the weights, and with stop strings."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 from conftest import decode
 
 from roserag_jax import session
-from roserag_jax.inference.requests import DecodeRequest
-from roserag_jax.inference.respond import respond
+from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest
+from roserag_jax.inference.respond import NumberedPrompt, respond
 from roserag_jax.inference.sampling import SamplingParams
+from roserag_jax.inference.scheduler import length_classes
 
 
 def test_session_merged_adapter_generates_the_same(finished):
@@ -36,7 +38,9 @@ def test_session_stop_string_ends_a_response(finished):
 
     def answers(*stop):
         options = {"slots": 3, "max_new_tokens": 24, "stop_strings": stop}
-        return {response.number: response for response in respond(run.engine(), run.tokenizer, prompts, **options)}
+        numbered = itertools.starmap(NumberedPrompt, enumerate(prompts))
+        options |= {"classes": length_classes(map(len, prompts), 3), "shared_prefix": []}
+        return {response.number: response for response in respond(run.engine(), run.tokenizer, numbered, **options)}
 
     free = answers()
     longest = max((response.text for response in free.values()), key=len)
@@ -45,3 +49,14 @@ def test_session_stop_string_ends_a_response(finished):
         for i, response in answers(stop, "never said").items():
             before, found, _ = free[i].text.partition(stop)
             assert response.text == before and response.finished == (bool(found) or free[i].finished)
+
+
+def test_session_decodes_as_many_questions_as_fit(config_of, monkeypatch):
+    """On a CPU the given number; elsewhere what the memory holds beside the weights, from one to 64 on a device."""
+    run, capacity = session.Session(config_of()), DecoderCapacity(1, 4, ((129, 32), (1, 128)))
+    slots = lambda wanted=0: run.slots(wanted, capacity, 2048, on_cpu=8)
+    assert slots() == 8 and slots(5) == 5
+    each = capacity.slot_bytes(run.source.config, 4, 2048)
+    for memory, expected in ((each * 21.0, 19), (each * 1000.0, 64), (1.0, 1)):
+        monkeypatch.setattr("roserag_jax.distributed.hardware.memory_of", lambda device, memory=memory: memory)
+        assert slots() == expected and slots(5) == 5

@@ -193,14 +193,16 @@ def test_partial_results_cut_off_row_is_made_anew(tmp_path, capsys):
         partial.add(row)
     file = next((tmp_path / ".parts").rglob("*.jsonl"))
     file.write_bytes(file.read_bytes()[:-9])
-    partial = PartialResults(work, "generate", "0123", ids)
-    assert partial.missing() == [1, 2] and list(partial.done.values()) == rows[:1]
+    partial = PartialResults(work, "generate", "0123", ids, lambda row: row["text"])
+    assert partial.missing() == [1, 2] and partial.done == {"a": rows[0]["text"]}
     assert not capsys.readouterr().out  # as after any run that was killed
     for row in rows[:0:-1]:
         partial.add(row)
-    assert PartialResults(work, "generate", "0123", ids).gather() == rows
-    work.publish("rows.jsonl", Recipe({}, {}), to_jsonl(rows), 3)
+    results = PartialResults(work, "generate", "0123", ids).gather()
+    work.publish("rows.jsonl", Recipe({}, {}), map(to_json, results), 3)
     assert work.rows("rows.jsonl") == rows
+    file = work.row_file("rows.jsonl", lambda row: row["id"])
+    assert file.notes == ids and [file[i] for i in (2, 0, 1)] == [rows[i] for i in (2, 0, 1)] and list(file) == rows
     partial.clear()
     assert not list((tmp_path / ".parts").iterdir())
 
@@ -219,11 +221,12 @@ def test_partial_results_flipped_bit_is_noticed(tmp_path, capsys):
         data = bytearray(sound)
         data[bit // 8] ^= 1 << bit % 8
         file.write_bytes(data)
-        partial = PartialResults(work, "generate", "0123", ids)
+        partial = PartialResults(work, "generate", "0123", ids, lambda row: row)
         assert all(row == rows[i] for i, row in partial.done.items()) and len(partial.done) < 3, bit
         for i in partial.missing():
             partial.add(rows[ids[i]])
-        assert PartialResults(work, "generate", "0123", ids).done == rows
+        partial = PartialResults(work, "generate", "0123", ids, lambda row: row)
+        assert partial.done == rows and list(partial.gather()) == list(rows.values())
     assert "partial results in" in capsys.readouterr().out
 
 
@@ -241,13 +244,14 @@ def test_partial_results_of_several_processes_are_read_before_they_are_cleared(t
     parts[1].read = lambda: (time.sleep(0.2), read())
 
     def first():
-        found = parts[0].gather()
+        found = list(parts[0].gather())
         parts[0].clear()
         return found
 
     with ThreadPoolExecutor() as threads:
         results = [threads.submit(each) for each in (first, parts[1].gather)]
-    assert [result.result() for result in results] == [[{"id": "a"}, {"id": "b"}]] * 2 and not parts[0].folder.exists()
+    assert results[0].result() == [{"id": "a"}, {"id": "b"}] and not parts[0].folder.exists()
+    assert results[1].result() and parts[1].missing() == []
 
 
 def test_json_never_holds_nan():

@@ -1,16 +1,19 @@
 """Runs in processes of their own: killed and resumed, and two that train as one."""
 
+import itertools
 import json
 import os
 import re
 import signal
 import socket
 
+import jax
 import numpy as np
 import pytest
 from conftest import run_command, start_command, stop_when
 
 from roserag_jax import train
+from roserag_jax.distributed import processes
 from roserag_jax.workdir import Workdir, digest
 
 torch = pytest.importorskip("torch")
@@ -102,3 +105,27 @@ def adapter_of(work):
     from safetensors.numpy import load_file
 
     return load_file(work / "adapter" / "adapter_model.safetensors")
+
+
+def test_shared_queue_gives_each_item_to_one_process(monkeypatch):
+    """A slow process gets fewer; blocks shrink towards the end; a second queue of the same name begins anew."""
+    for _ in range(2):
+        assert list(processes.SharedQueue("alone", list("abcde"), 2)) == list("abcde")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    taken, numbers = [0], itertools.count()
+
+    def take(_, count):
+        taken.append(taken[-1] + count)
+        return taken[-2]
+
+    monkeypatch.setattr(processes, "take", take)
+    fast, slow = (processes.SharedQueue("two", list(range(100)), 8) for _ in range(2))
+    found = {fast: [], slow: []}
+    for number in numbers:
+        which = slow if number % 10 == 0 else fast
+        if (item := next(which, None)) is None:
+            break
+        found[which].append(item)
+    rest = [item for queue in (fast, slow) for item in queue]
+    assert sorted(found[fast] + found[slow] + rest) == list(range(100))
+    assert len(found[slow]) < 15 and taken[1] == 8 and taken[-1] - taken[-2] == 1

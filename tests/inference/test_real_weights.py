@@ -5,14 +5,13 @@ import copy
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import branch_logits, cached_logits, decode, hf_logits
+from conftest import branch_logits, cached_logits, decode, hf_logits, run
 
 from roserag_jax.errors import UserError
 from roserag_jax.hub import gguf, loading, model_files
 from roserag_jax.hub.tokenizer import read_tokenizer, stop_ids, turn_end
-from roserag_jax.inference.engine import Engine
+from roserag_jax.inference.engine import Engine, SharedPrefix
 from roserag_jax.inference.requests import DecodeRequest
-from roserag_jax.inference.scheduler import run_tasks
 from roserag_jax.rag import synthetic
 from roserag_jax.rag.prompts import PromptBuilder
 
@@ -136,17 +135,18 @@ def test_candidates_carry_the_log_probability_of_their_text(smollm, smollm_token
 
     rows = list(synthetic.generate(2, "train", passages=2))
     builder = PromptBuilder(smollm_tokenizer, 512, 2, 2)
-    questions = [candidates.QuestionInputs(row, builder.plain(row), builder.guided(row)) for row in rows]
+    plain = [*map(builder.plain, rows)]
+    questions = [candidates.QuestionInputs(row, p, builder.guided(row, p)) for row, p in zip(rows, plain, strict=True)]
     generate = options.defaults().generate
     generate.guided_samples, generate.plain_samples, generate.max_tokens = 2, 2, 40
     generate.batch = 1
     engine = Engine(smollm, one_device, (2,), 0)
     newlines = candidates.newline_tokens(smollm_tokenizer)
-    shared_prefixes = {"plain": None, "guided": None}
+    shared_prefixes = {"plain": SharedPrefix(), "guided": SharedPrefix()}
     generator = candidates.CandidateGenerator(smollm_tokenizer, generate, shared_prefixes=shared_prefixes)
     tasks, lengths = dict(enumerate(map(generator.task, questions))), [len(q.guided.tokens) for q in questions]
-    capacity = candidates.decoder_capacity(generate, questions)
-    made = [row for _, row in sorted(run_tasks(engine, tasks, lengths, capacity, newlines))]
+    capacity = candidates.decoder_capacity(generate, 1)
+    made = [row for _, row in sorted(run(engine, tasks, lengths, capacity, newlines))]
     compared = 0
     for row, question in zip(made, questions, strict=True):
         assert {c["source"] for c in row["candidates"]} == {"guided", "plain"}

@@ -2,20 +2,44 @@
 
 import copy
 import dataclasses
+import itertools
 import threading
 
 import jax
 import numpy as np
 import pytest
-from conftest import NUCLEUS, PROMPTS, decode, engine_on, sample, tokens_of
+from conftest import NUCLEUS, PROMPTS, decode, engine_on, run, sample, tokens_of
 
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
 from roserag_jax.inference.sampling import SamplingParams
-from roserag_jax.inference.scheduler import length_classes, run_tasks
+from roserag_jax.inference.scheduler import LengthClass, NumberedTask, Scheduler, length_classes, run_tasks
 from roserag_jax.models.config import ModelConfig
 
 pytest.importorskip("torch")
+
+
+_SIZES = {"family": "llama", "norm_eps": 1e-5, "rope_theta": 1e4}
+LLAMA = ModelConfig(
+    vocab_size=128256,
+    embed_dim=2048,
+    num_layers=16,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    mlp_dim=8192,
+    **_SIZES,
+)
+GEMMA = ModelConfig(
+    vocab_size=256000,
+    embed_dim=2304,
+    num_layers=26,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=256,
+    mlp_dim=9216,
+    **_SIZES,
+)
 
 
 def with_threads(engine, threads):
@@ -60,13 +84,13 @@ def test_samples_of_many_slots_are_those_of_one(tiny_engine):
             [c.finished or 9 in c.tokens for c in last],
         )
 
-    def run(slots):
+    def results(slots):
         capacity = DecoderCapacity(slots, 2, ((1, 30), (9, 0), (5, 20)))
         tasks, engine = dict(enumerate(map(task, range(40)))), with_threads(tiny_engine, 1)
-        return dict(run_tasks(engine, tasks, lengths.tolist(), capacity, (7, 8)))
+        return dict(run(engine, tasks, lengths.tolist(), capacity, (7, 8)))
 
-    alone = run(1)
-    for number, (tokens, logprobs, last, finished) in run(16).items():
+    alone = results(1)
+    for number, (tokens, logprobs, last, finished) in results(16).items():
         assert (tokens, last, finished) == (alone[number][0], *alone[number][2:])
         for row, expected in zip(logprobs, alone[number][1], strict=True):
             np.testing.assert_allclose(row, expected, atol=1e-4)
@@ -101,9 +125,9 @@ def test_an_error_in_one_decoder_thread_ends_both(tiny_engine):
 
     running, capacity = threading.active_count(), DecoderCapacity(2, 3, ((1, 12),))
     with pytest.raises(ValueError, match="no answer"):
-        list(run_tasks(engine, dict(enumerate(map(task, range(4)))), list(map(len, PROMPTS)), capacity))
+        list(run(engine, dict(enumerate(map(task, range(4)))), list(map(len, PROMPTS)), capacity))
     assert threading.active_count() == running
-    results = run_tasks(engine, dict(enumerate(map(task, (0, 1, 2, 0)))), list(map(len, PROMPTS)), capacity)
+    results = run(engine, dict(enumerate(map(task, (0, 1, 2, 0)))), list(map(len, PROMPTS)), capacity)
     next(results)
     results.close()
     assert threading.active_count() == running
@@ -124,7 +148,7 @@ def test_every_task_returns_once(tiny_engine, threads):
         return i, [len(completion.tokens) for completion in (*first, *then)]
 
     capacity, tasks = DecoderCapacity(2, 2, ((1, 10), (11, 4))), dict(enumerate(map(task, range(8))))
-    found = dict(run_tasks(with_threads(tiny_engine, threads), tasks, lengths, capacity))
+    found = dict(run(with_threads(tiny_engine, threads), tasks, lengths, capacity))
     assert found == {i: (i, [3 + i] * (i % 3) + [4] * (i % 3)) for i in range(8)}
 
 
@@ -159,38 +183,54 @@ def test_a_request_beyond_the_capacity_is_refused(tiny_engine, prompt, request_o
         yield request_of_prompt(prompt)
 
     with pytest.raises(ValueError, match=message):
-        list(run_tasks(tiny_engine, {0: task()}, [12], DecoderCapacity(1, 1, ((1, 16), (9, 8)))))
+        list(run(tiny_engine, {0: task()}, [12], DecoderCapacity(1, 1, ((1, 16), (9, 8)))))
 
 
 def test_length_classes_with_few_members_join_the_next():
     lengths = [5, 300, 30, 700, 290, 12, 600, 40]
-    assert length_classes(lengths, 2) == [[0, 2, 5, 7], [1, 4], [3, 6]]
-    assert length_classes(lengths, 3) == [[0, 2, 5, 7], [1, 3, 4, 6]]
+    assert length_classes(lengths, 2) == [LengthClass(256, 4), LengthClass(512, 2), LengthClass(704, 2)]
+    assert length_classes(lengths, 3) == [LengthClass(256, 4), LengthClass(704, 4)]
+    assert length_classes([30], 8) == [LengthClass(32, 1)]
+
+
+def test_run_tasks_takes_tasks_when_slots_are_free(tiny_engine):
+    """Of a stream without end, of two lengths, no more tasks are taken than slots can hold; and a length that nobody
+    expected is decoded too."""
+    prompts, taken, done = {n: [3 + n] * n for n in (20, 30)}, 0, {}
+
+    def task(n):
+        yield PrefillRequest(prompts[n])
+        (completion,) = yield DecodeRequest([prompts[n][-1:]], 12)
+        return n, completion.tokens
+
+    def tasks():
+        nonlocal taken
+        for number in itertools.count():
+            taken += 1
+            n = (20, 30, 20)[number % 3]
+            yield NumberedTask(number, n, task(n))
+
+    classes, capacity = [LengthClass(24, 99)], DecoderCapacity(4, 3, ((1, 12),))
+    for _, (n, tokens) in run_tasks(with_threads(tiny_engine, 2), tasks(), classes, capacity):
+        done.setdefault(n, tokens)
+        if len(done) == 2:
+            break
+    requests = [DecodeRequest([prompt[-1:]], 12) for prompt in prompts.values()]
+    expected = decode(tiny_engine, list(prompts.values()), requests, slots=2)
+    assert done == {n: row[0].tokens for n, row in zip(prompts, expected, strict=True)}
+    assert taken < 40
+
+
+def test_cache_bytes_are_those_of_the_buffers(tiny_engine):
+    capacity = DecoderCapacity(3, 4, ((129, 32), (1, 128)))
+    scheduler = Scheduler(tiny_engine, capacity, 300)
+    cache = scheduler.state.cache
+    allocated = sum(a.nbytes for a in jax.tree.leaves((scheduler.prompts, cache.k, cache.v)))
+    assert allocated == 3 * capacity.cache_bytes(tiny_engine.config, 4, 300)
 
 
 def test_slot_bytes_are_what_a_compiled_decoder_allocates():
     """Gigabytes beside the weights that the program compiled for a TPU v5e takes with prompts of 1,536 tokens."""
-    sizes = {"family": "llama", "norm_eps": 1e-5, "rope_theta": 1e4}
-    llama = ModelConfig(
-        vocab_size=128256,
-        embed_dim=2048,
-        num_layers=16,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=64,
-        mlp_dim=8192,
-        **sizes,
-    )
-    gemma = ModelConfig(
-        vocab_size=256000,
-        embed_dim=2304,
-        num_layers=26,
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=256,
-        mlp_dim=9216,
-        **sizes,
-    )
-    for config, slots, gigabytes in ((llama, 32, 3.49), (gemma, 16, 4.38)):
+    for config, slots, gigabytes in ((LLAMA, 32, 3.49), (GEMMA, 16, 4.38)):
         capacity = DecoderCapacity(slots, 4, ((129, 32), (1, 128)))
         assert slots * capacity.slot_bytes(config, 2, 1536) / 1e9 == pytest.approx(gigabytes, rel=0.05)

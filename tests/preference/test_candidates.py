@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-from conftest import IDS, NUCLEUS, PROMPTS, decode, engine_on, tokens_of
+from conftest import IDS, NUCLEUS, PROMPTS, decode, engine_on, run, tokens_of
 
 from roserag_jax import options
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.hub import model_files, tokenizer
+from roserag_jax.inference.engine import SharedPrefix
 from roserag_jax.inference.requests import DecodeRequest
-from roserag_jax.inference.scheduler import run_tasks
 from roserag_jax.preference.candidates import (
     CandidateGenerator,
     QuestionInputs,
@@ -28,9 +28,10 @@ def test_guided_branches_on_the_plain_cache_equal_those_on_the_guided_prompt(tin
     plain = [p + [7, 8, 9] for p in PROMPTS[:2]]
     guided = [p + [40, 41] + [7, 8, 9] for p in PROMPTS[:2]]
     prompt = lambda tokens: Prompt("", tokens, 0)
-    reused = [reusable_tokens(prompt(p), prompt(g), 2, 0) for p, g in zip(plain, guided, strict=True)]
+    reused = [reusable_tokens(prompt(p), prompt(g), 2, 0, 64) for p, g in zip(plain, guided, strict=True)]
     assert reused == [len(p) for p in PROMPTS[:2]]
-    assert reusable_tokens(prompt(plain[0]), prompt(guided[0]), 99, 0) is None
+    assert reusable_tokens(prompt(plain[0]), prompt(guided[0]), 99, 0, 64) is None
+    assert reusable_tokens(prompt(plain[0]), prompt(guided[0]), 2, 0, 4) is None
     forced = [
         DecodeRequest([g[n:]] * 2, 12, NUCLEUS, i, prompt_length=n)
         for g, n, i in zip(guided, reused, IDS, strict=False)
@@ -51,24 +52,25 @@ def generate(model_folder):
     rows = list(synthetic.generate(9, "train", passages=2))
     for row in rows:  # hints from 2 to 60 tokens, so that forced prefixes lie in several buckets
         row["golden_answers"] = ["".join(rng.choice(list("abcdefgh "), rng.integers(2, 60)))]
-    prompts = [(builder.plain(row), builder.guided(row)) for row in rows]
+    prompts = [(plain, builder.guided(row, plain)) for row, plain in zip(rows, map(builder.plain, rows), strict=True)]
+    most = 240
     questions = [
-        QuestionInputs(row, plain, guided, reusable_tokens(plain, guided, 2, 0))
+        QuestionInputs(row, plain, guided, reusable_tokens(plain, guided, 2, 0, most))
         for row, (plain, guided) in zip(rows, prompts, strict=True)
     ]
     assert all(question.reused is not None for question in questions)
     generate = options.defaults().generate
     generate.update(guided_samples=2, plain_samples=1, max_tokens=40, answer_tokens=60, batch=8)
-    generator = CandidateGenerator(texts, generate, shared_prefixes={"plain": None, "guided": None})
+    generator = CandidateGenerator(texts, generate, shared_prefixes={"plain": SharedPrefix(), "guided": SharedPrefix()})
     lengths = [len(question.plain.tokens) for question in questions]
 
-    def run(devices):
+    def on(devices):
         mesh = make_mesh(1, devices, 1, jax.devices()[:devices])
         engine = engine_on(opened, mesh, tokenizer.stop_ids(texts, opened.path, opened.config.vocab_size))
-        tasks, capacity = dict(enumerate(map(generator.task, questions))), decoder_capacity(generate, questions)
-        return dict(run_tasks(engine, tasks, lengths, capacity, newline_tokens(texts)))
+        tasks, capacity = dict(enumerate(map(generator.task, questions))), decoder_capacity(generate, most)
+        return dict(run(engine, tasks, lengths, capacity, newline_tokens(texts)))
 
-    return run
+    return on
 
 
 @pytest.fixture(scope="module")

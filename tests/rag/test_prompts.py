@@ -33,7 +33,8 @@ def test_prompt_over_the_limit_is_cut_in_its_passages(smollm_tokenizer):
     whole = PromptBuilder(smollm_tokenizer, 2000, 4).plain(ROW)
     assert whole.cut == 0 and "Passage 4: T3:" in whole.text
     builder = PromptBuilder(smollm_tokenizer, 180, 4)
-    cut, guided = builder.plain(ROW), builder.guided(ROW)
+    cut = builder.plain(ROW)
+    guided = builder.guided(ROW, cut)
     assert len(cut.tokens) <= 180 and cut.cut == guided.cut > 0
     assert all(f"Passage number {i}" in cut.text for i in range(4)) and "Who wrote it?" in cut.text
     assert "The answer is Ada." in guided.text and "Ada" not in cut.text
@@ -62,7 +63,7 @@ def test_prompt_spans_are_its_passages(examples, smollm_tokenizer):
     size = len(PromptBuilder(smollm_tokenizer, 4000, 3, examples).plain(row).tokens)
     for limit in (size, size - 60):
         builder = PromptBuilder(smollm_tokenizer, limit, 3, examples)
-        for prompt in (builder.plain(row), builder.guided(row)):
+        for prompt in (plain := builder.plain(row), builder.guided(row, plain)):
             shown = [prompt.text[start:end] for start, end in prompt.passage_spans]
             wanted = ["Moss Hill: Moss.", *(f"{c['title']}: {c['text']}".strip() for c in ROW["contexts"][:2])]
             assert len(shown) == 3 and all(w.startswith(s) and s for w, s in zip(wanted, shown, strict=True))
@@ -174,7 +175,7 @@ def test_prompt_of_hostile_data_keeps_its_turns(field, chat_tokenizer):
             row["contexts"][0] = {**row["contexts"][0], field: said}
         else:
             row |= {"question": said} if field == "question" else {"golden_answers": [said]}
-        prompt = builder.guided(row)
+        prompt = builder.guided(row, builder.plain(row))
         seen = [t for t in prompt.tokens if t in special], [prompt.text.count(mark) for mark in tokens]
         return prompt.text.splitlines(), seen
 

@@ -23,9 +23,9 @@ def test_tokenize_cuts_passages_of_long_pairs_only(smollm_tokenizer):
     pairs, counts = tokenize(smollm_tokenizer, 2, rows, 64, limit)
     assert counts == {"cut": 1, "response too long": 1, "prompt too long": 1} and [p.id for p in pairs] == ["a", "c"]
     cut, responses = pairs[0], [smollm_tokenizer(said[s]).input_ids + [2] for s in ("chosen", "rejected")]
-    assert [cut.chosen, cut.rejected] == responses
+    assert [[*cut.chosen], [*cut.rejected]] == responses
     assert limit - 4 <= len(cut.prompt) + len(cut.rejected) <= limit
-    text = smollm_tokenizer.decode(cut.prompt)
+    text = smollm_tokenizer.decode([*cut.prompt])
     start, end = whole.text.rindex("Passage 2: "), whole.text.rindex("\n\nQuestion: ")
     assert text.startswith(whole.text[:start]) and text.endswith(whole.text[end:])  # first passage, question and all
     sizes = [len(line) for line in text[start : -len(whole.text[end:])].splitlines()]
