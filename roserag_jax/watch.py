@@ -98,7 +98,9 @@ def picture(status: dict | None, stages: list[dict]) -> Group:
         parts += [table, Text()]
     if status is None:
         return Group(*parts, Text("Nothing has started yet."))
-    parts.append(ProgressBar(total=max(status["total"], 1), completed=status["done"], width=60))
+    bar = Table.grid()  # a bar alone does not end its line
+    bar.add_row(ProgressBar(total=max(status["total"], 1), completed=status["done"], width=60))
+    parts.append(bar)
     parts += [Text(part) for part in line(status).split("; ")]
     if status.get("accepted"):
         parts += [Text(), Text("last accepted rationale:", style="dim"), Text(printable(status["accepted"]))]

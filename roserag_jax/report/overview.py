@@ -1,12 +1,15 @@
 """The report's summary: the verdict in two sentences, the scores, and what the run was made of."""
 
+import contextlib
 import math
 import statistics
 from typing import Any
 
 from roserag_jax import options
+from roserag_jax.errors import UserError
 from roserag_jax.preference.selection import length_warning
 from roserag_jax.report import comparison
+from roserag_jax.report.confidence import em_after_five, loss_without_em
 from roserag_jax.report.runs import Run
 from roserag_jax.report.tables import Table
 from roserag_jax.report.verdict import overfitting
@@ -18,8 +21,10 @@ METRICS = {"em": "EM", "f1": "F1"}
 def summary(run: Run) -> dict[str, Any]:
     """What the summary shows of a run."""
     tests, fault = paired_tests(run)
+    seen = signs(run, tests)
     return {
-        "verdict": verdict(run, tests),
+        "verdict": [_result(run, tests), seen[0] if seen else _nothing_wrong(run)],
+        "signs": seen[1:],
         "scores": comparison.comparison(run.metrics) if run.metrics else None,
         "tests": comparison.paired(tests) if tests else None,
         "fault": fault,
@@ -35,13 +40,8 @@ def paired_tests(run: Run) -> tuple[list[comparison.Comparison], str]:
     """Each system against the base model, and why there are no tests where two are of different questions."""
     try:
         return comparison.paired_tests(run.metrics, run.scores), ""
-    except (comparison.UserError, KeyError) as error:
+    except (UserError, KeyError) as error:
         return [], str(error)
-
-
-def verdict(run: Run, tests: list[comparison.Comparison]) -> list[str]:
-    """Two sentences: whether training helped, and what looks wrong with it."""
-    return [_result(run, tests), _signs(run)]
 
 
 def _result(run: Run, tests: list[comparison.Comparison]) -> str:
@@ -73,28 +73,41 @@ def _result(run: Run, tests: list[comparison.Comparison]) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _signs(run: Run) -> str:
-    """What looks wrong with the training, most important first; or that nothing does."""
-    signs = []
+def signs(run: Run, tests: list[comparison.Comparison]) -> list[str]:
+    """What looks wrong with the training, the most important first."""
+    found = []
     if any(row.get("loss") is None for row in run.steps):
-        signs.append("Some training steps had a non-finite loss.")
-    held_out = [row for row in run.held_out if row.get("measure") == run.held_out[-1].get("measure")]
+        found.append("Some training steps had a non-finite loss.")
+    held_out = _same_measure(run)
     if held_out and (text := overfitting(run.steps, held_out, run.config.train.keep)):
-        signs.append(text)
+        found.append(text)
+    with contextlib.suppress(UserError, ValueError, KeyError):  # of damaged files, which are noted elsewhere
+        findings = [*em_after_five(run.workdir / "eval")]
+        if not any(test.test["p"] < SURE and test.test["difference"] > 0 for test in tests):  # by EM or F1
+            findings.append(loss_without_em(run.workdir))
+        found += [f"{each.name[:1].upper()}{each.name[1:]}: {each.text}." for each in findings if each.seen]
     margins = [row["margin"] for row in run.steps if row.get("margin") is not None]
     last = margins[-max(1, len(margins) // 5) :]
     if last and statistics.fmean(last) <= 0:
-        signs.append(
+        found.append(
             f"At the end of training the rejected responses are still the likelier ones "
             f"(margin {statistics.fmean(last):+.2f} nats a token, mean of the last {len(last)} steps)."
         )
     if run.pairs and "prompt" in run.pairs[0] and (text := length_warning(run.pairs)):
-        signs.append(f"By length alone chosen and rejected can be told apart: {text}")
-    if signs:
-        return " ".join(signs)
+        found.append(f"By length alone chosen and rejected can be told apart: {text}")
+    return found
+
+
+def _same_measure(run: Run) -> list[dict]:
+    """The held-out evaluations of the last one's measure."""
+    return [row for row in run.held_out if row.get("measure") == run.held_out[-1].get("measure")]
+
+
+def _nothing_wrong(run: Run) -> str:
+    """What can be said where no sign of failure is seen."""
     if not run.steps:
         return "Nothing was trained yet."
-    if not held_out:
+    if not run.held_out:
         return (
             "Nothing looks wrong with the training curve; whether it overfits was not measured, because no pairs were "
             "held out (config.train.held_out)."

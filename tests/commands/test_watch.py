@@ -50,6 +50,7 @@ def test_watch_shows_the_stage_and_the_last_accepted_rationale_as_text(workdir):
     assert "finished stage" in text and "4 questions" in text and "3 of 8 candidates correct" in text
     assert "It [bold red]says[/] so. [2J  Answer" in text and "\x1b[2J" not in text
     assert "memory" in text and "GB" in text
+    assert [line for line in text.splitlines() if line.startswith("generate: 4/4 questions, ")]  # on a line of its own
 
 
 def test_watch_ends_with_the_run_and_says_how(workdir):

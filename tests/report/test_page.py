@@ -55,6 +55,7 @@ def test_page_tells_systems_apart_in_two_sentences(workdir):
         "The adapter and the base model cannot be told apart on 6 held-out questions: EM 66.7 against 33.3" in verdict
     )
     assert verdict.count("<p>") == 2
+    assert "Training loss falls while EM is flat: the loss goes from 1.000 to 0.700" in verdict
     said = {row["id"]: row["said"] for row in data_of(text, "lists")["differences"]["rows"]}
     assert said["q1"]["base"][0] == 0.0 and said["q1"]["adapter"][0] == 1.0
     assert said["q1"]["adapter"][2].endswith("Answer: Ada Lund")
