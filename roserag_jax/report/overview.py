@@ -66,11 +66,15 @@ def _result(run: Run, tests: list[comparison.Comparison]) -> str:
     scores = [run.metrics[name] for name in (first, of["em"].other)]
     figures = [
         f"{METRICS[metric]} {scores[0][metric]:.1f} against {scores[1][metric]:.1f}, "
-        f"{comparison.difference(test.test)} points, p = {test.test['p']:.3f}"
+        f"{comparison.difference(test.test)} points, {_p(test.test['p'])}"
         for metric, test in of.items()
     ]
     text = f"{found} on {scores[1]['questions']} held-out questions: {'; '.join(figures)}."
     return text[:1].upper() + text[1:]
+
+
+def _p(value: float) -> str:
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def signs(run: Run, tests: list[comparison.Comparison]) -> list[str]:
