@@ -9,6 +9,7 @@ any more. Anything else is a defect and a traceback.
 
 import contextlib
 import difflib
+import io
 import itertools
 import logging
 import os
@@ -27,7 +28,7 @@ from roserag_jax.distributed.channel import LOST, ProcessLost
 from roserag_jax.errors import UserError, disk_error, first_line
 from roserag_jax.options import defaults, describe, validate, walk
 from roserag_jax.user_cache import user_cache
-from roserag_jax.workdir import to_json
+from roserag_jax.workdir import naming, to_json
 
 
 def get_config() -> ConfigDict:
@@ -208,8 +209,46 @@ class _DiskErrors(logging.Filter):
 _disk_errors = _DiskErrors()
 
 
+_OUTPUT = "standard output"
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output that names itself in errors (a log on a full disk) and lacks no letter."""
+
+    def write(self, text: str) -> int:
+        with naming(_OUTPUT):
+            return super().write(text)
+
+    def flush(self) -> None:
+        with naming(_OUTPUT):
+            super().flush()
+
+
+def _open_output() -> None:
+    """Make standard output and standard error ready to print to, also where they are closed (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
+    sys.stderr.reconfigure(errors="backslashreplace")
+    out = sys.stdout
+    sys.stdout = _Output(
+        out.detach(),
+        encoding=out.encoding,
+        errors="backslashreplace",
+        line_buffering=out.line_buffering,
+        write_through=out.write_through,
+    )
+
+
+def _drop_output() -> None:
+    """Send what is still to be printed nowhere: Python would try once more at its end, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _user_message(error: BaseException) -> str | None:
     """What the user can put right about an error; None for a defect."""
+    if isinstance(error, OSError) and error.filename == _OUTPUT:
+        _drop_output()
     return str(error) if isinstance(error, UserError) else _disk_errors.message(error)
 
 
@@ -219,7 +258,7 @@ def _exit_status(error: BaseException) -> int | None:
         print(signals.message(number), file=sys.stderr)
         return signals.STOPS[number]
     if isinstance(error, BrokenPipeError):  # as in `roserag score ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python flushes it again at the end
+        _drop_output()
         return 141
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
@@ -263,8 +302,7 @@ def main(
     """
     signals.install()
     _disk_errors.install()
-    for stream in (sys.stdout, sys.stderr):  # an encoding that lacks a letter must not end a run
-        stream.reconfigure(errors="backslashreplace")
+    _open_output()
     flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")
     try:
         if {"--help", "-h", "--options"} & set(sys.argv[1:]):

@@ -81,7 +81,7 @@ def is_remote(path: epath.Path) -> bool:
 
 
 @contextlib.contextmanager
-def naming(path: epath.Path) -> Iterator[None]:
+def naming(path: epath.Path | str) -> Iterator[None]:
     """Let an error of the disk name the file: that of a write or a flush does not."""
     try:
         yield

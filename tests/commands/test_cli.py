@@ -118,6 +118,15 @@ def test_cli_nobody_reads_the_output():
     assert done.returncode in (0, 141) and not done.stderr
 
 
+@pytest.mark.parametrize(("to", "status", "printed"), [(">/dev/full", 2, 1), (">&-", 0, 0), (">&- 2>&-", 0, 0)])
+def test_cli_output_to_a_full_disk_or_to_nowhere(to, status, printed):
+    line = f"{sys.executable} -m roserag_jax.select --options {to}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    expected = "error: standard output: no space left on device; free some space and run the same command again.\n"
+    assert done.stderr == expected * printed
+
+
 def test_disk_error_names_file_or_place():
     """As Python reports it, as C++ does, and deep in what another error was raised from."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
