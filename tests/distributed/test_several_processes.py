@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from roserag_jax import generate, options, session, train
+from roserag_jax import automatic_mesh, generate, options, train
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.workdir import Workdir
 
@@ -108,7 +108,7 @@ def test_training_with_other_numbers_of_processes(config_of, pairs, monkeypatch)
     """
     from safetensors.numpy import load_file
 
-    monkeypatch.setattr(session, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:4]))
+    monkeypatch.setattr(automatic_mesh, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:4]))
     devices = lambda count: {i: {"JAX_NUM_CPU_DEVICES": str(4 // count)} for i in range(count)}
     changes = {"data.pairs": pairs, "train.evaluate": False, "train.checkpoint_every": 1, "train.epochs": 6}
     changes |= {"mesh.data": -1, "mesh.fsdp": 1}
