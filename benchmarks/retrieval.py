@@ -20,15 +20,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from etils import epath
 
-from roserag_jax import options
 from roserag_jax.rag.corpora import Corpus
 from roserag_jax.rag.files import read_rows
-from roserag_jax.retrieval import indexing
+from roserag_jax.retrieval import indexing, vector_indexing
+from roserag_jax.retrieval.batches import local_mesh
+from roserag_jax.retrieval.colbert import ColBERT, passage_text
+from roserag_jax.retrieval.combined import Fusion, Reranker, maxsim, pad
+from roserag_jax.retrieval.dense import SentenceEncoder, read_settings
 from roserag_jax.retrieval.index import Index
-from roserag_jax.retrieval.registry import RETRIEVERS
+from roserag_jax.retrieval.vectors import VectorRetriever, VectorStore
 
 
 def write_corpus(file: Path, count: int) -> list[str]:
@@ -83,6 +87,25 @@ def write_colbert(encoder: Path, folder: Path) -> Path:
     return folder
 
 
+class Known:
+    """An encoder whose passages were encoded before, so that each compression costs its own time alone."""
+
+    def __init__(self, encoder, passages: list[dict]):
+        self.encoder, self.size = encoder, encoder.size
+        cpu = time.process_time()
+        vectors = encoder.encode_passages(passages)
+        self.seconds = time.process_time() - cpu
+        self.known = {(p["title"], p["text"]): v for p, v in zip(passages, vectors, strict=True)}
+
+    def encode_queries(self, queries):
+        """The encoder's."""
+        return self.encoder.encode_queries(queries)
+
+    def encode_passages(self, passages):
+        """Those that are known."""
+        return [self.known[p["title"], p["text"]] for p in passages]
+
+
 def compare(args) -> dict:
     """Recall, time and bytes of each retriever over the same passages and questions."""
     questions = [row for _, row in read_rows(epath.Path(args.data) / "eval.jsonl.gz")][: args.questions]
@@ -92,38 +115,58 @@ def compare(args) -> dict:
         passages.add((passage["title"], passage["text"]))
         if len(passages) >= args.others:
             break
+    asked = [row["question"] for row in questions]
     gold = [{c["title"] for c in row["contexts"] if c["is_supporting"]} for row in questions]
+    table = {"passages": len(passages), "questions": len(questions), "candidates": args.candidates, "rows": {}}
+
+    def add(label, retriever, size, built):
+        retriever.search(asked, 10)  # compiles
+        cpu = time.process_time()
+        found = retriever.search(asked, 10)
+        each = 1000 * (time.process_time() - cpu) / len(asked)
+        pairs = list(zip(gold, found, strict=True))
+        recall = lambda k: 100 * float(np.mean([len(g & {c["title"] for c in f[:k]}) / len(g) for g, f in pairs]))
+        row = {f"recall@{k}": round(recall(k), 1) for k in (2, 5, 10)}
+        row |= {"build_cpu_seconds": round(built, 1), "question_cpu_ms": round(each, 1)}
+        table["rows"][label] = row | {"bytes_per_passage": round(size / len(passages))}
+        print(label, table["rows"][label], flush=True)
+        return retriever
+
     with tempfile.TemporaryDirectory(dir=args.folder or None) as home:
-        home, config = Path(home), options.defaults()
+        home = Path(home)
         rows = ({"title": title, "text": text} for title, text in sorted(passages))
         (home / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config.retrieve.corpus, config.index = str(home / "corpus.jsonl"), str(home / "index")
-        config.retrieve.dense = args.encoder
-        config.retrieve.colbert = str(write_colbert(Path(args.encoder), home / "colbert"))
-        config.retrieve.fused, config.retrieve.candidates = ("bm25", "dense"), args.candidates
-        table = {"passages": len(passages), "questions": len(questions), "rows": {}}
-        cases = [("bm25", 0, 0), ("dense", 0, 0), ("hybrid", 0, 0), ("rerank", 0, 0), ("colbert", 0, 0)]
-        cases += [("colbert", bits, 0) for bits in (4, 2, 1)] + [("colbert", 2, 8), ("dense", 4, 0)]
-        for name, config.retrieve.bits, config.retrieve.probe in cases:
+        cpu = time.process_time()
+        indexing.update(home / "index", Corpus(str(home / "corpus.jsonl")))
+        index = Index(home / "index")
+        bm25 = add("bm25", index, _bytes(home / "index"), time.process_time() - cpu)
+        settings = read_settings(Path(args.encoder))
+        dense = SentenceEncoder(Path(args.encoder), local_mesh(), settings)
+        colbert = ColBERT(write_colbert(Path(args.encoder), home / "colbert"), local_mesh())
+
+        def store(name, encoder, bits, probe=0, normalized=True):
             cpu = time.process_time()
-            retriever = RETRIEVERS[name].build(config)
-            built = time.process_time() - cpu
-            retriever.search([row["question"] for row in questions[:2]], 10)  # compiles
-            cpu = time.process_time()
-            found = retriever.search([row["question"] for row in questions], 10)
-            asked = 1000 * (time.process_time() - cpu) / len(questions)
-            recall = lambda k, found=found: (
-                100 * np.mean([len(g & {c["title"] for c in f[:k]}) / len(g) for g, f in zip(gold, found, strict=True)])
+            folder = home / f"{name}-{bits}"
+            how = {"fingerprint": name, "bits": bits, "normalized": normalized}
+            vector_indexing.update(folder, index, lambda: encoder, **how)
+            built = encoder.seconds + time.process_time() - cpu
+            retriever = VectorRetriever(
+                index, encoder, VectorStore(folder, index.passages.numbers, local_mesh(), normalized), probe
             )
-            vectors = _bytes(retriever.store.folder) if hasattr(retriever, "store") else _bytes(home / "index")
-            label = name + f" {config.retrieve.bits} bits" * bool(config.retrieve.bits)
-            label += f" probe {config.retrieve.probe}" * bool(config.retrieve.probe)
-            table["rows"][label] = {f"recall@{k}": round(recall(k), 1) for k in (2, 5, 10)} | {
-                "build_cpu_seconds": round(built, 1),
-                "question_cpu_ms": round(asked, 1),
-                "bytes_per_passage": round(vectors / len(passages)),
-            }
-            print(label, table["rows"][label], flush=True)
+            label = name + f", {bits} bits" * bool(bits) + f", probe {probe}" * bool(probe)
+            return add(label, retriever, sum(entry.stat().st_size for entry in folder.glob("*.np*")), built)
+
+        known = Known(dense, list(index.passages))
+        first = store("dense", known, 0, normalized=settings.normalized)
+        add("hybrid of bm25 and dense", Fusion([bm25, first], args.candidates), 0, 0.0)
+        known = Known(colbert, list(index.passages))
+        for bits in (0, 4, 2, 1):
+            store("colbert-shaped", known, bits)
+        store("colbert-shaped", known, 2, probe=8)
+        add("bm25, then colbert-shaped, known vectors", Reranker(bm25, known, args.candidates), 0, 0.0)
+        cpu = time.process_time()
+        Reranker(bm25, colbert, args.candidates).search(asked[:2], 10)
+        table["rerank_question_cpu_ms"] = 500 * (time.process_time() - cpu)
     return table
 
 
@@ -131,10 +174,6 @@ def speed(args) -> dict:
     """Encode passages and compare queries with them, here and in torch, in turns."""
     import torch
     import transformers
-
-    from roserag_jax.retrieval.batches import local_mesh
-    from roserag_jax.retrieval.colbert import ColBERT, passage_text
-    from roserag_jax.retrieval.combined import _maxsim, pad
 
     rows = [row for _, row in read_rows(epath.Path(args.data) / "corpus.jsonl.gz")][: args.passages]
     passages = [{"title": "", "text": row["contents"]} for row in rows]
@@ -181,8 +220,9 @@ def speed(args) -> dict:
             similar.masked_fill_(~torch.tensor(kept)[None, :, None], -9999)
             return similar.amax(-1).sum(-1).numpy()
 
-    np.asarray(_maxsim(queries, padded, kept))
-    maxsim_s, mine = seconds(lambda: np.asarray(_maxsim(queries, padded, kept)))
+    compiled = jax.jit(maxsim)
+    np.asarray(compiled(queries, padded, kept))
+    maxsim_s, mine = seconds(lambda: np.asarray(compiled(queries, padded, kept)))
     torch_maxsim_s, other = seconds(torch_maxsim)
     return {
         "passages": len(passages),

@@ -7,7 +7,6 @@ import pytest
 from conftest import copy_folder
 
 from roserag_jax.errors import UserError
-from roserag_jax.retrieval.batches import local_mesh
 from roserag_jax.retrieval.dense import SentenceEncoder, Settings, read_settings
 
 TEXTS = ["ban kon", "der fan mut gis lon " * 4, "kit"]
@@ -25,7 +24,7 @@ def sentence_folder(folder, to, pooling="mean_tokens", normalize=True, **setting
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_sentence_encoder_equals_torch(bert_folder, tmp_path, pooling):
+def test_sentence_encoder_equals_torch(bert_folder, one_device, tmp_path, pooling):
     import torch
     import transformers
 
@@ -36,7 +35,7 @@ def test_sentence_encoder_equals_torch(bert_folder, tmp_path, pooling):
     )
     settings = read_settings(folder)
     assert settings == Settings(pooling, True, "who: ", "mos ", 512)
-    encoder = SentenceEncoder(folder, local_mesh(), settings)
+    encoder = SentenceEncoder(folder, one_device, settings)
     tokenizer = transformers.BertTokenizerFast.from_pretrained(folder)
 
     def expected(texts):

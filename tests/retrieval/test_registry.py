@@ -117,6 +117,7 @@ def test_retrieve_with_vectors_is_made_again_where_the_encoder_changes(config, b
         retrieve.make(config, work, ("eval",))
 
 
+@pytest.mark.slow
 def test_index_command_builds_vectors(config):
     config = _without(config, "dense", "candidates")
     config.retrieve.retriever, config.retrieve.bits, config.index = "colbert", 2, f"{config.index}-2"

@@ -81,7 +81,7 @@ def exact(index, queries, k):
     return order, np.take_along_axis(scores, order, axis=1)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_exact_search_equals_the_formula(built, devices):
     index, folder = built()
     store = VectorStore(folder, index.passages.numbers, make_mesh(devices=jax.devices()[:devices]))
@@ -98,6 +98,7 @@ def test_exact_search_equals_the_formula(built, devices):
     assert sorted(more[0]) == list(range(300))  # each once, none of the padding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [1, 4])
 def test_compressed_search_comes_near_the_exact_one(built, bits):
     index, folder = built(bits)
