@@ -1,7 +1,9 @@
 """What a task asks of the decoder, what it gets back, and how much the decoder must have room for.
 
 A task is a generator: it yields a `PrefillRequest` (a prompt) or a `DecodeRequest` (branches behind the prompt that was
-prefilled last), is sent the outcome, and returns its result.
+prefilled last), is sent the outcome, and returns its result. A server has a task of one branch for each completion
+(`inference.service.Generation`): its sampling parameters, limits and stop function are the client's, its question id is
+the client's seed and its sample the number of the choice.
 """
 
 import dataclasses

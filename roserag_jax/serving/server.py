@@ -1,11 +1,14 @@
 """Runs the application: a socket, uvicorn in a thread, and an orderly end."""
 
+import asyncio
 import logging
 import os
 import socket
 import threading
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from roserag_jax import signals
 from roserag_jax.errors import UserError, first_line
@@ -13,6 +16,7 @@ from roserag_jax.serving.app import make_app
 from roserag_jax.serving.models import Models
 
 API_KEY = "ROSERAG_API_KEY"  # in the environment: other users of a machine can read a command line
+HEAD_SECONDS = 10  # in which the head of a request must arrive
 _END_SECONDS = 5  # for clients to take what is left for them
 _HEADER_BYTES = 16 << 10
 
@@ -37,6 +41,39 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class Protocol(H11Protocol):
+    """uvicorn's, but it closes a connection on which the head of a request does not arrive in time."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Take the next bytes."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        super().connection_lost(exc)
+        self._stop_watching()
+
+    def _watch(self) -> None:
+        """Begin to wait for a head, or end it where the head has come."""
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_watching()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_watching(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class Server:
     """Serves models in a thread of its own, from `with` to its end.
 
@@ -53,7 +90,7 @@ class Server:
         config = uvicorn.Config(
             app,
             loop="asyncio",
-            http="h11",
+            http=Protocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -7,7 +7,7 @@ import threading
 import openai
 import pytest
 import requests
-from conftest import start_command
+from conftest import run_command, start_command
 
 pytestmark = pytest.mark.browser
 
@@ -145,3 +145,11 @@ def test_sigterm_tells_requests_in_flight_and_ends_with_143(config_of, tmp_path)
     assert "Traceback" not in errors
     with pytest.raises(requests.ConnectionError):
         requests.get(line.split()[-1], timeout=5)
+
+
+def test_serve_without_the_extra_says_what_to_install(config_of, tmp_path):
+    (tmp_path / "starlette.py").write_text("raise ModuleNotFoundError('No module', name='starlette')\n")
+    done = run_command("answer", config_of(), "--serve", "0", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.splitlines()[-1] == (
+        "error: --serve needs the extra 'serve': pip install 'roserag_jax[serve]' (starlette)."
+    )

@@ -11,8 +11,9 @@ import pytest
 import requests
 from starlette.testclient import TestClient
 
+from roserag_jax.errors import UserError
 from roserag_jax.rag import answers
-from roserag_jax.serving import app
+from roserag_jax.serving import app, server
 
 QUESTION = [{"role": "user", "content": "Which colour is moss?"}]
 COMPLETIONS = "/v1/chat/completions"
@@ -220,6 +221,30 @@ def test_body_is_limited_in_size_time_and_kind(client, server_url, monkeypatch):
         )
         slow.sendall(head.encode() + b"\r\n{")
         assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_head_that_does_not_come_closes_its_connection(server_url, monkeypatch):
+    """Drop by drop, at the beginning and behind a request that was answered; one that is decoded for longer stays."""
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+    host, port = server_url.removeprefix("http://").split(":")
+    for first in (b"", f"GET /health HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()):
+        with socket.create_connection((host, int(port)), timeout=30) as slow:
+            if first:
+                slow.sendall(first)
+                assert slow.recv(4000).startswith(b"HTTP/1.1 200 ")
+            for _ in range(3):
+                slow.sendall(b"G")
+                time.sleep(0.05)
+            while slow.recv(4000):
+                pass
+    assert post(server_url, max_tokens=100)
+
+
+def test_port_that_is_taken_is_named():
+    with server.listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match="in use.*name another"):
+        server.listen("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(UserError, match="cannot listen on 203.0.113.1 port 80"):
+        server.listen("203.0.113.1", 80)
 
 
 @pytest.mark.parametrize(
