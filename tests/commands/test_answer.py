@@ -38,7 +38,7 @@ def test_answer_from_a_folder_and_from_a_file_of_questions(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_answer_names_file_and_page_of_a_hundred_documents(finished, tmp_path):
+def test_answer_names_file_and_page_of_a_hundred_documents(config_of, tmp_path):
     """PDF, HTML and Markdown: of each kind one question, whose passage is the only one with its word."""
     fpdf = pytest.importorskip("fpdf")
     pytest.importorskip("lxml")
@@ -59,7 +59,7 @@ def test_answer_names_file_and_page_of_a_hundred_documents(finished, tmp_path):
     questions = ["Where is kestrel17x2?", "What about fish9?", "Where is fern30?"]
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps({"question": question}) + "\n" for question in questions))
-    config = finished.copy_and_resolve_references()
+    config = config_of()
     config.retrieve.corpus, config.index, config.prompt.passages = str(docs), str(tmp_path / "index"), 1
     config.evaluate.max_tokens = 2
     done = run_command("answer", config, "--questions", str(file))
