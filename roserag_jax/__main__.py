@@ -12,6 +12,7 @@ from roserag_jax import signals
 COMMANDS = (
     "train",
     "index",
+    "questions",
     "retrieve",
     "generate",
     "select",

@@ -26,7 +26,7 @@ from roserag_jax.inference.respond import NumberedPrompt, respond
 from roserag_jax.inference.scheduler import length_classes
 from roserag_jax.inputs import corpus_recipe
 from roserag_jax.progress import Progress
-from roserag_jax.rag import answers, metrics
+from roserag_jax.rag import answers, metrics, questions
 from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.rag.noise import Noise
 from roserag_jax.rag.prompts import BUILDERS, Prompt, PromptBuilder, estimate_lengths
@@ -266,12 +266,12 @@ def check_questions(config) -> None:
       UserError: there is no such file, or they are synthetic while the training questions are user data.
     """
     options.require_files(config, "data.eval")
-    if config.data.eval == "synthetic" and (config.data.train != "synthetic" or config.data.pairs):
+    if questions.source(config, "eval") == "synthetic" and (config.data.train != "synthetic" or config.data.pairs):
         raise UserError(
             "config.data.eval='synthetic': the adapter would be evaluated on synthetic questions; name held-out "
             "ones of yours, or train without evaluation (config.train.evaluate=False)."
         )
-    if config.data.eval == config.data.train != "synthetic":
+    if config.data.eval == config.data.train and config.data.train not in ("synthetic", questions.DOCUMENTS):
         print("Warning: config.data.eval is config.data.train; scores on questions that were trained on say little.")
 
 

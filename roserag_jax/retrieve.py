@@ -18,6 +18,7 @@ from absl import flags
 from etils import epath
 
 from roserag_jax import cli, options
+from roserag_jax import questions as written
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
 from roserag_jax.inputs import corpus_recipe, input_digest
@@ -25,19 +26,22 @@ from roserag_jax.progress import Progress
 from roserag_jax.rag import questions
 from roserag_jax.retrieval.registry import RETRIEVERS, found_nothing, members, open_retriever, searches_corpus
 from roserag_jax.retrieval.server import serve
-from roserag_jax.workdir import RETRIEVED, Recipe, Workdir, from_jsonl, to_jsonl, write_atomic
+from roserag_jax.session import Session
+from roserag_jax.workdir import QUESTIONS, RETRIEVED, Recipe, Workdir, from_jsonl, to_jsonl, write_atomic
 
 _BATCH = 1000  # questions searched at once, and what a stopped run searches again
 _SERVE = flags.DEFINE_integer("serve", None, "port on which to offer the corpus; nothing is written then", 0, 65535)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "address on which --serve listens; 0.0.0.0 is open to other machines")
 
 
-def recipe(config, split: str) -> Recipe:
+def recipe(config, workdir: Workdir, split: str) -> Recipe:
     """What the retrieved rows of a split are made from."""
     names = [f"data.{split}", f"data.{split}_rows"]
     names += ["select.labels"] * (split == "train" and config.select.labels != "gold")  # rows need no answer then
     inputs = {}
-    if config.data[split] == "synthetic":
+    if questions.source(config, split) == questions.DOCUMENTS:
+        inputs[QUESTIONS[split]] = workdir.verify(QUESTIONS[split])
+    elif config.data[split] == "synthetic":
         names += [name for name, _ in options.walk() if name.startswith("data.synthetic")]
     else:
         names.append("data.format")
@@ -63,17 +67,21 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
     for split in splits:
         name = RETRIEVED[split]
         before = workdir.manifest(name)
-        if before and config.data[split] == "synthetic" != before["options"][f"data.{split}"]:
+        is_written = questions.source(config, split) == questions.DOCUMENTS
+        if is_written:
+            written.make(Session(config), workdir)
+        elif before and config.data[split] == "synthetic" != before["options"][f"data.{split}"]:
             raise UserError(
                 f"config.data.{split}='synthetic', but {workdir / name} is of {before['options'][f'data.{split}']}: "
                 "give every command the same options (best in a file for --config), or this one another workdir."
             )
-        wanted = recipe(config, split)
+        wanted = recipe(config, workdir, split)
         if workdir.is_up_to_date(name, wanted):
             continue
+        file = str(workdir / QUESTIONS[split]) if is_written else ""
         # Once before anything is searched, so that a row that cannot be used is named at once.
-        count = sum(1 for _ in questions.questions(config, split))
-        rows, batches = questions.questions(config, split, report=False), None
+        count = sum(1 for _ in questions.questions(config, split, written=file))
+        rows, batches = questions.questions(config, split, report=False, written=file), None
         if config.retrieve.retriever != "given":
             index = index or RETRIEVERS[config.retrieve.retriever].build(config)
             batches = _Batches(workdir, f"retrieve_{split}-{wanted.fingerprint()}")

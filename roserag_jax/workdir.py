@@ -29,12 +29,13 @@ from roserag_jax.options.option import not_utf8
 
 # The artifacts by name; those of evaluations are in `eval/`.
 RETRIEVED = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
+QUESTIONS = {"train": "questions.jsonl", "eval": "questions_eval.jsonl"}
 VOTES, CANDIDATES, REWARDS = "votes.jsonl", "candidates.jsonl", "rewards.jsonl"
 PAIRS = "pairs.jsonl"
 ADAPTER = "adapter"
 
 # What else a run writes, so that what is in its way is found before any work.
-_FILES = (*RETRIEVED.values(), VOTES, CANDIDATES, REWARDS, PAIRS)
+_FILES = (*QUESTIONS.values(), *RETRIEVED.values(), VOTES, CANDIDATES, REWARDS, PAIRS)
 _FILES += ("metrics.jsonl", "progress.json", "stages.jsonl", "report.html", ".lock")
 _FOLDERS = (ADAPTER, "eval", "checkpoints", "tensorboard", "profile", "merged", ".parts")
 

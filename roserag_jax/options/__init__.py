@@ -17,6 +17,7 @@ from roserag_jax.options.evaluation import EVALUATE, EXPORT
 from roserag_jax.options.general import GENERAL, MESH
 from roserag_jax.options.option import TOGETHER, Option
 from roserag_jax.options.preference import GENERATE, PROMPT, SELECT
+from roserag_jax.options.questions import QUESTIONS
 from roserag_jax.options.retrieval import RETRIEVE
 from roserag_jax.options.serving import SERVE
 from roserag_jax.options.training import LORA, TRAIN
@@ -25,6 +26,7 @@ OPTIONS: dict[str, dict[str, Option] | Option] = GENERAL | {
     "mesh": MESH,
     "data": DATA,
     "retrieve": RETRIEVE,
+    "questions": QUESTIONS,
     "prompt": PROMPT,
     "generate": GENERATE,
     "select": SELECT,
@@ -115,5 +117,10 @@ def require_files(config: ConfigDict, *names: str) -> None:
     """
     for name in (*names, "retrieve.corpus", "retrieve.cache"):
         value = get(config, name)
-        if value and value != "synthetic" and "://" not in value and not os.path.exists(os.path.expanduser(value)):
+        if (
+            value
+            and value not in ("synthetic", "documents")
+            and "://" not in value
+            and not os.path.exists(os.path.expanduser(value))
+        ):
             raise UserError(f"config.{name}={value!r}: there is no such file or folder.")

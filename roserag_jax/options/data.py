@@ -7,9 +7,13 @@ DATA = {
     "train": Option(
         "synthetic",
         "training questions: a .json or .jsonl file, plain or .gz, "
-        "hf://owner/name[@revision][/configuration][:split], or 'synthetic'",
+        "hf://owner/name[@revision][/configuration][:split], 'synthetic', or 'documents': the model writes questions "
+        "about retrieve.corpus",
     ),
-    "eval": Option("synthetic", "held-out questions, named in the same way"),
+    "eval": Option(
+        "synthetic",
+        "held-out questions, named in the same way; with data.train=documents, 'synthetic' is 'documents' too",
+    ),
     "format": Option("auto", "layout of both files; auto detects it from the first row", ("auto", *READERS)),
     "language": Option("", "language of the questions, for evaluate.metric: 'de', 'zh' (MLQA) or 'zh_cn' (MKQA), ..."),
     "pairs": Option("", "ready-made pairs, TRL's {prompt, chosen, rejected}, to train on instead of generated ones"),

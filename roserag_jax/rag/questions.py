@@ -10,6 +10,8 @@ from roserag_jax.rag import layouts, synthetic
 from roserag_jax.rag.corpora import Corpus
 from roserag_jax.rag.files import open_rows
 
+DOCUMENTS = "documents"
+
 
 def read_questions(path: str, *arguments, **options) -> list[dict]:
     """Read all rows that `stream_questions` yields for the same arguments."""
@@ -132,15 +134,27 @@ def checked_context(context: Any, where: str) -> dict:
     return {name: value for name, value in context.items() if value is not None}
 
 
-def questions(config, split: str, report: bool = True) -> Iterator[dict]:
-    """Yield the questions that `config.data.train` or `config.data.eval` names; `report` as in `stream_questions`."""
-    data, path = config.data, config.data[split]
+def source(config, split: str) -> str:
+    """What the questions of a split are: a path, 'synthetic', or DOCUMENTS where the model writes them."""
+    data = config.data
+    return DOCUMENTS if data[split] == "synthetic" and data.train == DOCUMENTS else data[split]
+
+
+def questions(config, split: str, report: bool = True, written: str = "") -> Iterator[dict]:
+    """Yield the questions that `config.data.train` or `config.data.eval` names.
+
+    Args:
+      report: as in `stream_questions`.
+      written: the file of those that the model has written, where they are.
+    """
+    data, path = config.data, written or source(config, split)
     rows = data[f"{split}_rows"]
     if path != "synthetic":
         given = config.retrieve.retriever == "given"
         hub_split = {"train": "train", "eval": "validation"}[split]
         answers = split == "eval" or config.select.labels == "gold"  # others look at no answer
-        return stream_questions(path, rows, answers, given, data.format, config.retrieve.corpus, hub_split, report)
+        layout = "unified" if written else data.format
+        return stream_questions(path, rows, answers, given, layout, config.retrieve.corpus, hub_split, report)
     return iter(
         synthetic.generate(
             rows or {"train": 200, "eval": 100}[split],

@@ -1,6 +1,7 @@
 """A noisy-retrieval benchmark that no model has seen: fictional people, towns, works and institutions.
 
     python -m roserag_jax.rag.synthetic --rows 200 --split eval --passages 8 --counterfactual 0.5 --output eval.jsonl
+    python -m roserag_jax.rag.synthetic --rows 200 --documents world/    # its encyclopedia, a file an entry
 
 Every row has a question (one- or two-hop, comparison, yes/no), its gold passages, distractors that share an entity
 with them, and, on request, a counterfactual passage: an unproven claim that names a wrong answer. The splits draw their
@@ -11,6 +12,7 @@ import argparse
 import collections
 import dataclasses
 import json
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -301,6 +303,12 @@ def generate(
         }
 
 
+def documents(rows: int, split: str, seed: int = 0) -> dict[str, str]:
+    """The encyclopedia that `generate` asks about with the same arguments: the text of each entry, by its name."""
+    world = _World(random.Random(f"{seed}/{split}"), split, max(rows, 24))
+    return {entity.name: world.passage(entity)["text"] for entity in world.all}
+
+
 def unknown_types(types) -> set[str]:
     """Question types that do not exist."""
     return set(types) - set(TYPES)
@@ -316,10 +324,22 @@ def main() -> None:
     parser.add_argument("--missing-gold", type=float, default=0.0, help="fraction of rows that lack a gold passage")
     parser.add_argument("--counterfactual", type=float, default=0.0, help="fraction of rows with a wrong claim")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), help="kinds of questions")
-    parser.add_argument("--output", required=True, help="the .jsonl file to write")
+    parser.add_argument("--output", help="the .jsonl file to write")
+    parser.add_argument("--documents", help="the folder to write the encyclopedia to, one .txt an entry")
     args = vars(parser.parse_args())
-    output = args.pop("output")
+    output, folder = args.pop("output"), args.pop("documents")
+    if not (output or folder):
+        parser.error("name a file (--output) or a folder (--documents)")
     args["types"] = tuple(args["types"])
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+        entries = documents(args["rows"], args["split"], args["seed"])
+        for name, text in entries.items():
+            with open(os.path.join(folder, f"{name}.txt"), "w", encoding="utf-8") as file:
+                file.write(f"{text}\n")
+        print(f"{len(entries)} entries written to {folder}")
+    if not output:
+        return
     try:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in generate(**args)]
     except ValueError as error:

@@ -1,0 +1,187 @@
+"""Writes questions about passages with the model that will answer them, and checks them with it.
+
+A question is kept when the model, shown its passages, answers it right several times out of several, and without any
+passage does not: then it can be answered, and only by reading.
+"""
+
+import collections
+import dataclasses
+import os
+
+from roserag_jax.inference.engine import Engine, SharedPrefix
+from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest, Task
+from roserag_jax.inference.sampling import SamplingParams
+from roserag_jax.rag import answers, written_questions
+from roserag_jax.rag.prompts import PromptBuilder, prompt_tokens, response_tokens
+from roserag_jax.rag.words import contains
+from roserag_jax.rag.written_questions import Attempt, compose, fault, read_phrase, read_question
+
+_PASSAGE_SHARE = 4  # a passage may take that part of the longest prompt, so that two fit beside the examples
+_MOST_CHECKED = 2  # proposals of an attempt that are answered
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """Tokens of the longest prompt that a task may prefill, of a written question, and of an answer."""
+
+    prompt: int
+    question: int
+    answer: int
+
+
+class QuestionWriter:
+    """Writes questions: `task` is what the scheduler runs for one attempt.
+
+    Args:
+      options: the configuration's `questions`, `prompt` and `generate.answer_tokens` are used.
+      measure: how answers are compared.
+    """
+
+    def __init__(self, tokenizer, options, measure: answers.Measure):
+        self.tokenizer, self.options, self.measure = tokenizer, options.questions, measure
+        self._neutral = PromptBuilder(tokenizer, **options.prompt).neutral
+        self._arguments = options.prompt.template_arguments
+        self._limits = _Limits(options.prompt.max_tokens, self.options.max_tokens, options.generate.answer_tokens)
+        self._sampling = SamplingParams(self.options.temperature, options.generate.top_p)
+        self._shared: dict[str, SharedPrefix] = {}
+
+    def prefill_examples(self, engine: Engine) -> None:
+        """Prefill the worked examples, which all prompts of a kind begin with, once."""
+        for name, turns in written_questions.TURNS.items():
+            both = [self._tokens(turns("A", "B")), self._tokens(turns("1", "2"))]
+            self._shared[name] = engine.prefill_shared_prefix(os.path.commonprefix(both))
+
+    @property
+    def prompt_length(self) -> int:
+        """The most tokens of a prompt; what is longer is not used."""
+        return self._limits.prompt
+
+    def capacity(self, slots: int) -> DecoderCapacity:
+        """What the decoder must have room for."""
+        shapes = ((1, max(self._limits.question, self._limits.answer)),)
+        return DecoderCapacity(slots, max(self.options.samples, self.options.answers), shapes)
+
+    def task(self, attempt: Attempt) -> Task:
+        """Write questions for one attempt, and check them until one passes.
+
+        Returns:
+          `{id, kind, question, answer, passages, dropped: {reason: count}}`, with `question` '' where none passes.
+        """
+        dropped: collections.Counter[str] = collections.Counter()
+        row = {"id": attempt.id, "kind": attempt.kind, "question": "", "answer": "", "passages": attempt.passages}
+        propose = self._two_hop if attempt.kind == "two_hop" else self._one_hop
+        proposals, checked = (yield from propose(attempt, dropped)), 0
+        for question, answer in proposals:
+            if checked == _MOST_CHECKED:
+                dropped["not tried"] += 1
+                continue
+            checked += 1
+            if why := (yield from self._check(attempt, question, answer, dropped)):
+                dropped[why] += 1
+                continue
+            row |= {"question": question, "answer": answer}
+            break
+        return row | {"dropped": dict(dropped)}
+
+    def _one_hop(self, attempt: Attempt, dropped: collections.Counter):
+        """Propose questions about a passage; returns those without a fault as (question, answer), each once."""
+        (passage,) = attempt.passages
+        kind = "yes_no" if attempt.kind == "yes_no" else "free"
+        texts = yield from self._sample(kind, (self._text(passage), attempt.answer), attempt.id, 0, dropped)
+        read = [read_question(text) for text in texts]
+        found = [(question, attempt.answer or answer) for question, answer in read]
+        return self._without_fault(found, attempt.passages, attempt.kind, dropped)
+
+    def _two_hop(self, attempt: Attempt, dropped: collections.Counter):
+        """Propose questions that need both passages.
+
+        One question is written about the name in the passage with the answer, one on the other passage whose answer is
+        the name; the second becomes a phrase that takes the name's place in the first.
+        """
+        passage, other = attempt.passages
+        texts = yield from self._sample("about", (self._text(passage), attempt.name), attempt.id, 0, dropped)
+        asked = self._without_fault(map(read_question, texts), [passage], "one_hop", dropped)
+        about = [(question, answer) for question, answer in asked if contains(question, attempt.name)]
+        dropped["no two hops"] += len(asked) - len(about)
+        if not about:
+            return []
+        texts = yield from self._sample("for", (self._text(other), attempt.name), attempt.id, 1, dropped)
+        leading = [(read_question(text)[0], attempt.name) for text in texts]
+        leading = self._without_fault(leading, [other], "one_hop", dropped)
+        if not leading:
+            return []
+        texts = yield from self._sample("phrase", (leading[0][0], ""), attempt.id, 2, dropped)
+        phrases = dict.fromkeys(map(read_phrase, texts))
+        composed = [(compose(q, attempt.name, phrase), a) for q, a in about for phrase in phrases]
+        dropped["no two hops"] += sum(not q for q, _ in composed)
+        return self._without_fault([pair for pair in composed if pair[0]], attempt.passages, "two_hop", dropped)
+
+    def _without_fault(self, proposals, passages, kind: str, dropped: collections.Counter):
+        """Proposals that nothing is wrong with, each once; the others are counted by reason."""
+        kept: dict[str, str] = {}
+        for question, answer in proposals:
+            if why := fault(question, answer, passages, kind):
+                dropped[why] += 1
+            elif question in kept:
+                dropped["written twice"] += 1
+            else:
+                kept[question] = answer
+        return list(kept.items())
+
+    def _check(self, attempt: Attempt, question: str, answer: str, dropped: collections.Counter):
+        """Answer a question from its passages, from one of two alone, and from none; returns what is wrong, or ''."""
+        need = self.options.right
+        closed = yield from self._count_right(attempt, question, answer, [], dropped)
+        if closed >= need:
+            return "answered without the passage"
+        if len(attempt.passages) == 2:
+            alone = yield from self._count_right(attempt, question, answer, attempt.passages[:1], dropped)
+            if alone >= need:
+                return "answered from one passage"
+        right = yield from self._count_right(attempt, question, answer, attempt.passages, dropped)
+        return "" if right >= need else "not answered from the passage"
+
+    def _count_right(self, attempt: Attempt, question: str, answer: str, passages: list[dict], dropped):
+        """How many of some sampled answers are right, with these passages in view."""
+        shown = "\n".join(f"Passage: {self._text(passage)}" for passage in passages)
+        kind = "read" if passages else "closed"
+        name, step = f"{attempt.id}/{question}", len(passages)
+        texts = yield from self._sample(kind, (shown, question), name, step, dropped)
+        return sum(self._is_right(text, answer) for text in texts)
+
+    def _is_right(self, said: str, answer: str) -> bool:
+        """Whether an answer is the right one, or names it within a few words."""
+        first = next((line for line in said.splitlines() if line.strip()), "")
+        said = answers.parse(first if first.lower().startswith("answer") else f"Answer: {first}")[1]
+        if answers.is_yes_no(answer):
+            return answers.yes_no(said) == answers.yes_no(answer)
+        return bool(self.measure.exact_match(said, [answer]) or answers.contains(said, [answer]))
+
+    def _tokens(self, turns: list[dict]) -> list[int]:
+        return prompt_tokens(self.tokenizer, written_questions.render(self.tokenizer, turns, self._arguments))
+
+    def _sample(self, kind: str, arguments: tuple[str, str], name: str, step: int, dropped: collections.Counter):
+        """Sample texts behind a prompt of `written_questions.TURNS`; none, which is counted, where it is too long."""
+        prompt = self._tokens(written_questions.TURNS[kind](*arguments))
+        if len(prompt) > self._limits.prompt:
+            dropped["prompt over config.prompt.max_tokens"] += 1
+            return []
+        yield PrefillRequest(prompt, self._shared[kind].of(prompt))
+        is_answer = kind in ("read", "closed")
+        completions = yield DecodeRequest(
+            [prompt[-1:]] * (self.options.answers if is_answer else self.options.samples),
+            self._limits.answer if is_answer else self._limits.question,
+            sampling=self._sampling,
+            question_id=name,
+            first_sample=step << 8,
+            use_extra_stop_ids=is_answer,
+        )
+        return [self.tokenizer.decode(completion.tokens) for completion in completions]
+
+    def _text(self, passage: dict) -> str:
+        """A passage as prompts show it, in one line, cut where it is very long."""
+        title, text = self._neutral(passage["title"]), self._neutral(passage["text"])
+        text = f"{title}: {text}" if title else text
+        most = self._limits.prompt // _PASSAGE_SHARE
+        tokens = response_tokens(self.tokenizer, text)
+        return text if len(tokens) <= most else text[: len(self.tokenizer.decode(tokens[:most]))]

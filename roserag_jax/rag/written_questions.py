@@ -1,0 +1,354 @@
+"""Questions that a model writes about passages: the prompts for it, reading what it wrote, and what is wrong with it.
+
+The prompts show worked examples, because small models follow those where they ignore instructions.
+"""
+
+import collections
+import hashlib
+import random
+import re
+from typing import NamedTuple
+
+import regex
+
+from roserag_jax.rag import answers
+from roserag_jax.rag.chat import render_chat
+from roserag_jax.rag.words import contains, words
+
+KINDS = ("one_hop", "two_hop", "yes_no", "unanswerable")
+# The answer to a question that the passages do not answer; the first is what the model is taught to say.
+UNANSWERABLE = [
+    "not stated in the passages",
+    "not stated",
+    "not mentioned in the passages",
+    "not mentioned",
+    "not given",
+    "not in the passages",
+    "unanswerable",
+    "unknown",
+    "noanswer",
+]
+
+_MUSEUM = "Tern Museum: The Tern Museum stands in Lower Vale. Ada Lund founded it in 1901 with money from her brewery."
+_ENGINE = "Hale engine: The Hale engine is a steam engine that Bruno Hale built in Moss Hill. It drove a paper mill."
+_OPERA = "The Red Hat: The Red Hat is an opera by Nora Lund in four acts. It was first sung in Castle Ford in 1922."
+
+_WRITE = "Write one short question that this passage answers, naming what it is about, and its short answer."
+_WRITE_ABOUT = "Write one short question about {name} that this passage answers, and its short answer."
+_WRITE_FOR = "Write one short question about this passage whose answer is: {answer}"
+_PHRASE = "Turn the question into a phrase that stands for its answer.\nQuestion: {question}"
+_FREE_EXAMPLES = (
+    (f"Passage: {_MUSEUM}\n{_WRITE}", "Question: Who founded the Tern Museum?\nAnswer: Ada Lund"),
+    (f"Passage: {_ENGINE}\n{_WRITE}", "Question: What did the Hale engine drive?\nAnswer: a paper mill"),
+    (f"Passage: {_OPERA}\n{_WRITE}", "Question: In what year was The Red Hat first sung?\nAnswer: 1922"),
+)
+_ABOUT_EXAMPLES = (
+    (f"Passage: {_MUSEUM}\n{_WRITE_ABOUT.format(name='Tern Museum')}", _FREE_EXAMPLES[0][1]),
+    (
+        f"Passage: {_ENGINE}\n{_WRITE_ABOUT.format(name='Bruno Hale')}",
+        "Question: Where did Bruno Hale build his engine?\nAnswer: Moss Hill",
+    ),
+    (
+        f"Passage: {_OPERA}\n{_WRITE_ABOUT.format(name='Nora Lund')}",
+        "Question: Which opera is by Nora Lund?\nAnswer: The Red Hat",
+    ),
+)
+_YES_NO_EXAMPLES = (
+    (f"Passage: {_MUSEUM}\n{_WRITE_FOR.format(answer='yes')}", "Question: Did Ada Lund found the Tern Museum?"),
+    (f"Passage: {_ENGINE}\n{_WRITE_FOR.format(answer='no')}", "Question: Was the Hale engine built in Castle Ford?"),
+    (f"Passage: {_OPERA}\n{_WRITE_FOR.format(answer='yes')}", "Question: Does The Red Hat have four acts?"),
+    (f"Passage: {_MUSEUM}\n{_WRITE_FOR.format(answer='no')}", "Question: Was the Tern Museum founded in 1950?"),
+)
+_FOR_EXAMPLES = (
+    (f"Passage: {_MUSEUM}\n{_WRITE_FOR.format(answer='Ada Lund')}", "Question: Who founded the Tern Museum?"),
+    (f"Passage: {_ENGINE}\n{_WRITE_FOR.format(answer='Moss Hill')}", "Question: Where was the Hale engine built?"),
+    (f"Passage: {_OPERA}\n{_WRITE_FOR.format(answer='Nora Lund')}", "Question: Who wrote The Red Hat?"),
+)
+_READ = "{passages}\nQuestion: {question}\nAnswer the question in a few words."
+_READ_EXAMPLES = (
+    (_READ.format(passages=f"Passage: {_MUSEUM}", question="Who founded the Tern Museum?"), "Ada Lund"),
+    (_READ.format(passages=f"Passage: {_ENGINE}", question="Was the Hale engine built in Castle Ford?"), "no"),
+    (_READ.format(passages=f"Passage: {_OPERA}", question="Does The Red Hat have four acts?"), "yes"),
+)
+_CLOSED = "Question: {question}\nAnswer the question in a few words."
+_CLOSED_EXAMPLES = (
+    (_CLOSED.format(question="Who wrote Hamlet?"), "William Shakespeare"),
+    (_CLOSED.format(question="Is Rome the capital of France?"), "no"),
+    (_CLOSED.format(question="Is Mars a planet?"), "yes"),
+)
+_PHRASE_EXAMPLES = (
+    (_PHRASE.format(question="Who founded the Tern Museum?"), "Phrase: the founder of the Tern Museum"),
+    (_PHRASE.format(question="Where was the Hale engine built?"), "Phrase: the place where the Hale engine was built"),
+    (_PHRASE.format(question="Which opera is by Nora Lund?"), "Phrase: the opera by Nora Lund"),
+    (_PHRASE.format(question="In which town was Bruno Hale born?"), "Phrase: the town where Bruno Hale was born"),
+)
+
+
+def _turns(examples: tuple[tuple[str, str], ...], request: str) -> list[dict]:
+    turns = []
+    for asked, written in examples:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": written}]
+    return [*turns, {"role": "user", "content": request}]
+
+
+# What the model is asked, by kind: functions of a passage, and of a name, an answer or a question where there is one.
+TURNS = {
+    "free": lambda passage, _: _turns(_FREE_EXAMPLES, f"Passage: {passage}\n{_WRITE}"),
+    "about": lambda passage, name: _turns(_ABOUT_EXAMPLES, f"Passage: {passage}\n{_WRITE_ABOUT.format(name=name)}"),
+    "for": lambda passage, answer: _turns(_FOR_EXAMPLES, f"Passage: {passage}\n{_WRITE_FOR.format(answer=answer)}"),
+    "yes_no": lambda passage, answer: _turns(
+        _YES_NO_EXAMPLES, f"Passage: {passage}\n{_WRITE_FOR.format(answer=answer)}"
+    ),
+    "read": lambda passages, question: _turns(_READ_EXAMPLES, _READ.format(passages=passages, question=question)),
+    "closed": lambda _, question: _turns(_CLOSED_EXAMPLES, _CLOSED.format(question=question)),
+    "phrase": lambda question, _: _turns(_PHRASE_EXAMPLES, _PHRASE.format(question=question)),
+}
+
+
+def render(tokenizer, turns: list[dict], arguments) -> str:
+    """Turns in the tokenizer's chat template, or as plain text where it has none."""
+    if tokenizer.chat_template is not None:
+        return render_chat(tokenizer, turns, arguments)
+    return "\n\n".join(turn["content"] for turn in turns) + "\n"
+
+
+_QUESTION = re.compile(r"(?:question|q)\s*[:\uff1a]\s*(.+)", re.IGNORECASE)
+_ANSWER = re.compile(r"(?:short )?(?:answer|a)\s*[:\uff1a]\s*(.+)", re.IGNORECASE)
+_SAME_LINE = re.compile(r"[ \t]+(?=\**(?:short )?answer\**\s*[:\uff1a])", re.IGNORECASE)
+_PHRASE_LINE = re.compile(r"(?:phrase\s*[:\uff1a])?\s*(.+)", re.IGNORECASE)
+_QUESTION_MARK = regex.compile(r"[?\uff1f\u061f\u037e\u2e2e]")
+
+
+def read_question(text: str) -> tuple[str, str]:
+    """The question and the answer that a model wrote, each '' where there is none."""
+    question = answer = ""
+    for line in _SAME_LINE.sub("\n", text).splitlines():
+        line = line.strip().strip("*_ ")
+        if not question and (found := _QUESTION.match(line)):
+            question = found.group(1).strip(' "*_')
+        elif question and not answer and (found := _ANSWER.match(line)):
+            answer = found.group(1).strip(' "*_')
+            answer = answer[:-1].strip() if answer.endswith(".") and not answer[:-1].endswith(".") else answer
+        elif not question and _QUESTION_MARK.search(line[-1:]):
+            question = line
+    return question, answer
+
+
+def read_phrase(text: str) -> str:
+    """The phrase that a model wrote, '' where there is none."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    found = _PHRASE_LINE.match(line)
+    return found.group(1).strip(' ".?*_') if found else ""
+
+
+# What points at the text instead of naming what it is about; English only.
+_POINTS = re.compile(
+    r"\b(?:the|this|that|these|those|a|given|above|following|provided|first|second|previous)\s+(?:\w+\s+)?"
+    r"(?:passages?|texts?|documents?|articles?|paragraphs?|excerpts?|contexts?|snippets?|sentences?|statements?|"
+    r"descriptions?|information)\b|\baccording to\b|\bmentioned\b|\bdescribed (?:above|here|in)\b|\bthe author say",
+    re.IGNORECASE,
+)
+_PRONOUN = re.compile(
+    r"\b(?:he|she|it|they|him|her|his|hers|its|their|them|this|these|those|who else)\b", re.IGNORECASE
+)
+_MOST_WORDS, _MOST_ANSWER_WORDS = 40, 10
+
+
+def fault(question: str, answer: str, passages: list[dict], kind: str = "one_hop") -> str:
+    """What is wrong with a question and its answer, judged by their words alone; '' if nothing is.
+
+    Args:
+      passages: what they were written from.
+    """
+    text = "\n".join(f"{p['title']}.\n{p['text']}" for p in passages)
+    asked = words(question)
+    if len(asked) < 3 or not _QUESTION_MARK.search(question[-1:]):
+        return "no question"
+    if len(asked) > _MOST_WORDS:
+        return "a long question"
+    if not answer.strip() or not words(answer):
+        return "no answer"
+    if _POINTS.search(question):
+        return "points at the passage"
+    known = [name for passage in passages for name in subjects(passage)]
+    if known and not any(contains(question, name) for name in known) or not known and _PRONOUN.search(question):
+        return "names nothing"
+    if kind == "yes_no":
+        return "" if answers.is_yes_no(answer) else "not yes or no"
+    if answers.is_yes_no(answer):
+        return "answer is yes or no"
+    if len(words(answer)) > _MOST_ANSWER_WORDS:
+        return "a long answer"
+    if not contains(text, answer):
+        return "answer not in the passage"
+    if contains(question, answer):
+        return "answer in the question"
+    return ""
+
+
+_NAME = regex.compile(
+    r"\p{Lu}[\p{L}\p{M}\p{N}'\u2019-]*(?:\s+(?:(?:of|the|de|la|von|van|al)\s+)*\p{Lu}[\p{L}\p{M}\p{N}'\u2019-]*)*"
+)
+_SENTENCE_START = regex.compile(r"(?:^|[.!?:]\s+|\n\s*)$")
+_NO_NAMES = set(
+    "the a an it he she they this that these those in on at of for from by with as and but or its his her their who "
+    "what when where which there here after before during while if not no yes one two i we you".split()
+)
+
+
+def names(text: str) -> list[str]:
+    """The names in a text, in scripts that have capital letters: capitalized words in a row, each once.
+
+    A single word that only begins sentences is not counted, nor are words that any sentence may begin with.
+    """
+    found: dict[str, bool] = {}
+    for match in _NAME.finditer(text):
+        parts = match.group().split()
+        begins = bool(_SENTENCE_START.search(text[max(0, match.start() - 3) : match.start()]))
+        while parts and parts[0].lower() in _NO_NAMES and (begins or len(parts) == 1):
+            parts, begins = parts[1:], False
+        if parts and parts[0].lower() not in _NO_NAMES and len(" ".join(parts)) > 2:
+            name = " ".join(parts)
+            found[name] = found.get(name, False) or not begins or len(parts) > 1
+    return [name for name, sure in found.items() if sure]
+
+
+def subjects(passage: dict) -> list[str]:
+    """What a passage is about: its title first, then the other names in it."""
+    title = passage["title"].strip()
+    return [title] * bool(title) + [name for name in names(f"{title}.\n{passage['text']}") if name != title]
+
+
+def compose(question: str, name: str, phrase: str) -> str:
+    """A two-hop question: one that names something, with a phrase that stands for it in the name's place.
+
+    Returns:
+      '' where the name is not in the question as complete words, or the phrase would name it again.
+    """
+    if not phrase or contains(phrase, name):
+        return ""
+    pattern = regex.compile(
+        rf"(?<![\p{{L}}\p{{N}}])(?:the\s+)?{regex.escape(name)}(?![\p{{L}}\p{{N}}])", regex.IGNORECASE
+    )
+    composed, count = pattern.subn(phrase, question, count=1)
+    if not count or contains(composed, name):
+        return ""
+    return composed[:1].upper() + composed[1:]
+
+
+def is_near_duplicate(question: str, others: list[set[str]], threshold: float = 0.8) -> bool:
+    """Whether a question shares most of its words with another: the fraction of their common words is that high."""
+    own = set(words(question))
+    return any(len(own & other) >= threshold * len(own | other) for other in others)
+
+
+def document_of(passage: dict) -> str:
+    """What tells documents apart: the file of a passage, else its title, else its text."""
+    return (passage.get("source") or {}).get("file") or passage["title"] or passage["text"]
+
+
+class Split:
+    """Which documents are held out: about a fraction of those given, by a hash of their names, and at least one.
+
+    Args:
+      documents: some or all of the corpus' documents; others fall on one side by their hash too.
+    """
+
+    def __init__(self, documents: set[str], held_out: float, seed: int):
+        self._seed = seed
+        places = sorted(map(self._place, documents))
+        count = round(held_out * len(places))
+        count = min(max(count, 1), len(places) - 1) if held_out and len(places) > 1 else 0
+        self._limit = places[count - 1] if count else -1
+
+    def _place(self, document: str) -> int:
+        digest = hashlib.blake2b(f"{self._seed}/{document}".encode("utf-8", "backslashreplace"), digest_size=8).digest()
+        return int.from_bytes(digest, "big")
+
+    def part(self, passage: dict) -> str:
+        """'eval' if the passage's document is held out, else 'train'."""
+        return "eval" if self._place(document_of(passage)) <= self._limit else "train"
+
+
+class Attempt(NamedTuple):
+    """One attempt at a question.
+
+    Attributes:
+      id: unique, and the same for the same passages.
+      passages: one, or for two hops the one that holds the answer and then the one that leads to it.
+      name: what both passages of a two-hop question name.
+      answer: the answer that a yes/no question is to have.
+    """
+
+    id: str
+    kind: str
+    passages: list[dict]
+    name: str = ""
+    answer: str = ""
+
+
+def attempts(passages: list[dict], kinds: tuple[str, ...], rounds: int, search, seed: int) -> list[Attempt]:
+    """Attempts over passages of one part in a drawn order, the kinds taking turns.
+
+    Args:
+      rounds: how often each passage is used at most.
+      search: finds other passages of the part that hold a name as complete words, best first.
+    """
+    made: dict[str, Attempt] = {}
+    order = sorted(passages, key=lambda p: p["text"])
+    random.Random(f"{seed}/attempts").shuffle(order)
+    for turn in range(rounds):
+        for number, passage in enumerate(order):
+            kind = kinds[(number + turn) % len(kinds)]
+            digest = hashlib.blake2b(f"{passage['title']}\0{passage['text']}".encode(), digest_size=6).hexdigest()
+            attempt = Attempt(f"{kind}-{digest}-{turn}", kind, [passage])
+            if kind == "yes_no":
+                attempt = attempt._replace(answer=("yes", "no")[(number // len(kinds) + turn) % 2])
+            if kind == "two_hop":
+                attempt = _bridge(attempt, search, random.Random(f"{seed}/{attempt.id}"))
+            if attempt:
+                made[attempt.id] = attempt
+    return list(made.values())
+
+
+def _bridge(attempt: Attempt, search, rng: random.Random) -> Attempt | None:
+    """An attempt with a second passage that shares a name with the first; None where there is none."""
+    (passage,) = attempt.passages
+    title, *found = subjects(passage) or [""]
+    # About what the passage is about a question is easily written; another name may be mentioned in passing.
+    for name in [title, *rng.sample(found, min(len(found), 6))]:
+        others = [p for p in search(name) if p["text"] != passage["text"]] if name else []
+        if others:
+            return attempt._replace(passages=[passage, rng.choice(others[:4])], name=name)
+    return None
+
+
+class Written(NamedTuple):
+    """Questions that were kept, and how many proposals and questions were not, by reason."""
+
+    rows: list[dict]
+    dropped: collections.Counter
+
+
+def keep(rows: list[dict], target: int, kinds: tuple[str, ...], known: list[set[str]], even: bool) -> Written:
+    """The questions to keep of the results of attempts, in their order.
+
+    Args:
+      rows: `{id, kind, question, answer, passages, dropped: {reason: count}}`; `question` is '' where none passed.
+      target: how many are wanted.
+      known: the words of questions that these must not repeat; those kept are added.
+      even: whether no kind may have more than its share.
+    """
+    kept, dropped, of_kind = [], collections.Counter(), collections.Counter()
+    share = -(-target // len(kinds))
+    for row in rows:
+        dropped.update(row["dropped"])
+        if not row["question"] or len(kept) >= target or (even and of_kind[row["kind"]] >= share):
+            continue
+        if is_near_duplicate(row["question"], known):
+            dropped["near-duplicate"] += 1
+            continue
+        kept.append(row)
+        of_kind[row["kind"]] += 1
+        known.append(set(words(row["question"])))
+    return Written(kept, dropped)
