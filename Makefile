@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-slow test-compat test-launch test-processes test-browser lint clean
+.PHONY: quickstart test test-slow test-compat test-launch test-plan test-processes test-browser lint clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m roserag_jax.train --config configs/quickstart.py
@@ -25,6 +25,14 @@ test-compat: $(VENV)/.test .venv-compat/.installed
 # The files of launch/, each checked by its own tool, without any cloud.
 test-launch: .venv-launch/.installed
 	PATH="$(CURDIR)/.venv-launch/bin:$$PATH" .venv-launch/bin/python -m pytest --noconftest -o addopts="" -q tests/launch
+
+# Programs compiled for TPUs that are not there. libtpu lies in a folder of its own: JAX would look for TPUs wherever it is.
+test-plan: $(VENV)/.test .libtpu/.installed
+	PYTHONPATH="$(CURDIR)/.libtpu" $(BIN)/python -m pytest -n 0 -q tests/commands/test_plan.py tests/distributed/test_mesh.py
+
+.libtpu/.installed:
+	$(PIP) install -q --target .libtpu libtpu==0.0.42.1
+	touch $@
 
 # Whole runs of several processes with faults; minutes.
 test-processes: $(VENV)/.test
@@ -59,4 +67,4 @@ $(VENV)/.test: $(VENV)/.core
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-compat .venv-launch *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat .venv-launch .libtpu *.egg-info .pytest_cache .ruff_cache

@@ -63,7 +63,7 @@ class Session:
     @functools.cached_property
     def meshes(self) -> automatic_mesh.Meshes:
         """The meshes to decode and to train with; prints why they are so, where there is a choice."""
-        meshes = automatic_mesh.choose_meshes(self.config, self.source.config, self.lora, jax.devices())
+        meshes = automatic_mesh.choose_meshes(self.config, self.source.config, self._requested_lora, jax.devices())
         if meshes.training.size > 1 and processes.is_main():
             print(meshes.why)
         return meshes
@@ -112,6 +112,13 @@ class Session:
             frozen["mesh"] = self.mesh
         return frozen["base"]
 
+    @property
+    def _requested_lora(self) -> LoRAConfig:
+        """The adapter of `config.lora`, whatever training starts from."""
+        c = self.config.lora
+        targets = tuple(t for t in PROJECTIONS if t in c.targets)
+        return LoRAConfig(c.rank, c.alpha, c.dropout, targets, c.rslora)
+
     @functools.cached_property
     def lora(self) -> LoRAConfig:
         """The adapter that the configuration asks for.
@@ -119,9 +126,7 @@ class Session:
         Raises:
           UserError: `config.lora.start` is another kind of adapter.
         """
-        c = self.config.lora
-        targets = tuple(t for t in PROJECTIONS if t in c.targets)
-        requested = LoRAConfig(c.rank, c.alpha, c.dropout, targets, c.rslora)
+        c, requested = self.config.lora, self._requested_lora
         if c.start:
             found = peft_adapter.read_lora_config(checked_adapter(c.start))
             for name in ("rank", "alpha", "rslora", "targets"):

@@ -25,11 +25,10 @@ class Chip(NamedTuple):
     links: float
 
 
-# By the beginning of `device_kind`, the longer first. TPU memory is what XLA lets a program have. The topologies of
-# libtpu have both cores of a TPU v4 as devices; on the machines themselves JAX shows the chip as one.
+# By the beginning of `device_kind`, the longer first. TPU memory is what XLA lets a program have.
 _CHIPS = {
     "TPU v5 lite": Chip("TPU v5e", 15.75 * 2**30, 819 * GB, 197e12, 100 * GB),
-    "TPU v4": Chip("TPU v4 core", 15.25 * 2**30, 614 * GB, 137.5e12, 75 * GB),
+    "TPU v4": Chip("TPU v4", 30.75 * 2**30, 1228 * GB, 275e12, 150 * GB),
     "TPU v6 lite": Chip("TPU v6e", 31.25 * 2**30, 1640 * GB, 918e12, 224 * GB),
     "TPU v5": Chip("TPU v5p", 95.74 * 2**30, 2765 * GB, 459e12, 300 * GB),
 }
@@ -73,6 +72,8 @@ def topology(name: str, slices: int = 1) -> list:
     ):
         os.environ.setdefault(variable, value)
     options = {"num_slices": slices} if slices > 1 else {}
+    if name.startswith("v4"):  # both cores of a chip are one device, as on the machines themselves
+        options["chip_config_name"] = "megacore"
     if name.endswith((":1x1", ":1x1x1")):
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:

@@ -1,5 +1,6 @@
 """`plan`: the mesh that suits, and the programs of a run compiled for TPUs that are not there (with libtpu)."""
 
+import json
 import os
 import subprocess
 import sys
@@ -100,13 +101,17 @@ def plan(model_folder, *arguments):
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (the extra 'plan')")
-def test_programs_are_compiled_for_tpus(model_folder):
-    done = plan(model_folder, "--topology=v5e:2x2", "--programs=decode,train")
+def test_programs_are_compiled_for_tpus(model_folder, tmp_path):
+    done = plan(model_folder, "--topology=v5e:2x2", "--programs=decode,train", f"--rows={tmp_path / 'rows.jsonl'}")
     assert done.returncode == 0, done.stderr
     assert "mesh for decoding data=4 fsdp=1 tensor=1, for training data=4 fsdp=1 tensor=1: " in done.stdout
     decode, train = done.stdout.split("decode step")[1].split("training step")
     # Replicated weights: a decode step sends no arrays, a training step the adapter's gradients.
     assert "all-gather" not in decode and "all-reduce" in train and "(fits)" in decode and "(fits)" in train
+    decode, train = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert train["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1} and train["topology"] == "v5e:2x2"
+    assert train["sent"] == sum(size for _, size in train["collectives"].values()) > decode["sent"]
+    assert "estimated to fit: " in done.stdout
     done = plan(model_folder, "--topology=v5e:2x2", "--programs=decode", *FSDP)
     assert "all-gather" in done.stdout.split("decode step")[1]  # the weights, for each token
 
@@ -120,5 +125,7 @@ def test_unknown_topology_is_one_line(model_folder):
 def test_what_is_missing_is_one_line(model_folder):
     done = plan(model_folder)
     assert done.returncode == 2 and "error: --topology is needed" in done.stderr
+    done = plan(model_folder, "--topology=gpu:h100x8")
+    assert done.returncode == 2 and "only TPUs can be compiled for without being there" in done.stderr
     done = plan(model_folder, "--topology=v5e:2x2", "--programs=dance")
     assert done.returncode == 2 and "error: --programs: ['dance'] unknown" in done.stderr
