@@ -7,7 +7,7 @@
 prefill, decoding of N samples of each of many prompts (beside `generate(num_return_sequences=N)`), and scoring of eight
 responses per prompt. A line of JSON for each says what was done, how fast, on which device, and what share that is of
 the matmul rate or the memory rate measured on the same device. What does not fit is halved until it does; the line says
-what was run. `--small` shrinks everything, to try the script out on a CPU.
+what was run. `--small` shrinks everything, to try the script out on a CPU. It has not been run on a GPU yet.
 """
 
 import argparse
