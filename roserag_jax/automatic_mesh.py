@@ -55,6 +55,7 @@ def choose_meshes(config: ConfigDict, model: ModelConfig, lora: LoRAConfig, devi
     if set(sizes.values()) != {"auto"}:
         training = decoding = _filled(sizes)
         if len(local) < len(devices):  # a process that decodes has its own devices only, split like those of training
+            training = dict(make_mesh(**training, devices=devices).shape)
             data, fsdp = (-1, 1) if training["fsdp"] == 1 else (1, -1)
             decoding = {"data": data, "fsdp": fsdp, "tensor": training["tensor"]}
         why = "as config.mesh says"

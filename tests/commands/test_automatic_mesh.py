@@ -1,5 +1,7 @@
 """The meshes of a run: those that it is told, those that suit, and weights that move from one to the other."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -34,6 +36,27 @@ def test_choose_meshes(mesh, decoding, training, tiny_llama, monkeypatch):
     found = automatic_mesh.choose_meshes(config, tiny_llama[0].config, LORA, jax.devices())
     assert (dict(found.decoding.shape), dict(found.training.shape)) == (decoding, training)
     assert found.why.startswith("mesh for decoding data=") and "\n" not in found.why
+
+
+@pytest.mark.parametrize(
+    ("mesh", "decoding"),
+    [
+        ({"data": 8, "fsdp": 1}, (4, 1, 1)),  # what is left for `tensor` is one device
+        ({"data": 4}, (1, 4, 1)),
+        ({"tensor": 2}, (2, 1, 2)),
+        ({}, (4, 1, 1)),
+    ],
+    ids=str,
+)
+def test_choose_meshes_of_several_processes(mesh, decoding, tiny_llama, monkeypatch):
+    """Each of two decodes on its own four devices, split as training is."""
+    real = lambda devices, **sizes: make_mesh(**sizes, devices=jax.devices()[: len(devices)])
+    monkeypatch.setattr(automatic_mesh, "make_mesh", real)
+    config = options.defaults()
+    config.mesh.update(mesh)
+    of = lambda i: types.SimpleNamespace(process_index=i // 4, platform="cpu", device_kind="cpu")
+    found = automatic_mesh.choose_meshes(config, tiny_llama[0].config, LORA, [of(i) for i in range(8)])
+    assert found.decoding.devices.shape == decoding and found.training.size == 8
 
 
 def test_choose_meshes_refuses_numbers_that_do_not_fit(tiny_llama, monkeypatch):
