@@ -79,7 +79,6 @@ def _make_rewards(session: Session, workdir: Workdir) -> None:
     # Each process has its share of what process 0 finds missing.
     missing = processes.gather("rewards missing", partial.missing() if processes.is_main() else None)[0]
     if missing := missing[jax.process_index() :: jax.process_count()]:
-        session.free_decoding_session()
         # Its own tokenizer and chat template, and no demonstrations, which only show what a response looks like.
         builder = PromptBuilder(tokenizer.load_tokenizer(name), **{**config.prompt, "examples": 0})
         mesh = session.decoding_session.mesh

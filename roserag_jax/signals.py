@@ -4,7 +4,8 @@ Python runs a signal's handler between any two instructions of the main thread. 
 lost if it falls into a callback of the garbage collector, a destructor or C++ code that clears it: Python prints
 "Exception ignored" and the run continues. So the exception knows whether it arrived: if it is deleted before `main` has
 caught it, the signal is sent again a moment later. And a main thread that is busy in C++ (it compiles, or waits for
-other processes) runs no handler at all: then a second thread ends the process.
+other processes) runs no handler at all, or hardly does anything but what loses exceptions: then a second thread ends
+the process.
 
 Used by commands only. As a library, the package leaves signals alone.
 """
@@ -22,7 +23,9 @@ from collections.abc import Callable, Iterator
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # and the exit status of each
 
 _RETRY_SECONDS = 0.05
-_BUSY_SECONDS = 5.0  # how long the main thread may be busy in C++ before the process ends without it
+_BUSY_SECONDS = (
+    5.0  # how long the main thread may be busy in C++, or lose exceptions, before the process ends without it
+)
 
 
 class Stopped(KeyboardInterrupt):
@@ -105,20 +108,25 @@ def _handle(number: int, frame) -> None:
 
 def _watch(listen: socket.socket) -> None:
     """Send a signal again whose exception was lost; end the process where the main thread cannot run the handler."""
-    main = threading.main_thread().ident
+    main, deadline = threading.main_thread().ident, None
     while received := listen.recv(64):
         numbers = [number for number in received if number in STOPS]
         if numbers and (_state.handled or signal.getsignal(numbers[0]) is _handle):
             while _on_arrival:  # once
                 _on_arrival.pop()(STOPS[numbers[0]], message(numbers[0]))
-        if numbers and not _state.handled:
-            deadline = time.monotonic() + _BUSY_SECONDS
-            while not _state.handled and signal.getsignal(numbers[0]) is _handle:  # else it is deferred
+        if numbers and signal.getsignal(numbers[0]) is not _handle:  # deferred: it comes once more
+            deadline = None
+            continue
+        deadline = deadline or time.monotonic() + _BUSY_SECONDS
+        if numbers:
+            while not _state.handled and signal.getsignal(numbers[0]) is _handle:
                 if time.monotonic() > deadline:
                     end(numbers[0])
                 time.sleep(_RETRY_SECONDS)
         while _state.lost and _state.finished is None:
             time.sleep(_RETRY_SECONDS)
+            if time.monotonic() > deadline and signal.getsignal(_state.number) is _handle:
+                end(_state.number)
             with contextlib.suppress(ProcessLookupError):
                 signal.pthread_kill(main, _state.number)
 

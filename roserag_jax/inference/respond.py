@@ -1,12 +1,13 @@
 """Greedy responses to prompts: what `evaluate`, `answer` and the evaluation during training show a user."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from roserag_jax.inference.engine import Engine
+from roserag_jax.inference.engine import Engine, shared_prefix_length
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest, Task
-from roserag_jax.inference.scheduler import LengthClass, NumberedTask, run_tasks
+from roserag_jax.inference.scheduler import LengthClass, NumberedTask, length_classes, run_tasks
 from roserag_jax.rag import answers
 
 
@@ -67,3 +68,18 @@ def respond(
     tasks = (NumberedTask(number, len(tokens), task(number, tokens)) for number, tokens in prompts)
     for _, response in run_tasks(engine, tasks, classes, capacity):
         yield response
+
+
+def respond_to_all(
+    engine: Engine, tokenizer, prompts: Sequence[list[int]], *, slots: int, **limits
+) -> Iterator[Response]:
+    """`respond` to prompts that are all known, with the same `limits`; the number of each is its place among them."""
+    return respond(
+        engine,
+        tokenizer,
+        itertools.starmap(NumberedPrompt, enumerate(prompts)),
+        classes=length_classes(map(len, prompts), slots),
+        shared_prefix=prompts[0][: shared_prefix_length(prompts)],
+        slots=slots,
+        **limits,
+    )

@@ -1,16 +1,14 @@
 """Evaluation while training, on pairs that are held out: their loss and, if requested, answers to their questions."""
 
 import collections
-import itertools
 from collections.abc import Callable
 
 import numpy as np
 from flax import nnx
 
 from roserag_jax.errors import UserError
-from roserag_jax.inference.engine import Engine, shared_prefix_length
-from roserag_jax.inference.respond import NumberedPrompt, respond
-from roserag_jax.inference.scheduler import length_classes
+from roserag_jax.inference.engine import Engine
+from roserag_jax.inference.respond import respond_to_all
 from roserag_jax.rag import answers, metrics
 from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.training.checkpoints import Checkpoints, Restored
@@ -61,15 +59,7 @@ class QuestionAnswering:
     def __call__(self, adapter: nnx.State) -> dict[str, float]:
         """EM and F1 in percent."""
         scores = []
-        responses = respond(
-            self.engine_of(adapter),
-            self.tokenizer,
-            itertools.starmap(NumberedPrompt, enumerate(self.prompts)),
-            classes=length_classes(map(len, self.prompts), self.limits["slots"]),
-            shared_prefix=self.prompts[0][: shared_prefix_length(self.prompts)],
-            **self.limits,
-        )
-        for response in responses:
+        for response in respond_to_all(self.engine_of(adapter), self.tokenizer, self.prompts, **self.limits):
             row = self.rows[response.number]
             _, *answer = answers.parse(response.text, opens_thoughts(row["prompt"]))
             scores.append(metrics.score_row(row, *answer, self.compare))

@@ -1,6 +1,5 @@
 """A session's engines: with an adapter beside or merged into the weights, and with stop strings."""
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,8 @@ from conftest import decode
 
 from roserag_jax import session
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest
-from roserag_jax.inference.respond import NumberedPrompt, respond
+from roserag_jax.inference.respond import respond_to_all
 from roserag_jax.inference.sampling import SamplingParams
-from roserag_jax.inference.scheduler import length_classes
 
 
 def test_session_merged_adapter_generates_the_same(finished):
@@ -38,9 +36,8 @@ def test_session_stop_string_ends_a_response(finished):
 
     def answers(*stop):
         options = {"slots": 3, "max_new_tokens": 24, "stop_strings": stop}
-        numbered = itertools.starmap(NumberedPrompt, enumerate(prompts))
-        options |= {"classes": length_classes(map(len, prompts), 3), "shared_prefix": []}
-        return {response.number: response for response in respond(run.engine(), run.tokenizer, numbered, **options)}
+        responses = respond_to_all(run.engine(), run.tokenizer, prompts, **options)
+        return {response.number: response for response in responses}
 
     free = answers()
     longest = max((response.text for response in free.values()), key=len)

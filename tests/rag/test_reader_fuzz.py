@@ -128,13 +128,12 @@ def test_readers_of_damaged_files(name, tmp_path, smollm_tokenizer, capsys):
     file, rng = tmp_path / "file.json", random.Random(name)
     corpus = tmp_path / "paragraphs.json"
     corpus.write_text(json.dumps(SEEDS["paragraphs"]))
-    rows = [{"id": "1"}]
     read = {
         **dict.fromkeys(LAYOUTS, lambda: questions.read_questions(str(file), corpus=str(corpus))),
         **dict.fromkeys(("corpus", "titled corpus", "paragraphs"), lambda: corpora.read_corpus(str(file))),
         **dict.fromkeys(("pairs", "conversations", "spans"), lambda: pairs.read_pairs(str(file), smollm_tokenizer)),
         "cache": lambda: list(Cache(str(file)).found.items()),
-        "samples": lambda: generate.outside_samples(str(file), rows),
+        "samples": lambda: generate.outside_samples(str(file), {"1"}),
     }[name]
     file.write_text(json.dumps(SEEDS[name]))
     assert read()

@@ -171,7 +171,7 @@ def test_models_are_listed_one_by_one_and_together(client):
 
 def test_base_and_adapter_share_the_frozen_weights(served):
     """The adapter's arrays are the base model's own, but for the adapter."""
-    base, adapter = ({id(a) for a in jax.tree.leaves(decoder.engine.state)} for decoder in served.decoders)
+    base, adapter = ({id(a) for a in jax.tree.leaves(decoder.engine.weights)} for decoder in served.decoders)
     assert base < adapter and len(base) > 10
 
 

@@ -133,7 +133,7 @@ def test_objective_equals_trl_trainers(loss, span, smollm_tokenizer, one_device,
     pairs, _ = tokenize(smollm_tokenizer, smollm_tokenizer.eos_token_id, ROWS, 64)
     for side, at in (("chosen", 0), ("rejected", len(ROWS))):
         for i, pair in enumerate(pairs):
-            ids, length = pair.prompt + getattr(pair, side), len(getattr(pair, side))
+            ids, length = [*pair.prompt, *getattr(pair, side)], len(getattr(pair, side))
             if loss == "orpo":
                 seen, row = fed[f"{side}_attention_mask"][i].bool(), fed[f"{side}_input_ids"][i]
                 answer = fed[f"{side}_labels"][i] != -100
