@@ -20,22 +20,20 @@ _FIELDS = ("version", "corpus", "chunking", "signature", "content", "next", "fil
 MANIFEST, NUMBERS = "manifest.json", "numbers.npy"
 
 
-def read_manifest(folder: Path) -> dict | None:
-    """The manifest of an index, or None where there is none.
+def read_manifest(folder: Path, fields: tuple[str, ...] = _FIELDS, what: str = "index") -> dict | None:
+    """The manifest of an index, or with their own `fields` that of vectors; None where there is none.
 
     Raises:
       UserError: it is damaged.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        return {
-            name: manifest[name] for name in ("version", "corpus", "chunking", "signature", "content", "next", "files")
-        }
+        return {name: manifest[name] for name in fields}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise UserError(
-            f"{folder / MANIFEST} is damaged ({first_line(error)}): delete the folder to have the index built anew."
+            f"{folder / MANIFEST} is damaged ({first_line(error)}): delete the folder to have the {what} built anew."
         ) from error
 
 

@@ -1,13 +1,13 @@
 """BM25 of an OpenSearch or Elasticsearch index, asked through OpenSearch's client (the extra `opensearch`)."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 from roserag_jax.errors import UserError, first_line, quote
 from roserag_jax.retrieval.cache import context_of
+from roserag_jax.retrieval.remote import REQUESTS, in_batches
 
-BATCH, REQUESTS, TIMEOUT, RETRIES = 64, 4, 60, 4
+TIMEOUT, RETRIES = 60, 4
 FIELDS = ("title", "text", "contents")
 
 
@@ -56,9 +56,7 @@ class OpenSearch:
         Raises:
           UserError: the server cannot be reached, refuses, or answers something else.
         """
-        batches = [queries[start : start + BATCH] for start in range(0, len(queries), BATCH)]
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            return [contexts for found in pool.map(lambda batch: self._ask(batch, k), batches) for contexts in found]
+        return [*in_batches(lambda batch: self._ask(batch, k), queries)]
 
     def _ask(self, queries: list[str], k: int) -> list[list[dict]]:
         import opensearchpy

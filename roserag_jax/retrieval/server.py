@@ -8,15 +8,15 @@ Without `return_scores` the documents stand there alone.
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from roserag_jax.errors import UserError, first_line, quote
 from roserag_jax.rag.files import parse_json
 from roserag_jax.retrieval.cache import context_of
+from roserag_jax.retrieval.remote import REQUESTS, in_batches
 
-BATCH, REQUESTS, TIMEOUT, RETRIES = 64, 4, 120, 5
+TIMEOUT, RETRIES = 120, 5
 MAX_REQUEST, MAX_QUERIES, MAX_TOPK = 16 << 20, 10_000, 1000
 
 
@@ -44,9 +44,7 @@ class Server:
         Raises:
           UserError: the server cannot be reached, refuses, or answers something else.
         """
-        batches = [queries[start : start + BATCH] for start in range(0, len(queries), BATCH)]
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            return [contexts for found in pool.map(lambda batch: self._ask(batch, k), batches) for contexts in found]
+        return [*in_batches(lambda batch: self._ask(batch, k), queries)]
 
     def _ask(self, queries: list[str], k: int) -> list[list[dict]]:
         import requests

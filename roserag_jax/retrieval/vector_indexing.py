@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from roserag_jax.distributed import processes
-from roserag_jax.errors import UserError, first_line
+from roserag_jax.errors import UserError
 from roserag_jax.progress import Progress
 from roserag_jax.retrieval import codec
-from roserag_jax.retrieval.index import Index, check_sizes
+from roserag_jax.retrieval.index import MANIFEST, Index, check_sizes, read_manifest
 from roserag_jax.retrieval.indexing import locked
 from roserag_jax.retrieval.vectors import Shard, TextVectors, open_shards
 
 VERSION = 1
 SLICE = 4096  # passages of a shard
-MANIFEST = "manifest.json"
+_FIELDS = ("version", "encoder", "bits", "passages", "files")
 _SAMPLE = 16  # ColBERT's: 16 sqrt(120 R) passages are clustered, into about 16 sqrt(T) centroids
 _MOST_SAMPLED = 200_000  # passages: 4 GB of float16
 
@@ -69,7 +69,7 @@ def update(
 
 def _is_up_to_date(folder: Path, wanted: dict, verify: bool) -> bool:
     """Whether the vectors of a folder are those that are wanted, after checking its files."""
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder, _FIELDS, "vectors")
     if manifest is None:
         return False
     check_sizes(folder, manifest)
@@ -107,18 +107,6 @@ def _update(
             _write_lists(folder)
         _write_manifest(folder, wanted)
     together("vectors are there")
-
-
-def _read_manifest(folder: Path) -> dict | None:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        return {name: manifest[name] for name in ("version", "encoder", "bits", "passages", "files")}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise UserError(
-            f"{folder / MANIFEST} is damaged ({first_line(error)}): delete the folder to have the vectors built anew."
-        ) from error
 
 
 def _numbers(shards: list[Shard]) -> np.ndarray:

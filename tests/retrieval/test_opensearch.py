@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from roserag_jax.errors import UserError
-from roserag_jax.retrieval import opensearch
+from roserag_jax.retrieval import opensearch, remote
 from roserag_jax.retrieval.opensearch import OpenSearch
 
 PASSAGES = [
@@ -63,7 +63,7 @@ def server():
 
 
 def test_opensearch_is_asked_in_batches(server, monkeypatch):
-    monkeypatch.setattr(opensearch, "BATCH", 2)
+    monkeypatch.setattr(remote, "BATCH", 2)
     url, requests, _, _ = server
     found = OpenSearch(url).search(["kelp brown", "green", "nothing here", "fern", "is"], 2)
     kelp = {"title": "Kelp", "text": "Kelp is brown.", "source": {"file": "kelp.pdf", "page": 2}, "score": 2.0}

@@ -15,7 +15,7 @@ from conftest import write_lines
 from roserag_jax import options, retrieve
 from roserag_jax.errors import UserError
 from roserag_jax.rag.corpora import Corpus
-from roserag_jax.retrieval import indexing, server
+from roserag_jax.retrieval import indexing, remote, server
 from roserag_jax.retrieval.index import Index
 from roserag_jax.workdir import Workdir
 
@@ -45,7 +45,7 @@ def index(tmp_path):
 
 
 def test_server_finds_what_the_index_finds(index, running, monkeypatch):
-    monkeypatch.setattr(server, "BATCH", 8)
+    monkeypatch.setattr(remote, "BATCH", 8)
     url = running(server.serve(index.search, 0, "127.0.0.1"))
     queries = [f"moss {i} or kelp?" for i in range(30)] + ["nothing"]
     assert server.Server(url).search(queries, 3) == index.search(queries, 3)

@@ -174,7 +174,6 @@ def test_a_passage_never_gets_the_vectors_of_one_that_is_gone(tmp_path):
 def test_processes_share_the_passages_out(built, tmp_path):
     index, whole = built()
     for process in (1, 0):
-        vector_indexing._read_manifest(tmp_path)
         numbers = np.asarray(index.passages.numbers)
         vector_indexing._encode(tmp_path, index, Topics(), numbers, numbers, (process, 2))
     names = sorted(file.name for file in whole.glob("shard-*"))
