@@ -84,11 +84,12 @@ def _make_rewards(session: Session, workdir: Workdir) -> None:
         mesh = session.decoding_session.mesh
         model = RewardModel(RewardModelFolder(path), builder.tokenizer, session.dtype, mesh)
         responses = lambda row: [c["response"] for c in row["candidates"]]
-        texts = [builder.conversations(questions[row["id"]], responses(row)) for row in rows]
+        mine, most = [rows[i] for i in missing], max(len(row["candidates"]) for row in rows)
+        texts = (builder.conversations(questions[row["id"]], responses(row)) for row in mine)
         groups = [[*map(model.tokens, of_question)] for of_question in texts]
         with processes.watched():
-            for number, found in model.rewards(groups, config.evaluate.batch or 16, missing):
-                partial.add({"id": rows[number]["id"], "rewards": found})
+            for number, found in model.rewards(groups, config.evaluate.batch or 16, most):
+                partial.add({"id": mine[number]["id"], "rewards": found})
                 processes.step()
                 progress.update(len(partial.done))
     results = partial.gather()

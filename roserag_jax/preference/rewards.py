@@ -46,31 +46,30 @@ class RewardModel:
             tokens.pop()
         return tokens
 
-    def rewards(self, groups: list[list[list[int]]], batch: int, only: list[int]) -> Iterator[tuple[int, list[float]]]:
+    def rewards(self, groups: list[list[list[int]]], batch: int, most: int) -> Iterator[tuple[int, list[float]]]:
         """The rewards of groups of conversations (tokens), a group being the candidates of one prompt.
 
         Args:
           batch: prompts scored at a time.
-          only: the groups to score; the shapes are those of all either way.
+          most: conversations of a group, also of groups that are scored elsewhere, so that shapes are the same.
 
         Yields:
           A group's number and its rewards, in order.
         """
-        N = max(map(len, groups), default=0)
         split = [self._split(group) for group in groups]
         shape = lambda i: (bucket(len(split[i][0]) - 1), bucket(max(map(len, split[i][1]))))
-        order = sorted((i for i in only if groups[i]), key=lambda i: (shape(i), i))
-        yield from ((i, []) for i in only if not groups[i])
+        order = sorted((i for i, group in enumerate(groups) if group), key=lambda i: (shape(i), i))
+        yield from ((i, []) for i, group in enumerate(groups) if not group)
         while order:
             P, S = shape(order[0])
             members = [i for i in order[:batch] if shape(i) == (P, S)]
             order = order[len(members) :]
             rows = [split[i] for i in members] + [([0], [[0]])] * (batch - len(members))
             prompts = [prompt for prompt, _ in rows]
-            branches, lengths = pad([b for _, bs in rows for b in bs + [[0]] * (N - len(bs))], S, 0)
+            branches, lengths = pad([b for _, bs in rows for b in bs + [[0]] * (most - len(bs))], S, 0)
             cache = self._engine.prefill(prompts, length=P)
             with jax.set_mesh(self._engine.mesh):
-                placed = self._engine.place(branches.reshape(-1, N, S), lengths.reshape(-1, N) - 1)
+                placed = self._engine.place(branches.reshape(-1, most, S), lengths.reshape(-1, most) - 1)
                 found = np.asarray(_rewards(self._engine.network, self._engine.weights, self._head, cache, *placed))
             for i, row in zip(members, found, strict=False):
                 yield i, [float(reward) for reward in row[: len(groups[i])]]

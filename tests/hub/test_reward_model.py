@@ -53,7 +53,7 @@ def test_rewards_equal_those_of_transformers(family, classifier, one_device):
     folder, theirs = classifier(family)
     model = RewardModel(RewardModelFolder(folder), None, np.float32, one_device)
     groups = conversations(np.random.default_rng(1))
-    found = dict(model.rewards([*groups, []], batch=2, only=[0, 1, 2, 3]))
+    found = dict(model.rewards([*groups, []], batch=2, most=max(map(len, groups))))
     assert found[3] == []
     for number, group in enumerate(groups):
         with torch.no_grad():
@@ -76,7 +76,7 @@ def test_reward_is_of_the_last_token_that_is_not_padding(classifier, one_device)
     assert tokens == [10, 7, 12, 13]
     with torch.no_grad():
         expected = theirs(torch.tensor([[10, 7, 12, 13, 7, 7]])).logits[0, 0].item()
-    ((_, rewards),) = model.rewards([[tokens]], batch=1, only=[0])
+    ((_, rewards),) = model.rewards([[tokens]], batch=1, most=1)
     assert rewards == pytest.approx([expected], abs=1e-4)
 
 
