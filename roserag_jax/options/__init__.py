@@ -15,7 +15,7 @@ from roserag_jax.errors import UserError
 from roserag_jax.options.data import DATA
 from roserag_jax.options.evaluation import EVALUATE, EXPORT
 from roserag_jax.options.general import GENERAL, MESH
-from roserag_jax.options.option import TOGETHER, Option
+from roserag_jax.options.option import TOGETHER, TOGETHER_IN_RUNS, Option
 from roserag_jax.options.preference import GENERATE, PROMPT, SELECT
 from roserag_jax.options.questions import QUESTIONS
 from roserag_jax.options.retrieval import RETRIEVE
@@ -100,7 +100,7 @@ def validate(config: ConfigDict, workdir: bool = True, model: bool = True) -> No
     for name, option in walk():
         if why := option.fault(get(config, name)):
             fail(name, why)
-    for check in TOGETHER:
+    for check in TOGETHER + TOGETHER_IN_RUNS * (workdir or model):
         for name, why in check(config):
             fail(name, why)
     if model and not config.model:

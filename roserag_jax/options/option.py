@@ -53,10 +53,18 @@ class Option(NamedTuple):
 
 
 Faults = Iterator[tuple[str, str]]
-TOGETHER: list[Callable[[ConfigDict], Faults]] = []
+Check = Callable[[ConfigDict], Faults]
+TOGETHER: list[Check] = []
+TOGETHER_IN_RUNS: list[Check] = []  # not where neither a workdir nor a model is needed, as to build or serve an index
 
 
-def together(check: Callable[[ConfigDict], Faults]) -> Callable[[ConfigDict], Faults]:
+def together(check: Check) -> Check:
     """Register a check of options that only make sense together."""
     TOGETHER.append(check)
+    return check
+
+
+def together_in_runs(check: Check) -> Check:
+    """Register such a check for commands that show passages to a model, or fetch them for one."""
+    TOGETHER_IN_RUNS.append(check)
     return check

@@ -1,6 +1,6 @@
 """Options of retrieval: where passages come from, and what finds them."""
 
-from roserag_jax.options.option import Faults, Option, together
+from roserag_jax.options.option import Faults, Option, together, together_in_runs
 from roserag_jax.rag.corpora import CHUNK_TITLES
 from roserag_jax.retrieval import registry
 from roserag_jax.retrieval.registry import RETRIEVERS
@@ -115,7 +115,7 @@ def _chunks_move_on(config) -> Faults:
         yield "retrieve.chunk_unit", "needs a tokenizer: set config.tokenizer, config.model or a retriever's encoder"
 
 
-@together
+@together_in_runs
 def _enough_passages_are_retrieved(config) -> Faults:
     if config.retrieve.retriever == "given":
         return
