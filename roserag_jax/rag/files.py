@@ -5,6 +5,7 @@ absent key are one thing (the key is left out), half of a surrogate pair is U+FF
 What a file may make us do is bounded: how deep its values nest, how long a line is, how much it decompresses to.
 """
 
+import codecs
 import contextlib
 import gzip
 import json
@@ -27,6 +28,7 @@ MAX_DOCUMENT = 8 << 30  # bytes of a file that is one JSON value
 MAX_EMPTY = 1_000_000  # empty lines in a row
 MAX_RATIO, MIN_LIMIT = 200, 256 << 20  # bytes that a byte of gzip may become, and what any file may become
 
+_BLOCK = 1 << 20  # bytes of a list that are read at once
 _BOM, _GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -118,8 +120,11 @@ def _is_list(path: epath.Path) -> bool:
     return False
 
 
-def _parsed(text: str, start: int, where: str) -> tuple[Any, int]:
+def _parsed(text: str, start: int, where: str, before: tuple[int, int] = (0, 0)) -> tuple[Any, int]:
     """The JSON value that begins at a place of a text, and where it ends.
+
+    Args:
+      before: lines before the text, and columns of its first line, that a message counts too.
 
     Raises:
       UserError: there is no valid one, or it nests too deeply.
@@ -127,7 +132,8 @@ def _parsed(text: str, start: int, where: str) -> tuple[Any, int]:
     try:
         value, end = _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
-        at = f"line {error.lineno} column {error.colno}" if "\n" in text.rstrip() else f"column {error.colno}"
+        line, column = before[0] + error.lineno, error.colno + before[1] * (error.lineno == 1)
+        at = f"line {line} column {column}" if before[0] or "\n" in text.rstrip() else f"column {column}"
         raise UserError(f"{where}: not valid JSON ({error.msg} at {at}).") from error
     except RecursionError:
         raise UserError(f"{where}: nested more than {MAX_DEPTH} levels deep.") from None
@@ -213,22 +219,78 @@ def _one_a_line(path: epath.Path) -> Iterator[tuple[str, Any]]:
         yield where, parse_json(line, where)
 
 
+class _Window:
+    """The text of a stream, a part at a time: `text` from the place `at`, which the reader moves, to what was read.
+
+    Lists of rows may be larger than memory.
+    """
+
+    def __init__(self, path: epath.Path, stream: BinaryIO, limit: float):
+        self.path, self.stream, self.limit, self.total = path, stream, limit, 0
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
+        self.text, self.at, self.is_last = "", 0, False
+        self.before = (0, 0)  # lines, and columns of the last one, that were dropped
+
+    def more(self) -> bool:
+        """Drop what is behind `at` and read more, as much again as is held; whether there was any."""
+        if self.is_last:
+            return False
+        gone, self.text, self.at = self.text[: self.at], self.text[self.at :], 0
+        lines, columns = gone.count("\n"), len(gone) - gone.rfind("\n") - 1
+        self.before = (self.before[0] + lines, columns + (0 if lines else self.before[1]))
+        block = self.stream.read(max(_BLOCK, len(self.text)))
+        if self.total + len(block) > self.limit:
+            raise UserError(f"{self.path}: decompresses to over {self.limit >> 20} MiB; this is not a file of rows.")
+        try:
+            new = self.decode(block if self.total else block.removeprefix(_BOM), not block)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+        self.total, self.text, self.is_last = self.total + len(block), self.text + new, not block
+        return True
+
+    def next(self) -> str:
+        """The next character that is not white space, to which it moves; empty at the end."""
+        while (found := _SPACE.match(self.text, self.at).end()) == len(self.text):
+            self.at = found
+            if not self.more():
+                return ""
+        self.at = found
+        return self.text[found]
+
+    def value(self, where: str) -> Any:
+        """The JSON value that begins here; moves behind it."""
+        while True:
+            try:
+                value, end = _parsed(self.text, self.at, where, self.before)
+            except UserError as error:  # it may be cut
+                if not isinstance(error.__cause__, json.JSONDecodeError) or len(self.text) - self.at > MAX_LINE:
+                    raise
+                if not self.more():
+                    raise
+                continue
+            if end < len(self.text) or not self.more():  # a number at the end may be cut
+                self.at = end
+                return value
+
+
 def _listed(path: epath.Path) -> Iterator[tuple[str, Any]]:
-    """The entries of a list, decoded one at a time."""
-    text, number = _text(path), 0
-    at = _SPACE.match(text, text.index("[") + 1).end()
-    while text[at : at + 1] != "]":
-        number += 1
-        where = f"{path}, row {number}"
-        if number > 1:
-            if text[at : at + 1] != ",":
-                raise UserError(f"{where}: not valid JSON (no comma between rows, or the list does not end).")
-            at = _SPACE.match(text, at + 1).end()
-        value, at = _parsed(text, at, where)
-        yield where, value
-        at = _SPACE.match(text, at).end()
-    if _SPACE.match(text, at + 1).end() != len(text):
-        raise UserError(f"{path}: not valid JSON (text after the list's end).")
+    """The entries of a list, read and decoded one at a time."""
+    with _opened(path) as (stream, limit):
+        window, number = _Window(path, stream, limit), 0
+        window.next()  # the bracket
+        window.at += 1
+        while window.next() != "]":
+            number += 1
+            where = f"{path}, row {number}"
+            if number > 1:
+                if window.next() != ",":
+                    raise UserError(f"{where}: not valid JSON (no comma between rows, or the list does not end).")
+                window.at += 1
+                window.next()
+            yield where, window.value(where)
+        window.at += 1
+        if window.next():
+            raise UserError(f"{path}: not valid JSON (text after the list's end).")
 
 
 def open_rows(source: str, split: str = "train") -> Iterator[tuple[str, dict]]:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import time
+import tracemalloc
 
 import pytest
 from etils import epath
@@ -133,6 +134,41 @@ def test_decompression_is_bounded(filler, tmp_path, monkeypatch):
         for _ in files.read_rows(epath.Path(file)):
             pass
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64])
+def test_lists_are_read_in_blocks(block, tmp_path, monkeypatch):
+    """Wherever a block ends: in a character, an escape, a number, between rows."""
+    rows = [{"a": 'Ünïcødé \N{GRINNING FACE} \\ " ,]', "b": [1.25, -1e300, {}]}, {}, {"n": 123456}]
+    texts = ["\n [" + ",\n ".join(json.dumps(row, ensure_ascii=bool(i)) for row in rows) + " ]\n " for i in range(2)]
+    texts += ["[]", "[ ]", '[\n{"a": 1},\n{"a" 2}]', "[12345, {}]", '[{"a": 1}, nul]']
+    texts += ['[{"a": 1}', '[{"a": 1}] x', "[", "[{}"]
+
+    def read(text):
+        try:
+            return rows_of(tmp_path / "rows.json", text)
+        except UserError as error:
+            return str(error)
+
+    expected = [read(text) for text in texts]
+    assert expected[0] == expected[1] and [row.get("n") for row in expected[0]] == [None, None, 123456]
+    assert "row 2: not valid JSON (Expecting ':' delimiter at line 3 column 6)" in expected[4]
+    monkeypatch.setattr(files, "_BLOCK", block)
+    assert [read(text) for text in texts] == expected
+
+
+def test_a_list_is_not_held_in_memory(tmp_path):
+    file = tmp_path / "rows.json"
+    with file.open("w") as out:
+        for i in range(300):
+            out.write("[,"[bool(i)] + json.dumps({"a": "x" * 100_000}))
+        out.write("]")
+    tracemalloc.start()
+    try:
+        assert sum(len(row["a"]) for _, row in files.read_rows(epath.Path(file))) == 30_000_000
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_quote_is_short():
