@@ -10,6 +10,7 @@ from roserag_jax.retrieval.batches import LENGTHS
 from roserag_jax.retrieval.colbert import ColBERT, maxsim, pad
 
 _QUERIES = 32  # whose passages are encoded together
+_KEPT_BYTES = 1 << 29  # of vectors, 13,000 passages of 80 word pieces
 _RANK = 60  # of reciprocal-rank fusion: how little the first ranks stand out
 
 
@@ -18,7 +19,9 @@ def _key(context: dict) -> tuple[str, str]:
 
 
 class Reranker:
-    """Orders what another retriever finds by ColBERT's score; no vectors of the corpus are kept.
+    """Orders what another retriever finds by ColBERT's score; no vectors of the corpus are kept on disk.
+
+    Those of the passages that were used last are kept in memory, for questions of one topic find the same ones.
 
     Args:
       candidates: passages of a question that are scored.
@@ -26,6 +29,7 @@ class Reranker:
 
     def __init__(self, first: Any, colbert: ColBERT, candidates: int):
         self.first, self.colbert, self.candidates = first, colbert, candidates
+        self._vectors: dict[tuple[str, str], np.ndarray] = {}  # in the order of their last use
 
     def search(self, queries: list[str], k: int) -> list[list[dict]]:
         """The best passages for each query, at most k, as contexts with ColBERT's score, best first."""
@@ -36,14 +40,24 @@ class Reranker:
 
     def _search(self, queries: list[str], k: int) -> list[list[dict]]:
         candidates = self.first.search(queries, max(k, self.candidates))
-        texts = list({_key(c): c for contexts in candidates for c in contexts}.values())
-        vectors = dict(zip(map(_key, texts), self.colbert.encode_passages(texts), strict=True))
+        vectors = self._encode({_key(c): c for contexts in candidates for c in contexts})
         asked, found = self.colbert.encode_queries(queries), []
         for query, contexts in zip(asked, candidates, strict=True):
             scores = _scores(query, [vectors[_key(c)] for c in contexts])
             order = np.argsort(-scores, kind="stable")[:k]
             found.append([contexts[i] | {"score": float(scores[i])} for i in order])
         return found
+
+    def _encode(self, passages: dict[tuple[str, str], dict]) -> dict[tuple[str, str], np.ndarray]:
+        """The vectors of passages by key; those that are known are not encoded again."""
+        known = {key: self._vectors.pop(key) for key in passages if key in self._vectors}
+        new = {key: passage for key, passage in passages.items() if key not in known}
+        known |= zip(new, self.colbert.encode_passages(new.values()), strict=True)
+        self._vectors |= known
+        over = sum(vectors.nbytes for vectors in self._vectors.values()) - _KEPT_BYTES
+        while over > 0:
+            over -= self._vectors.pop(next(iter(self._vectors))).nbytes
+        return known
 
 
 _maxsim = jax.jit(maxsim)
