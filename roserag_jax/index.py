@@ -10,7 +10,6 @@ resumes. Several processes share the encoding out. `--config.retrieve.chunk_size
 and `chunk_title` say how documents are cut.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from roserag_jax import cli
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
 from roserag_jax.retrieval import indexing
-from roserag_jax.retrieval.index import Index
+from roserag_jax.retrieval.index import Index, disk_size
 from roserag_jax.retrieval.registry import update_vectors, vectors_of
 
 
@@ -44,7 +43,7 @@ def run(config) -> None:
 
 def _megabytes(folder: Path) -> str:
     """The size of the files of a folder."""
-    return f"{sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()) / 1e6:,.1f} MB"
+    return f"{disk_size(folder) / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

@@ -97,7 +97,10 @@ class Corpus:
             return f"{status.length} {os.stat(self.local).st_mtime_ns if os.path.exists(self.local) else status.mtime}"
         seen = hashlib.sha256()
         for name, file in self._files():
-            status = file.stat()
+            try:
+                status = file.stat()
+            except OSError:  # it went since the folder was listed
+                continue
             seen.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         return seen.hexdigest()
 

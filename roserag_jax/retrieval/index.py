@@ -7,6 +7,8 @@ written last and names the size and digest of every other file. Folders in it ho
 
 import contextlib
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from roserag_jax.retrieval.bm25 import Searcher, schema
 VERSION = 2  # of what is indexed and how; an index of another one is built anew
 _FIELDS = ("version", "corpus", "chunking", "signature", "content", "next", "files")
 MANIFEST, NUMBERS = "manifest.json", "numbers.npy"
+LOCK, BUILDING = ".lock", ".building.json"  # the latter is there from the start of an update to its end
 
 
 def read_manifest(folder: Path, fields: tuple[str, ...] = _FIELDS, what: str = "index") -> dict | None:
@@ -45,6 +48,24 @@ def _damage_named(folder: Path) -> Iterator[None]:
     except (ValueError, OSError) as error:
         why = first_line(error)
         raise UserError(f"{folder} is damaged ({why}): delete the folder to have the index built anew.") from error
+
+
+@contextlib.contextmanager
+def _openable(folder: Path) -> Iterator[Path]:
+    """The folder; or, on a read-only disk or as another user, a folder of links to its files while it is opened.
+
+    The library makes a lock file beside an index that it opens.
+    """
+    try:
+        (folder / ".tantivy-meta.lock").open("a").close()
+    except OSError:
+        with tempfile.TemporaryDirectory() as links:
+            for file in folder.iterdir():
+                if not file.name.endswith(LOCK):
+                    (Path(links) / file.name).symlink_to(file.absolute())
+            yield Path(links)
+    else:
+        yield folder
 
 
 class Passages(Sequence):
@@ -78,14 +99,16 @@ class Index(Searcher):
         self.folder = folder
         manifest = read_manifest(folder)
         if manifest is None:
-            raise UserError(f"{folder} is not an index; build it with roserag_jax.index.")
+            unfinished = (folder / BUILDING).exists()
+            what = "is not finished (a run builds it, or was stopped)" if unfinished else "is not an index"
+            raise UserError(f"{folder} {what}; build it with roserag_jax.index.")
         if manifest["version"] != VERSION:
             raise UserError(f"{folder} is an index of another version; build it anew with roserag_jax.index.")
         check_sizes(folder, manifest)
-        self.content = manifest["content"]
-        with _damage_named(folder):
+        self.manifest, self.content = manifest, manifest["content"]
+        with _damage_named(folder), _openable(folder) as path:
             self.passages = Passages(self)
-            super().__init__(tantivy.Index(schema(), path=str(folder)), len(self.passages))
+            super().__init__(tantivy.Index(schema(), path=str(path)), len(self.passages))
 
     def __len__(self) -> int:
         return self.count
@@ -100,6 +123,15 @@ class Index(Searcher):
             return super().search(queries, k)
 
 
+def disk_size(folder: Path) -> int:
+    """Bytes of the files of a folder, also while some come and go, as those of a run that writes an index do."""
+    total = 0
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            total += entry.stat().st_size if entry.is_file() else 0
+    return total
+
+
 def check_sizes(folder: Path, manifest: dict) -> None:
     """Raise a UserError where a file of an index is missing or has another size."""
     for name, (size, _) in manifest["files"].items():
@@ -110,3 +142,5 @@ def check_sizes(folder: Path, manifest: dict) -> None:
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise UserError(f"{folder / name} {what}: delete the folder to have the index built anew.")
+        if not os.access(folder / name, os.R_OK):
+            raise UserError(f"{folder / name} cannot be read: you have no permission to.")

@@ -27,13 +27,22 @@ from roserag_jax.hub.tokenizer import read_tokenizer
 from roserag_jax.rag.corpora import Chunking, Corpus
 from roserag_jax.retrieval import bm25
 from roserag_jax.retrieval.bm25 import schema
-from roserag_jax.retrieval.index import MANIFEST, NUMBERS, VERSION, Index, check_sizes, read_manifest
+from roserag_jax.retrieval.index import (
+    BUILDING,
+    LOCK,
+    MANIFEST,
+    NUMBERS,
+    VERSION,
+    Index,
+    check_sizes,
+    disk_size,
+    read_manifest,
+)
 from roserag_jax.user_cache import user_cache
 
 COMMIT_SECONDS = 30  # of work that a stopped build repeats
 WRITER_BYTES = 512 << 20
 _SLICE = 200_000  # passages whose numbers are read at once
-_LOCK, _BUILDING = ".lock", ".building.json"
 
 
 def open_index(config) -> Index:
@@ -44,9 +53,7 @@ def open_index(config) -> Index:
     if not config.retrieve.corpus:
         return Index(Path(config.index).expanduser())
     corpus = open_corpus(config)
-    folder = folder_of(config, corpus)
-    update(folder, corpus)
-    return Index(folder)
+    return update(folder_of(config, corpus), corpus)
 
 
 def open_corpus(config) -> Corpus:
@@ -89,8 +96,8 @@ def folder_of(config, corpus: Corpus) -> Path:
     return cache / "indexes" / name
 
 
-def update(folder: Path, corpus: Corpus, verify: bool = False) -> None:
-    """Bring the index of a folder up to date with a corpus.
+def update(folder: Path, corpus: Corpus, verify: bool = False) -> Index:
+    """Bring the index of a folder up to date with a corpus, and open it before another run can change it.
 
     Args:
       verify: check every file against its digest, and read the corpus even if sizes and times are as they were.
@@ -98,16 +105,26 @@ def update(folder: Path, corpus: Corpus, verify: bool = False) -> None:
     Raises:
       UserError: the folder is something else or damaged, is the index of another corpus, or cannot be written.
     """
-    is_ours = any((folder / name).exists() for name in (MANIFEST, _BUILDING, _LOCK))
+    is_ours = any((folder / name).exists() for name in (MANIFEST, BUILDING, LOCK))
     if folder.is_dir() and not is_ours and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and not an index: name another folder in config.index.")
     try:
-        with locked(folder):
-            _update(folder, corpus, verify)
-    except (ValueError, OSError) as error:  # the library's errors are ValueErrors
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
+        with writing("index", folder):
+            if not verify:
+                with locked(folder, shared=True):
+                    if _is_up_to_date(folder, corpus):
+                        return Index(folder)
+            with locked(folder):
+                _update(folder, corpus, verify)
+                return Index(folder)
+    except ValueError as error:  # the library's
         raise UserError(f"The index {folder} cannot be written: {first_line(error)}.") from error
+
+
+def _is_up_to_date(folder: Path, corpus: Corpus) -> bool:
+    """Whether the index of a folder is that of a corpus whose files are as they were."""
+    manifest, wanted = read_manifest(folder), _recipe(corpus) | {"signature": corpus.signature()}
+    return manifest is not None and all(manifest[name] == value for name, value in wanted.items())
 
 
 def _update(folder: Path, corpus: Corpus, verify: bool) -> None:
@@ -148,7 +165,7 @@ def _update(folder: Path, corpus: Corpus, verify: bool) -> None:
 
 def _verified(folder: Path, corpus: Corpus, verify: bool) -> dict | None:
     """The manifest of an index that can be updated; an index of another version or chunking is deleted first."""
-    manifest, building, recipe = read_manifest(folder), folder / _BUILDING, _recipe(corpus)
+    manifest, building, recipe = read_manifest(folder), folder / BUILDING, _recipe(corpus)
     before = manifest or (json.loads(building.read_bytes()) if building.exists() else None)
     if before is None:
         return None
@@ -164,7 +181,7 @@ def _verified(folder: Path, corpus: Corpus, verify: bool) -> dict | None:
     if any(before[name] != recipe[name] for name in ("version", "chunking")):
         print(f"{folder} was built with other options ({before['chunking']}, now {recipe['chunking']}): rebuilding it.")
         for entry in folder.iterdir():
-            if entry.name != _LOCK:
+            if entry.name != LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return None
     return manifest
@@ -182,7 +199,7 @@ def _begin(folder: Path, corpus: Corpus, manifest: dict | None) -> int:
     Returns:
       The first number that no passage ever had, as far as is known: the vectors of a passage go by its number.
     """
-    building = folder / _BUILDING
+    building = folder / BUILDING
     before = manifest or (json.loads(building.read_bytes()) if building.exists() else {})
     first = before.get("next", 0)
     building.write_text(json.dumps(_recipe(corpus) | {"next": first}))
@@ -191,6 +208,8 @@ def _begin(folder: Path, corpus: Corpus, manifest: dict | None) -> int:
 
 
 def _write_manifest(folder: Path, corpus: Corpus, signature: str, content: str, following: int) -> None:
+    for private in folder.glob("*.json"):  # as the library makes them: nobody else could open the index
+        private.chmod((folder / LOCK).stat().st_mode)
     # Not the folders of vectors, which have manifests of their own.
     names = [e.name for e in sorted(folder.iterdir()) if e.is_file() and e.name[0] != "." and e.name != MANIFEST]
     manifest = {
@@ -203,7 +222,7 @@ def _write_manifest(folder: Path, corpus: Corpus, signature: str, content: str, 
     temporary = folder / f".{MANIFEST}"
     temporary.write_text(json.dumps(manifest, indent=1))
     temporary.replace(folder / MANIFEST)
-    (folder / _BUILDING).unlink(missing_ok=True)
+    (folder / BUILDING).unlink(missing_ok=True)
 
 
 def _digest(file: Path) -> str:
@@ -283,7 +302,7 @@ class _Changes:
         if not final and now - self.reported < 5:
             return
         self.reported = now
-        size = sum(entry.stat().st_size for entry in os.scandir(self.folder))
+        size = disk_size(self.folder)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         rate = self.added / max(now - self.start, 1e-9)
         print(
@@ -295,15 +314,37 @@ class _Changes:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold an index for one writer; readers need no lock. A file system without locks is not locked."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a") as handle:
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Name what cannot be written in errors of the disk; a full one has a message of its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"The {what} {folder} cannot be written: {first_line(error)}.") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold an index for one writer, or `shared` among those who want it unchanged for a while.
+
+    An index that is open needs no lock. A file system without locks is not locked.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / LOCK).open("a+")
+    except OSError as error:
+        if shared and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # nor can anything be changed
+            yield
+            return
+        raise
+    with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{folder} is being built by another run; waiting for it.", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            print(f"{folder} is in use by another run that builds it; waiting for it.", file=sys.stderr)
+            fcntl.flock(handle, kind)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise

@@ -8,7 +8,7 @@ slices out among them. Vectors of passages that are gone stay until they are the
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from roserag_jax.errors import UserError
 from roserag_jax.progress import Progress
 from roserag_jax.retrieval import codec
 from roserag_jax.retrieval.index import MANIFEST, Index, check_sizes, read_manifest
-from roserag_jax.retrieval.indexing import locked
+from roserag_jax.retrieval.indexing import locked, writing
 from roserag_jax.retrieval.vectors import Shard, TextVectors, open_shards
 
 VERSION = 1
@@ -54,17 +54,33 @@ def update(
       verify: check every file against its digest.
 
     Raises:
-      UserError: a file is damaged.
+      UserError: a file is damaged, or another run has changed the index since it was opened.
     """
     numbers = np.asarray(index.passages.numbers)
     wanted = {"version": VERSION, "encoder": fingerprint, "bits": bits, "passages": _sha256(numbers.tobytes())}
-    is_first, several = share[0] == 0, share[1] > 1
-    with locked(folder) if is_first else contextlib.nullcontext():
-        stale = is_first and not _is_up_to_date(folder, wanted, verify)
+    is_first, several, stale = share[0] == 0, share[1] > 1, False
+    with writing("vectors", folder):
+        if is_first:
+            with _held(index, folder, shared=True):
+                stale = not _is_up_to_date(folder, wanted, verify)
         if several:
             stale = processes.gather("vectors are stale", stale)[0]
         if stale:
-            _update(folder, index, encoder, wanted, numbers, normalized, share)
+            with _held(index, folder) if is_first else contextlib.nullcontext():
+                _update(folder, index, encoder, wanted, numbers, normalized, share)
+
+
+@contextlib.contextmanager
+def _held(index: Index, folder: Path, shared: bool = False) -> Iterator[None]:
+    """Hold a folder of vectors, as `locked` does, while nobody changes the index that they are of.
+
+    Raises:
+      UserError: somebody has: the numbers of its passages may be those of others by now.
+    """
+    with locked(index.folder, shared=True), locked(folder, shared):
+        if read_manifest(index.folder) != index.manifest:
+            raise UserError(f"{index.folder} was changed by another run meanwhile; run this command again.")
+        yield
 
 
 def _is_up_to_date(folder: Path, wanted: dict, verify: bool) -> bool:

@@ -1,5 +1,6 @@
 """The index on disk: it finds what the one in memory finds, changes with its corpus, resumes, and shows damage."""
 
+import itertools
 import json
 import math
 import os
@@ -7,6 +8,8 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from roserag_jax.rag.files import read_rows
 from roserag_jax.retrieval import index as index_module
 from roserag_jax.retrieval import indexing
 from roserag_jax.retrieval.bm25 import BM25
-from roserag_jax.retrieval.index import Index
+from roserag_jax.retrieval.index import Index, disk_size
 
 DATA = Path(__file__).parents[3] / "shared/data"
 WORDS = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"]
@@ -207,6 +210,18 @@ def test_damage_is_named(tmp_path):
             Index(damaged("manifest.json", lambda file, text=text: file.write_text(text)))
 
 
+def test_an_index_that_cannot_be_written_is_searched(tmp_path):
+    """On a read-only disk, or another user's: all its files are as readable as others, and none is written."""
+    folder, corpus = tmp_path / "index", write_lines(tmp_path / "c.jsonl", {"contents": "Moss is green."})
+    built(folder, corpus)
+    (tmp_path / "other").touch()
+    assert {file.stat().st_mode for file in folder.iterdir()} == {(tmp_path / "other").stat().st_mode}
+    (folder / ".tantivy-meta.lock").unlink()
+    (folder / ".tantivy-meta.lock").mkdir()  # cannot be opened, not by root either
+    assert [c["text"] for c in Index(folder).search(["moss"], 3)[0]] == ["Moss is green."]
+    assert [dict(p)["text"] for p in Index(folder).passages] == ["Moss is green."]
+
+
 def test_folders_that_are_something_else_are_left_alone(tmp_path):
     corpus = write_lines(tmp_path / "c.jsonl", *rows_of(5))
     other = write_lines(tmp_path / "other.jsonl", *rows_of(5, 1))
@@ -237,3 +252,72 @@ def test_open_index_keeps_one_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "VERSION", 0)
     with pytest.raises(UserError, match="another version"):
         indexing.open_index(config)
+
+
+def test_disk_size_while_files_come_and_go(tmp_path):
+    """As the library's temporary files do while another run writes the index."""
+    (tmp_path / "kept").write_bytes(b"12345")
+    done = threading.Event()
+
+    def write():
+        for i in itertools.takewhile(lambda _: not done.is_set(), itertools.count()):
+            files = [tmp_path / f".tmp{i}-{j}" for j in range(8)]
+            for file in files:
+                file.touch()
+            for file in files:
+                file.unlink()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        sizes = {disk_size(tmp_path) for _ in range(2000)}
+    finally:
+        done.set()
+        writer.join()
+    assert sizes == {5}
+
+
+def test_two_runs_build_one_index_at_once(tmp_path):
+    """The second waits for the first and then has nothing to do; both open it."""
+    corpus = write_lines(tmp_path / "c.jsonl", *rows_of(4000))
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom roserag_jax.retrieval import indexing\n"
+        "from roserag_jax.rag.corpora import Corpus\n"
+        "time.sleep(max(0, float(sys.argv[3]) - time.time()))\n"
+        "indexing._Changes.is_time_to_commit = lambda self: self.added % 200 == 0 and not self.report(True)\n"
+        "print(len(indexing.update(Path(sys.argv[1]), Corpus(sys.argv[2]))))\n"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path / "index"), corpus, str(time.time() + 4)]
+    runs = [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    ends = [(*run.communicate(timeout=120), run.returncode) for run in runs]
+    assert [(out.splitlines()[-1], status) for out, _, status in ends] == [("4000", 0)] * 3, ends
+    assert sum("passages added" in out for out, _, _ in ends) == 1
+    assert sum("is in use by another run" in errors for _, errors, _ in ends) >= 1
+
+
+def test_an_unfinished_index_is_named_as_such(tmp_path):
+    corpus = write_lines(tmp_path / "c.jsonl", *rows_of(5))
+    built(tmp_path / "index", corpus)
+    indexing._begin(tmp_path / "index", Corpus(corpus), None)
+    with pytest.raises(UserError, match="is not finished"):
+        Index(tmp_path / "index")
+    assert len(built(tmp_path / "index", corpus)) == 5
+
+
+def test_an_up_to_date_index_is_opened_beside_a_run_that_holds_it(tmp_path):
+    """Vectors are encoded for hours: who searches by words meanwhile does not wait."""
+    corpus = write_lines(tmp_path / "c.jsonl", *rows_of(5))
+    built(tmp_path / "index", corpus)
+    with indexing.locked(tmp_path / "index", shared=True):
+        assert len(built(tmp_path / "index", corpus)) == 5
+
+
+def test_a_document_that_goes_while_the_folder_is_read(tmp_path, monkeypatch):
+    from roserag_jax.rag import documents
+
+    for name in "ab":
+        (tmp_path / f"{name}.md").write_text(f"Moss {name}.")
+    found = documents.find
+    monkeypatch.setattr(documents, "find", lambda folder: (found(folder), (folder / "b.md").unlink(True))[0])
+    index = built(tmp_path.parent / f"{tmp_path.name}-index", str(tmp_path))
+    assert [p["text"] for p in index.passages] == ["Moss a."]

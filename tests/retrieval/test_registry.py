@@ -1,10 +1,12 @@
 """The retrievers that are named by options: what each finds, what a run keeps of it, and what is kept on disk."""
 
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_command, word_pieces, write_lines
+from conftest import run_command, start_command, word_pieces, write_lines
 
 from roserag_jax import inputs, options, retrieve
 from roserag_jax.errors import UserError
@@ -62,6 +64,24 @@ def test_reranker_orders_what_the_first_finds(config):
     scored = {c["text"]: c["score"] for c in everything[0]}
     assert found[0][0]["score"] == pytest.approx(scored[found[0][0]["text"]], rel=1e-3)
     assert isinstance(RETRIEVERS["rerank"].build(config), Reranker)
+
+
+def test_reranker_encodes_each_passage_once_within_its_memory(config, monkeypatch):
+    reranker, encoded = RETRIEVERS["rerank"].build(config), []
+    fresh = [RETRIEVERS["rerank"].build(config).search([query], 5)[0] for query in QUERIES]
+    encode = reranker.colbert.encode_passages
+    counting = lambda new: (new := list(new), encoded.extend(p["text"] for p in new), encode(new))[2]
+    monkeypatch.setattr(reranker.colbert, "encode_passages", counting)
+    first = reranker.search(QUERIES, 5)
+    once = len(encoded)
+    assert [*texts(first)] == [*texts(fresh)] and once == len(set(encoded)) < 2 * 20
+    assert reranker.search(QUERIES, 5) == first and len(encoded) == once
+    size = sum(vectors.nbytes for vectors in reranker._vectors.values())
+    monkeypatch.setattr("roserag_jax.retrieval.combined._KEPT_BYTES", size // 4)
+    for query in QUERIES * 2:
+        assert texts(reranker.search([query], 5)) == [texts(first)[QUERIES.index(query)]]
+        assert sum(vectors.nbytes for vectors in reranker._vectors.values()) <= size // 4
+    assert once < len(encoded) < 4 * once
 
 
 def test_fusion_adds_reciprocal_ranks(config):
@@ -146,3 +166,38 @@ def test_documents_are_cut_by_tokens_of_the_encoder(config, tmp_path):
     config.retrieve.colbert = ""
     with pytest.raises(UserError, match="chunk_unit='tokens': needs a tokenizer"):
         options.validate(config, model=False)
+
+
+@pytest.mark.processes
+def test_two_processes_build_the_vectors_of_one(config, tmp_path):
+    """Killed and started again, two processes write the files of a single one, byte for byte."""
+    config = _without(config, "dense", "candidates")
+    rng = np.random.default_rng(0)
+    rows = [{"id": str(i), "title": "", "text": " ".join(rng.choice(WORDS, rng.integers(4, 30)))} for i in range(14000)]
+    config.retrieve.corpus = write_lines(tmp_path / "c.jsonl", *rows)
+    config.retrieve.retriever, config.retrieve.bits = "colbert", 2
+
+    def two(name):
+        config.index = str(tmp_path / name)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        return [start_command("index", config, f"--config.distributed={address},2,{i}") for i in range(2)]
+
+    config.index = str(tmp_path / "one")
+    result = run_command("index", config)
+    assert result.returncode == 0, result.stderr
+    runs, deadline = two("two"), time.monotonic() + 200
+    while not list((tmp_path / "two").glob("colbert-*/shard-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for run in runs:
+        run.kill()
+        run.communicate()
+    (made,) = (tmp_path / "two").glob("colbert-*")
+    assert 1 <= len(list(made.glob("shard-*.json"))) < 4 and not (made / "manifest.json").exists()
+    ends = [(run.communicate(timeout=200)[0], run.returncode) for run in two("two")]
+    assert [status for _, status in ends] == [0, 0], ends
+    (alone,) = (tmp_path / "one").glob("colbert-*")
+    names = sorted(file.name for file in alone.iterdir())
+    assert sorted(file.name for file in made.iterdir()) == names and len(names) == 4 * 5 + 5  # of 4 slices
+    assert [name for name in names if (made / name).read_bytes() != (alone / name).read_bytes()] == []

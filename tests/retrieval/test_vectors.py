@@ -181,6 +181,16 @@ def test_processes_share_the_passages_out(built, tmp_path):
     assert all((tmp_path / name).read_bytes() == (whole / name).read_bytes() for name in names)
 
 
+def test_vectors_of_an_index_that_changed_meanwhile_are_refused(tmp_path):
+    """Its numbers may be those of other passages by now."""
+    corpus, topics = tmp_path / "c.jsonl", Topics()
+    before = indexing.update(tmp_path / "index", Corpus(write_lines(corpus, *rows_of(6))))
+    indexing.update(tmp_path / "index", Corpus(write_lines(corpus, *rows_of(6, seed=1))))
+    with pytest.raises(UserError, match="was changed by another run meanwhile"):
+        vector_indexing.update(before.folder / "v", before, lambda: topics, fingerprint="t")
+    assert not topics.encoded
+
+
 def test_damaged_vectors_are_named(built, tmp_path):
     index, whole = built()
     folder = copy_folder(whole, tmp_path / "copy")
@@ -215,3 +225,11 @@ def test_options_that_a_retriever_does_not_read_are_refused():
     assert "is read with config.retrieve.retriever=colbert, dense only" in fault(retriever="bm25", corpus="c", bits=2)
     assert "needs compressed vectors" in fault(retriever="dense", corpus="c", dense="m", probe=2)
     assert "choose one of 0, 1, 2, 4" in fault(bits=3)
+
+
+def test_fewer_passages_than_a_prompt_shows_are_refused_where_there_is_one():
+    config = options.defaults()
+    config.retrieve.retriever, config.retrieve.corpus, config.retrieve.k = "bm25", "c", 3
+    options.validate(config, workdir=False, model=False)  # as the command index
+    with pytest.raises(UserError, match=r"config.retrieve.k=3: is less than config.prompt.passages=10"):
+        options.validate(config, model=False)
