@@ -1,21 +1,25 @@
 """Retrieval: an index of many passages, retrievers side by side on real questions, and torch on the same work.
 
     python -m benchmarks.retrieval corpus [--passages 100000]
-    python -m benchmarks.retrieval compare --data FOLDER --encoder FOLDER [--questions 80] [--others 0]
+    python -m benchmarks.retrieval compare --data FOLDER --encoder FOLDER [--questions 250] [--own] [--folder KEPT]
     python -m benchmarks.retrieval speed --encoder FOLDER [--passages 256]
 
-`corpus` makes passages of 100 words whose frequencies fall as those of words do, indexes them and asks questions.
+`corpus` makes passages of 100 words whose frequencies fall as those of words do, indexes them and asks questions, in a
+process of its own.
 `compare` takes the questions, gold passages and corpus of a data set (eval.jsonl.gz, corpus.jsonl.gz) and a sentence
 encoder; ColBERT's place is taken by the same encoder with a drawn projection to 128 dimensions, which nobody has
-trained. `speed` encodes and compares passages with that checkpoint here and in torch. Times are CPU seconds of the
-process, which other work on the machine changes less than the clock. The last line is one JSON object.
+trained. With `--folder` its vectors are kept, and a run that was stopped resumes. `speed` encodes and compares passages
+with that checkpoint here and in torch. CPU seconds are those of the process, which other work on the machine changes
+less than the clock. The last line is one JSON object.
 """
 
 import argparse
+import contextlib
 import json
-import os
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,8 +35,8 @@ from roserag_jax.retrieval.batches import local_mesh
 from roserag_jax.retrieval.colbert import ColBERT, passage_text
 from roserag_jax.retrieval.combined import Fusion, Reranker, maxsim, pad
 from roserag_jax.retrieval.dense import SentenceEncoder, read_settings
-from roserag_jax.retrieval.index import Index
-from roserag_jax.retrieval.vectors import VectorRetriever, VectorStore
+from roserag_jax.retrieval.index import Index, disk_size
+from roserag_jax.retrieval.vectors import VectorRetriever, VectorStore, open_shards
 
 
 def write_corpus(file: Path, count: int) -> list[str]:
@@ -50,8 +54,22 @@ def write_corpus(file: Path, count: int) -> list[str]:
     return questions
 
 
-def _bytes(folder: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
+_OPENING = """
+import json, re, sys, time
+from pathlib import Path
+from roserag_jax.retrieval.index import Index
+# Not getrusage's, which begins with the parent's.
+memory = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+start = time.monotonic()
+index = Index(Path(sys.argv[1]))
+made, questions = {"opening_seconds": time.monotonic() - start, "memory_opened": memory()}, json.loads(sys.argv[2])
+start, cpu = time.monotonic(), time.process_time()
+for question in questions:
+    assert index.search([question], 10)[0]
+each = lambda seconds: 1000 * seconds / len(questions)
+made |= {"question_ms": each(time.monotonic() - start), "question_cpu_ms": each(time.process_time() - cpu)}
+print(json.dumps(made | {"memory_asked": memory()}))
+"""
 
 
 def corpus(args) -> dict:
@@ -63,15 +81,16 @@ def corpus(args) -> dict:
         indexing.update(home / "index", Corpus(str(home / "corpus.jsonl")))
         built = {"build_seconds": time.monotonic() - start, "build_cpu_seconds": time.process_time() - cpu}
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        start = time.monotonic()
-        index = Index(home / "index")
-        opening, cpu = time.monotonic() - start, time.process_time()
-        for question in questions:
-            assert index.search([question], 10)[0]
-        asked = 1000 * (time.process_time() - cpu) / len(questions)
-        disk = _bytes(home / "index")
-    more = {"opening_seconds": opening, "question_cpu_ms": asked, "bytes_per_passage": disk / args.passages}
-    return {"passages": args.passages, **built, "peak_memory_bytes": memory, **more}
+        line = [sys.executable, "-c", _OPENING, str(home / "index"), json.dumps(questions)]
+        opened = json.loads(subprocess.run(line, stdout=subprocess.PIPE, check=True).stdout)
+        disk = disk_size(home / "index")
+    return {
+        "passages": args.passages,
+        **built,
+        "peak_memory_bytes": memory,
+        **opened,
+        "bytes_per_passage": disk / args.passages,
+    }
 
 
 def write_colbert(encoder: Path, folder: Path) -> Path:
@@ -88,14 +107,31 @@ def write_colbert(encoder: Path, folder: Path) -> Path:
 
 
 class Known:
-    """An encoder whose passages were encoded before, so that each compression costs its own time alone."""
+    """An encoder whose passages were encoded before, so that a compression or an order costs its own time alone.
 
-    def __init__(self, encoder, passages: list[dict]):
-        self.encoder, self.size = encoder, encoder.size
-        cpu = time.process_time()
-        vectors = encoder.encode_passages(passages)
-        self.seconds = time.process_time() - cpu
-        self.known = {(p["title"], p["text"]): v for p, v in zip(passages, vectors, strict=True)}
+    Args:
+      folder: of the index's vectors in float16, which are made there first; a run that was stopped resumes.
+    """
+
+    def __init__(self, encoder, index: Index, folder: Path, name: str, normalized: bool):
+        self.encoder, self.size, self.folder, self.normalized = encoder, encoder.size, folder, normalized
+        there, start, cpu = len(self._numbers()), time.monotonic(), time.process_time()
+        how = {"fingerprint": name, "bits": 0, "normalized": normalized}
+        vector_indexing.update(folder, index, lambda: encoder, **how)
+        made = len(self._numbers()) - there
+        self.rates = {}
+        if made:
+            seconds, cpu = time.monotonic() - start, time.process_time() - cpu
+            self.rates = {"passages": made, "per_second": made / seconds, "per_cpu_second": made / cpu}
+            print(name, self.rates, flush=True)
+        self.known = {}
+        for shard in open_shards(folder):
+            for number, low, high in zip(shard.numbers, shard.offsets, shard.offsets[1:], strict=False):
+                passage = index.passages[int(np.searchsorted(index.passages.numbers, number))]
+                self.known[passage["title"], passage["text"]] = shard.stored[0][low:high]
+
+    def _numbers(self) -> list[int]:
+        return [number for shard in open_shards(self.folder) for number in shard.numbers]
 
     def encode_queries(self, queries):
         """The encoder's."""
@@ -103,70 +139,86 @@ class Known:
 
     def encode_passages(self, passages):
         """Those that are known."""
-        return [self.known[p["title"], p["text"]] for p in passages]
+        return [self.known[p["title"], p["text"]].astype(np.float32) for p in passages]
+
+
+def _corpus_of(args, questions: list[dict], home: Path) -> Path:
+    """The corpus that is searched: the data set's, or the passages of the questions' own rows alone."""
+    if not args.own:
+        return Path(args.data) / "corpus.jsonl.gz"
+    passages = sorted({(c["title"], c["text"]) for row in questions for c in row["contexts"]})
+    rows = (json.dumps({"title": title, "text": text}) + "\n" for title, text in passages)
+    (home / "corpus.jsonl").write_text("".join(rows))
+    return home / "corpus.jsonl"
 
 
 def compare(args) -> dict:
     """Recall, time and bytes of each retriever over the same passages and questions."""
     questions = [row for _, row in read_rows(epath.Path(args.data) / "eval.jsonl.gz")][: args.questions]
-    passages = {(c["title"], c["text"]) for row in questions for c in row["contexts"]}
-    others = (p for p in Corpus(str(Path(args.data) / "corpus.jsonl.gz")).passages())
-    for passage in others if args.others else ():
-        passages.add((passage["title"], passage["text"]))
-        if len(passages) >= args.others:
-            break
     asked = [row["question"] for row in questions]
     gold = [{c["title"] for c in row["contexts"] if c["is_supporting"]} for row in questions]
-    table = {"passages": len(passages), "questions": len(questions), "candidates": args.candidates, "rows": {}}
+    table = {"questions": len(questions), "rows": {}}
 
-    def add(label, retriever, size, built):
+    def recall(found, k):
+        pairs = zip(gold, found, strict=True)
+        return round(100 * float(np.mean([len(g & {c["title"] for c in f[:k]}) / len(g) for g, f in pairs])), 1)
+
+    def add(label, retriever, size=None):
         retriever.search(asked, 10)  # compiles
-        cpu = time.process_time()
+        start, cpu = time.monotonic(), time.process_time()
         found = retriever.search(asked, 10)
-        each = 1000 * (time.process_time() - cpu) / len(asked)
-        pairs = list(zip(gold, found, strict=True))
-        recall = lambda k: 100 * float(np.mean([len(g & {c["title"] for c in f[:k]}) / len(g) for g, f in pairs]))
-        row = {f"recall@{k}": round(recall(k), 1) for k in (2, 5, 10)}
-        row |= {"build_cpu_seconds": round(built, 1), "question_cpu_ms": round(each, 1)}
-        table["rows"][label] = row | {"bytes_per_passage": round(size / len(passages))}
+        each = lambda seconds: round(1000 * seconds / len(asked), 1)
+        row = {f"recall@{k}": recall(found, k) for k in (2, 5, 10)}
+        row |= {"question_ms": each(time.monotonic() - start), "question_cpu_ms": each(time.process_time() - cpu)}
+        table["rows"][label] = row | ({"bytes_per_passage": round(size / len(index))} if size else {})
         print(label, table["rows"][label], flush=True)
         return retriever
 
-    with tempfile.TemporaryDirectory(dir=args.folder or None) as home:
-        home = Path(home)
-        rows = ({"title": title, "text": text} for title, text in sorted(passages))
-        (home / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        cpu = time.process_time()
-        indexing.update(home / "index", Corpus(str(home / "corpus.jsonl")))
-        index = Index(home / "index")
-        bm25 = add("bm25", index, _bytes(home / "index"), time.process_time() - cpu)
+    with contextlib.ExitStack() as stack:
+        home = Path(args.folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        start = time.monotonic()
+        index = indexing.update(home / "index", Corpus(str(_corpus_of(args, questions, home))))
+        table |= {"passages": len(index), "index_seconds": round(time.monotonic() - start, 1)}
+        bm25 = add("bm25", index, disk_size(home / "index"))
+        table["bm25_recall"] = {k: recall(index.search(asked, k), k) for k in (20, 30, 50, 100, 200)}
         settings = read_settings(Path(args.encoder))
-        dense = SentenceEncoder(Path(args.encoder), local_mesh(), settings)
-        colbert = ColBERT(write_colbert(Path(args.encoder), home / "colbert"), local_mesh())
+        sentences = SentenceEncoder(Path(args.encoder), local_mesh(), settings)
+        if not (home / "colbert").exists():
+            write_colbert(Path(args.encoder), home / "colbert")
+        colbert = ColBERT(home / "colbert", local_mesh())
 
-        def store(name, encoder, bits, probe=0, normalized=True):
-            cpu = time.process_time()
-            folder = home / f"{name}-{bits}"
-            how = {"fingerprint": name, "bits": bits, "normalized": normalized}
-            vector_indexing.update(folder, index, lambda: encoder, **how)
-            built = encoder.seconds + time.process_time() - cpu
-            retriever = VectorRetriever(
-                index, encoder, VectorStore(folder, index.passages.numbers, local_mesh(), normalized), probe
-            )
-            label = name + f", {bits} bits" * bool(bits) + f", probe {probe}" * bool(probe)
-            return add(label, retriever, sum(entry.stat().st_size for entry in folder.glob("*.np*")), built)
+        def by_vectors(label, known, folder, probe=0):
+            store = VectorStore(folder, index.passages.numbers, local_mesh(), known.normalized)
+            size = sum(file.stat().st_size for file in folder.glob("*.np*"))
+            return add(label + f", probe {probe}" * bool(probe), VectorRetriever(index, known, store, probe), size)
 
-        known = Known(dense, list(index.passages))
-        first = store("dense", known, 0, normalized=settings.normalized)
-        add("hybrid of bm25 and dense", Fusion([bm25, first], args.candidates), 0, 0.0)
-        known = Known(colbert, list(index.passages))
-        for bits in (0, 4, 2, 1):
-            store("colbert-shaped", known, bits)
-        store("colbert-shaped", known, 2, probe=8)
-        add("bm25, then colbert-shaped, known vectors", Reranker(bm25, known, args.candidates), 0, 0.0)
-        cpu = time.process_time()
-        Reranker(bm25, colbert, args.candidates).search(asked[:2], 10)
-        table["rerank_question_cpu_ms"] = 500 * (time.process_time() - cpu)
+        known = Known(sentences, index, home / "dense", "dense", settings.normalized)
+        table["dense_encoding"] = known.rates
+        dense = by_vectors("dense", known, home / "dense")
+        add("hybrid of bm25 and dense", Fusion([bm25, dense], 100))
+        known = Known(colbert, index, home / "colbert-0", "colbert", True)
+        table["colbert_encoding"] = known.rates
+        for candidates in args.candidates:
+            add(f"bm25, then colbert-shaped of {candidates}, known vectors", Reranker(bm25, known, candidates))
+        by_vectors("colbert-shaped", known, home / "colbert-0")
+        for bits in args.bits:
+            folder, start = home / f"colbert-{bits}", time.monotonic()
+            how = {"fingerprint": "colbert", "bits": bits, "normalized": True}
+            vector_indexing.update(folder, index, lambda: known, **how)
+            print(f"{bits} bits: {time.monotonic() - start:.0f} s to compress", flush=True)
+            by_vectors(f"colbert-shaped, {bits} bits", known, folder)
+            if bits == 2:
+                by_vectors("colbert-shaped, 2 bits", known, folder, probe=8)
+        start, cpu, few = time.monotonic(), time.process_time(), asked[:20]
+        reranker = Reranker(bm25, colbert, args.candidates[0])
+        reranker.search(few, 10)
+        seconds, cpu = time.monotonic() - start, time.process_time() - cpu
+        table["rerank_with_encoding"] = {
+            "candidates": args.candidates[0],
+            "question_ms": 1000 * seconds / len(few),
+            "question_cpu_ms": 1000 * cpu / len(few),
+            "passages_encoded": len(reranker._vectors),
+        }
     return table
 
 
@@ -241,12 +293,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("corpus", "compare", "speed"))
     parser.add_argument("--passages", type=int, default=None, help="passages to make, or to encode")
-    parser.add_argument("--questions", type=int, default=80)
-    parser.add_argument("--others", type=int, default=0, help="passages of the corpus in all; 0 is the questions' own")
-    parser.add_argument("--candidates", type=int, default=50, help="passages that are ordered, or fused")
+    parser.add_argument("--questions", type=int, default=250)
+    parser.add_argument("--own", action="store_true", help="search the passages of the questions' own rows alone")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[30, 10, 20, 50, 100], help="that are ordered")
+    parser.add_argument("--bits", type=int, nargs="*", default=[], help="compressions to try, of 4, 2 and 1")
     parser.add_argument("--encoder", help="folder of a sentence encoder in safetensors")
     parser.add_argument("--data", default="../shared/data/hotpotqa")
-    parser.add_argument("--folder", help="where temporary files go")
+    parser.add_argument("--folder", help="where files go; those of `compare` are kept there")
     args = parser.parse_args()
     args.passages = args.passages or {"corpus": 100_000}.get(args.what, 256)
     print(json.dumps({"corpus": corpus, "compare": compare, "speed": speed}[args.what](args)))
