@@ -1,5 +1,6 @@
 """Retrievers made of others: the order of one refined by ColBERT, and several fused by rank."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ class Reranker:
     def __init__(self, first: Any, colbert: ColBERT, candidates: int):
         self.first, self.colbert, self.candidates = first, colbert, candidates
         self._vectors: dict[tuple[str, str], np.ndarray] = {}  # in the order of their last use
+        self._lock = threading.Lock()  # a server's threads search at once
 
     def search(self, queries: list[str], k: int) -> list[list[dict]]:
         """The best passages for each query, at most k, as contexts with ColBERT's score, best first."""
@@ -50,13 +52,15 @@ class Reranker:
 
     def _encode(self, passages: dict[tuple[str, str], dict]) -> dict[tuple[str, str], np.ndarray]:
         """The vectors of passages by key; those that are known are not encoded again."""
-        known = {key: self._vectors.pop(key) for key in passages if key in self._vectors}
+        with self._lock:
+            known = {key: self._vectors.pop(key) for key in passages if key in self._vectors}
         new = {key: passage for key, passage in passages.items() if key not in known}
         known |= zip(new, self.colbert.encode_passages(new.values()), strict=True)
-        self._vectors |= known
-        over = sum(vectors.nbytes for vectors in self._vectors.values()) - _KEPT_BYTES
-        while over > 0:
-            over -= self._vectors.pop(next(iter(self._vectors))).nbytes
+        with self._lock:
+            self._vectors |= known
+            over = sum(vectors.nbytes for vectors in self._vectors.values()) - _KEPT_BYTES
+            while over > 0:
+                over -= self._vectors.pop(next(iter(self._vectors))).nbytes
         return known
 
 

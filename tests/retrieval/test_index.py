@@ -156,7 +156,7 @@ def test_a_stopped_build_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(indexing._Changes, "document", stopping)
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path / "index", corpus)
-    with pytest.raises(UserError, match="is not an index"):
+    with pytest.raises(UserError, match="is not finished"):
         Index(tmp_path / "index")
     monkeypatch.setattr(indexing._Changes, "document", lambda s, p: indexed.append(p["id"]) or document(s, p))
     index = built(tmp_path / "index", corpus)

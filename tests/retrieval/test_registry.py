@@ -2,6 +2,7 @@
 
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,9 @@ def test_reranker_encodes_each_passage_once_within_its_memory(config, monkeypatc
         assert texts(reranker.search([query], 5)) == [texts(first)[QUERIES.index(query)]]
         assert sum(vectors.nbytes for vectors in reranker._vectors.values()) <= size // 4
     assert once < len(encoded) < 4 * once
+    with ThreadPoolExecutor(8) as pool:  # as of a server
+        found = list(pool.map(lambda i: texts(reranker.search([QUERIES[i % 2]], 5))[0], range(32)))
+    assert found == texts(first) * 16
 
 
 def test_fusion_adds_reciprocal_ranks(config):
