@@ -1,17 +1,18 @@
 """Retrieval: an index of many passages, retrievers side by side on real questions, and torch on the same work.
 
     python -m benchmarks.retrieval corpus [--passages 100000]
-    python -m benchmarks.retrieval compare --data FOLDER --encoder FOLDER [--questions 250] [--own] [--folder KEPT]
+    python -m benchmarks.retrieval compare --data FOLDER --encoder FOLDER [--questions 250] [--own] [--whole]
+        [--folder KEPT]
     python -m benchmarks.retrieval speed --encoder FOLDER [--passages 256]
 
 `corpus` makes passages of 100 words whose frequencies fall as those of words do, indexes them and asks questions, in a
 process of its own.
 `compare` takes the questions, gold passages and corpus of a data set (eval.jsonl.gz, corpus.jsonl.gz) and a sentence
 encoder; ColBERT's place is taken by the same encoder with a drawn projection to 128 dimensions, which nobody has
-trained. With `--folder` its vectors are kept, and a run that was stopped resumes. `speed` encodes and compares passages
-with that checkpoint here and in torch, in turns, the shortest of three times counting: run it on a quiet machine. CPU
-seconds are those of the process, which other work on the machine changes less than the clock. The last line is one JSON
-object.
+trained, and without `--whole` it encodes only what BM25 finds. With `--folder` the vectors are kept, and a run that was
+stopped resumes. `speed` encodes and compares passages with that checkpoint here and in torch, in turns, the shortest of
+three times counting: run it on a quiet machine. CPU seconds are those of the process, which other work on the machine
+changes less than the clock. The last line is one JSON object.
 """
 
 import argparse
@@ -146,14 +147,11 @@ class Known:
         return [self.known[p["title"], p["text"]].astype(np.float32) for p in passages]
 
 
-def _corpus_of(args, questions: list[dict], home: Path) -> Path:
-    """The corpus that is searched: the data set's, or the passages of the questions' own rows alone."""
-    if not args.own:
-        return Path(args.data) / "corpus.jsonl.gz"
-    passages = sorted({(c["title"], c["text"]) for row in questions for c in row["contexts"]})
-    rows = (json.dumps({"title": title, "text": text}) + "\n" for title, text in passages)
-    (home / "corpus.jsonl").write_text("".join(rows))
-    return home / "corpus.jsonl"
+def _write_rows(file: Path, passages: list[dict]) -> str:
+    """Write the different ones of some passages as a corpus."""
+    rows = sorted({(passage["title"], passage["text"]) for passage in passages})
+    file.write_text("".join(json.dumps({"title": title, "text": text}) + "\n" for title, text in rows))
+    return str(file)
 
 
 def compare(args) -> dict:
@@ -181,7 +179,10 @@ def compare(args) -> dict:
     with contextlib.ExitStack() as stack:
         home = Path(args.folder or stack.enter_context(tempfile.TemporaryDirectory()))
         start = time.monotonic()
-        index = indexing.update(home / "index", Corpus(str(_corpus_of(args, questions, home))))
+        searched = str(Path(args.data) / "corpus.jsonl.gz")
+        if args.own:
+            searched = _write_rows(home / "corpus.jsonl", [c for row in questions for c in row["contexts"]])
+        index = indexing.update(home / "index", Corpus(searched))
         table |= {"passages": len(index), "index_seconds": round(time.monotonic() - start, 1)}
         bm25 = add("bm25", index, disk_size(home / "index"))
         table["bm25_recall"] = {k: recall(index.search(asked, k), k) for k in (20, 30, 50, 100, 200)}
@@ -200,12 +201,22 @@ def compare(args) -> dict:
         table["dense_encoding"] = known.rates
         dense = by_vectors("dense", known, home / "dense")
         add("hybrid of bm25 and dense", Fusion([bm25, dense], 100))
-        known = Known(colbert, index, home / "colbert-0", "colbert", True)
+        encoded, name = index, "colbert-0"
+        if not args.whole:
+            found = {
+                (c["title"], c["text"]) for contexts in index.search(asked, max(args.candidates)) for c in contexts
+            }
+            (home / "candidates.jsonl").write_text(
+                "".join(json.dumps({"title": a, "text": b}) + "\n" for a, b in sorted(found))
+            )
+            encoded, name = indexing.update(home / "few", Corpus(str(home / "candidates.jsonl"))), "colbert-few"
+        known = Known(colbert, encoded, home / name, "colbert", True)
         table["colbert_encoding"] = known.rates
         for candidates in args.candidates:
             add(f"bm25, then colbert-shaped of {candidates}, known vectors", Reranker(bm25, known, candidates))
-        by_vectors("colbert-shaped", known, home / "colbert-0")
-        for bits in args.bits:
+        if args.whole:
+            by_vectors("colbert-shaped", known, home / name)
+        for bits in args.bits if args.whole else ():
             folder, start = home / f"colbert-{bits}", time.monotonic()
             how = {"fingerprint": "colbert", "bits": bits, "normalized": True}
             vector_indexing.update(folder, index, lambda: known, **how)
@@ -214,11 +225,11 @@ def compare(args) -> dict:
             if bits == 2:
                 by_vectors("colbert-shaped, 2 bits", known, folder, probe=8)
         start, cpu, few = time.monotonic(), time.process_time(), asked[:20]
-        reranker = Reranker(bm25, colbert, args.candidates[0])
+        reranker = Reranker(bm25, colbert, max(args.candidates))
         reranker.search(few, 10)
         seconds, cpu = time.monotonic() - start, time.process_time() - cpu
         table["rerank_with_encoding"] = {
-            "candidates": args.candidates[0],
+            "candidates": max(args.candidates),
             "question_ms": 1000 * seconds / len(few),
             "question_cpu_ms": 1000 * cpu / len(few),
             "passages_encoded": len(reranker._vectors),
@@ -338,7 +349,8 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=None, help="passages to make, or to encode")
     parser.add_argument("--questions", type=int, default=250)
     parser.add_argument("--own", action="store_true", help="search the passages of the questions' own rows alone")
-    parser.add_argument("--candidates", type=int, nargs="+", default=[30, 10, 20, 50, 100], help="that are ordered")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[10, 20, 30], help="passages that are ordered")
+    parser.add_argument("--whole", action="store_true", help="ColBERT's vectors of the whole corpus, not of candidates")
     parser.add_argument("--bits", type=int, nargs="*", default=[], help="compressions to try, of 4, 2 and 1")
     parser.add_argument("--encoder", help="folder of a sentence encoder in safetensors")
     parser.add_argument("--data", default="../shared/data/hotpotqa")
