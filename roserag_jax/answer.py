@@ -15,7 +15,7 @@ it needs the extra `serve`. An API key is taken from the environment variable RO
 
 from absl import flags
 
-from roserag_jax import cli
+from roserag_jax import cli, signals
 from roserag_jax.ahead import in_order
 from roserag_jax.errors import UserError, quote
 from roserag_jax.inference.requests import DecoderCapacity
@@ -85,6 +85,7 @@ def _serve(config, port: int) -> None:
         if (error.name or "").partition(".")[0] not in ("starlette", "uvicorn", "pydantic"):
             raise
         raise UserError(f"--serve needs the extra 'serve': pip install 'roserag_jax[serve]' ({error.name}).") from error
+    signals.set_consequence(signals.SERVER_ENDED)
     with cli.messages_on_stderr() as stdout:
         listening = server.listen(config.serve.host, port)
         has_passages = config.retrieve.corpus or config.index or not searches_corpus(config.retrieve)
@@ -139,4 +140,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run, __doc__, alone=True)
+    cli.main(run, __doc__, alone=True, resumes=False)

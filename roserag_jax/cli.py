@@ -291,7 +291,12 @@ def _end_with_others(error: BaseException) -> NoReturn:
 
 
 def main(
-    run: Callable[[ConfigDict], None], doc: str, workdir: bool = True, model: bool = True, alone: bool = False
+    run: Callable[[ConfigDict], None],
+    doc: str,
+    workdir: bool = True,
+    model: bool = True,
+    alone: bool = False,
+    resumes: bool = True,
 ) -> None:
     """Run a command: read its options, call `run(config)`, and turn what is not a defect into one line.
 
@@ -299,8 +304,11 @@ def main(
       workdir: whether the command needs `config.workdir`.
       model: whether it needs `config.model`.
       alone: whether it is for one process.
+      resumes: whether a stopped command resumes when it is run again.
     """
     signals.install()
+    if not resumes:
+        signals.set_consequence(signals.STARTS_OVER)
     _disk_errors.install()
     _open_output()
     flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")

@@ -91,4 +91,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run, __doc__, workdir=False, alone=True)
+    cli.main(run, __doc__, workdir=False, alone=True, resumes=False)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from absl import flags
 from etils import epath
 
-from roserag_jax import cli, options
+from roserag_jax import cli, options, signals
 from roserag_jax import questions as written
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
@@ -169,6 +169,7 @@ def _flagged(row: dict, found: list[dict]) -> dict:
 
 def _serve(config, port: int) -> None:
     """Offer the index of the corpus, or another retriever, until the command is stopped."""
+    signals.set_consequence(signals.SERVER_ENDED)
     retrieve = config.retrieve
     if searches_corpus(retrieve) and not (retrieve.corpus or config.index):
         raise UserError("--serve: name a corpus, --config.retrieve.corpus=PATH, or an index.")

@@ -138,4 +138,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run, __doc__, alone=True)
+    cli.main(run, __doc__, alone=True, resumes=False)

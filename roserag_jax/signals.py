@@ -22,6 +22,11 @@ from collections.abc import Callable, Iterator
 
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # and the exit status of each
 
+# What a stop means for the user: of a command that keeps what it has finished, of another, and of a server.
+RESUMES = "What was finished is kept; the same command resumes there."
+STARTS_OVER = "The same command starts over."
+SERVER_ENDED = "The server has ended; requests that it was answering were not finished."
+
 _RETRY_SECONDS = 0.05
 _BUSY_SECONDS = (
     5.0  # how long the main thread may be busy in C++, or lose exceptions, before the process ends without it
@@ -50,6 +55,7 @@ class _State:
     lost = False  # its exception was swallowed
     caught = False  # its exception arrived
     finished: int | None = None  # exit status of the command, once only the interpreter's own end is left
+    consequence = RESUMES
     wake: socket.socket
 
 
@@ -66,6 +72,11 @@ def before_end(call: Callable[[int, str], None]) -> None:
 def on_arrival(call: Callable[[int, str], None]) -> None:
     """Have `call(exit status, message)` called, in a thread, as soon as a signal has come that is not deferred."""
     _on_arrival.append(call)
+
+
+def set_consequence(text: str) -> None:
+    """Set the sentence that tells the user of a stopped command what that means, `RESUMES` if nothing is set."""
+    _state.consequence = text
 
 
 def stop(number: int) -> None:
@@ -145,7 +156,7 @@ def finish(status: int = 0) -> None:
 def message(number: int) -> str:
     """The one line that a stopped command prints."""
     name = {signal.SIGINT: "Ctrl-C"}.get(number, signal.Signals(number).name)
-    return f"Stopped by {name}. What was finished is kept; the same command resumes there."
+    return f"Stopped by {name}. {_state.consequence}"
 
 
 def end(number: int) -> None:

@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from roserag_jax import signals
 from roserag_jax.errors import UserError
 from roserag_jax.progress import STAGES, STATUS, describe
 from roserag_jax.rates import clock
@@ -143,7 +144,7 @@ def main() -> None:
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(signals.STOPS.get(signals.stopped(), 130))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: wherever they fall, one line and 130 or 143."""
 
+import json
 import os
 import random
 import signal
@@ -115,6 +116,20 @@ def test_signal_ends_a_command_while_it_imports(how, tmp_path):
         assert process.stdout.readline() == "importing\n"
         process.send_signal(how)
         assert_stopped(process, how, 30)
+
+
+@pytest.mark.parametrize("how", list(STATUS), ids=lambda how: how.name)
+def test_signal_ends_watch_with_its_status_and_no_word_of_resuming(how, tmp_path):
+    """Who watches has nothing to resume; the run that is watched goes on."""
+    status = {"stage": "train", "unit": "steps", "first": 0, "done": 1, "total": 9, "seconds": 5.0, "running": None}
+    (tmp_path / "progress.json").write_text(
+        json.dumps(status | {"host": "elsewhere", "pid": 1, "updated": time.time()})
+    )
+    line = [sys.executable, "-m", "roserag_jax", "watch", str(tmp_path)]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("train: 1/9 steps")
+    process.send_signal(how)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == STATUS[how]
 
 
 @pytest.mark.slow
