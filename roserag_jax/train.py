@@ -9,6 +9,7 @@ Stopped at any moment, the same command resumes and ends with the same adapter.
 
 import contextlib
 import hashlib
+import shlex
 from importlib.util import find_spec
 
 import jax
@@ -16,7 +17,7 @@ import jax
 from roserag_jax import cli, evaluate, generate, options, rates, retrieve, select
 from roserag_jax.distributed import processes
 from roserag_jax.distributed.sharding import devices
-from roserag_jax.errors import UserError
+from roserag_jax.errors import UserError, first_line
 from roserag_jax.hub import loading, peft_adapter
 from roserag_jax.report.comparison import comparison
 from roserag_jax.report.page import write_page
@@ -253,6 +254,15 @@ def outlook(config, workdir: Workdir) -> str:
     return f"To do: {', '.join(work)}." + (f" By the rates of earlier runs on this machine: {takes}." if takes else "")
 
 
+def _report(workdir: str) -> str:
+    """Write the report; returns a line with its place, or why there is none, which must not fail a run that is done."""
+    try:
+        return f"Report:          {write_page([workdir])} (open it in a browser)"
+    except Exception as error:
+        why = first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+        return f"Warning: no report was written ({why}). To try again: roserag report {shlex.quote(workdir)}"
+
+
 def run(config) -> None:
     """The command."""
     workdir, session = Workdir(config.workdir), Session(config)
@@ -274,7 +284,7 @@ def run(config) -> None:
             print(f"Responses:       {workdir / 'eval/adapter/examples.jsonl'}")
         print(f"Training curve:  {workdir / 'metrics.jsonl'}")
         if processes.is_main():
-            print(f"Report:          {write_page([config.workdir])} (open it in a browser)")
+            print(_report(config.workdir))
         print("Next: roserag_jax.answer --question '...' with a corpus, or roserag_jax.export for a merged model.")
 
 

@@ -8,6 +8,7 @@ import pytest
 from roserag_jax import automatic_mesh, train
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.errors import UserError
+from roserag_jax.report import page
 from roserag_jax.workdir import Workdir, digest
 
 
@@ -49,6 +50,24 @@ def test_train_writes_every_artifact_and_keeps_it_the_second_time(finished, caps
         assert f"To do: {of}. By the rates of earlier runs on this machine: " in todo and "about " in todo
         (work / "aside").rename(work / f"{name}.manifest.json" if "." in name else work / name / "manifest.json")
     assert before == {f: digest(work / f) for f in before}
+
+
+def test_train_whose_report_cannot_be_written_warns_and_ends_well(finished, capsys, monkeypatch):
+    """The adapter is published by then: a page that has no place, or a defect, is one line with what to do."""
+    work, again = Workdir(finished.workdir), f"To try again: roserag report {finished.workdir}"
+    (work / "report.html").rename(work / "aside.html")
+    (work / "report.html").mkdir()
+    train.run(finished)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "report" in line]
+    why = f"{work / 'report.html'} is a folder; move it away, or name a file with --output."
+    assert line == f"Warning: no report was written ({why}). {again}"
+    (work / "report.html").rmdir()
+    monkeypatch.setattr(page, "summary", lambda run: run.absent)
+    train.run(finished)
+    out = capsys.readouterr().out
+    assert f"Warning: no report was written (AttributeError: 'Run' object has no attribute 'absent'). {again}" in out
+    assert not (work / "report.html").exists() and "Next: " in out
+    (work / "aside.html").rename(work / "report.html")
 
 
 @pytest.mark.slow
