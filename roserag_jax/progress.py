@@ -41,6 +41,7 @@ class Progress:
         self.first = self.done = done
         self.start = self.shown = time.monotonic()
         self.written, self.accepted, self.note = 0.0, "", ""
+        self.running: tuple[int, float] | None = None  # how many were done when, as soon as any was
         self.terminal = sys.stderr.isatty()
         self.quiet = jax.process_index() != 0
         self.folder = None if workdir is None or self.quiet or is_remote(workdir.path) else workdir.path
@@ -57,6 +58,7 @@ class Progress:
         """
         self.done, self.note, self.accepted = done, note, accepted or self.accepted
         now = time.monotonic()
+        self.running = self.running or (done, now - self.start)
         if done == self.total or now - self.written >= _STATUS_SECONDS:
             self._write()
         if done == self.total:
@@ -86,6 +88,7 @@ class Progress:
             "done": self.done,
             "total": self.total,
             "seconds": round(time.monotonic() - self.start, 2),
+            "running": self.running,
             "note": self.note,
             "accepted": self.accepted,
             "memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT / 1e9, 2),
@@ -127,11 +130,13 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes th
 
 
 def describe(status: dict) -> str:
-    """A status as a line: stage, count, rate, time elapsed and ETA."""
-    made, seconds = status["done"] - status["first"], status["seconds"]
-    rate = made / max(seconds, 1e-9)
-    eta = clock((status["total"] - status["done"]) / rate) if made else "?"
-    return (
-        f"{status['stage']}: {status['done']}/{status['total']} {status['unit']}, {rate:.2g}/s, "
-        f"{clock(seconds)} elapsed, ETA {eta}"
-    )
+    """A status as a line: stage, count, rate, time elapsed and ETA, by the rate since the first that was finished.
+
+    What came before that is compiled once: it would make the first ETAs many times too long.
+    """
+    done, total, seconds = status["done"], status["total"], status["seconds"]
+    rate = (done - status["first"]) / max(seconds, 1e-9)
+    before, since = status["running"] or (done, 0.0)
+    eta = clock((total - done) * (seconds - since) / (done - before)) if done > before else "?"
+    eta = clock(0) if done == total else eta
+    return f"{status['stage']}: {done}/{total} {status['unit']}, {rate:.2g}/s, {clock(seconds)} elapsed, ETA {eta}"

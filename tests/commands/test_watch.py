@@ -42,6 +42,19 @@ def test_progress_prints_a_line_in_half_a_minute_and_the_last_one(workdir, capsy
     assert lines[1] == "generate: 60/100 questions, 1/s, 1:00 elapsed, ETA 0:40; 60 correct"
 
 
+def test_progress_estimates_from_the_first_that_is_finished(workdir, capsys, monkeypatch):
+    """Before it programs are compiled, which happens once; with one finished nothing is known of the rate."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress("evaluate base", 48, "questions", 8, workdir=workdir)
+    for done, seconds in ((9, 48.0), (29, 40.0)):
+        now[0] += seconds
+        progress.update(done)
+    first, second = capsys.readouterr().err.splitlines()[1:]
+    assert first == "evaluate base: 9/48 questions, 0.021/s, 0:48 elapsed, ETA ?"
+    assert second == "evaluate base: 29/48 questions, 0.24/s, 1:28 elapsed, ETA 0:38"
+
+
 def test_watch_shows_the_stage_and_the_last_accepted_rationale_as_text(workdir):
     """What the model wrote cannot command the terminal, nor be rich's markup."""
     progress = Progress("generate", 4, "questions", workdir=workdir)
