@@ -657,6 +657,18 @@ def browser():
         chromium.close()
 
 
+@pytest.fixture(scope="session")
+def violations():
+    """A function: what axe-core finds in a page that is hard to use by screen reader or keys, a line for each."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra 'test' is not installed").Axe()
+
+    def find(page):
+        found = axe.run(page).response["violations"]
+        return [f"{rule['id']}: {node['html'][:150]}" for rule in found for node in rule["nodes"]]
+
+    return find
+
+
 def word_pieces() -> list[str]:
     """A vocabulary of BERT's kind: markers, punctuation, letters and pieces of made-up words."""
     signs = [chr(i) for i in range(33, 127) if not chr(i).isalnum()]

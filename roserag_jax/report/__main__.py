@@ -8,7 +8,8 @@ there. `train` writes it at its end.
 
 import argparse
 
-from roserag_jax.errors import UserError, disk_error
+from roserag_jax import signals
+from roserag_jax.errors import UserError, disk_error, first_line
 from roserag_jax.report.page import write_page
 
 
@@ -21,14 +22,13 @@ def main() -> None:
     parser.add_argument("--compare", nargs="+", default=[], metavar="WORKDIR", help="workdirs of other runs")
     parser.add_argument("--output", default="", help="the file to write; by default report.html in the workdir")
     arguments = parser.parse_args()
+    signals.set_consequence(signals.STARTS_OVER)
     try:
         path = write_page([arguments.workdir, *arguments.compare], arguments.output)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
     except OSError as error:
-        if why := disk_error(error, arguments.output or arguments.workdir):
-            parser.exit(2, f"error: {why}\n")
-        raise
+        parser.exit(2, f"error: {disk_error(error, arguments.output or arguments.workdir) or first_line(error)}\n")
     print(f"Wrote {path} ({path.stat().length / 1e6:.1f} MB). Open it in a browser.")
 
 

@@ -15,6 +15,7 @@ from etils import epath
 from roserag_jax.errors import UserError
 from roserag_jax.rag import metrics
 from roserag_jax.report.tables import Table, markdown, table
+from roserag_jax.training.log import is_number
 from roserag_jax.workdir import from_jsonl
 
 # Of the passages shown: whether the retriever or the reader failed.
@@ -43,9 +44,31 @@ def read_metrics(folder: epath.Path) -> dict:
     """
     file = folder / "metrics.json"
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        result = json.loads(file.read_text())
+        if not _is_result(result):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged; move {folder} away and evaluate again.") from error
+    return result
+
+
+def _is_result(result: dict) -> bool:
+    """Whether metrics are such as `evaluate` writes."""
+    yes_no, retrieval = result.get("yes_no"), result.get("retrieval", {})
+    numbers = [
+        result[name] for name in "questions em f1 contains parsed passages prompt_tokens response_tokens".split()
+    ]
+    numbers += [result["seconds_per_question"], *(edge for m in _DRAWN for edge in _edges(result[f"{m}_interval"]))]
+    numbers += [yes_no["accuracy"], *_edges(yes_no["accuracy_interval"])] if yes_no is not None else []
+    numbers += [value for name, value in retrieval.items() if name in _RETRIEVAL]
+    groups = [group for key in ("type", "gold_passages") for group in result[f"by_{key}"].values()]
+    numbers += [group[name] for group in groups for name in ("em", "questions")]
+    return all(map(is_number, numbers)) and all(isinstance(result[name], str) for name in ("system", "noise"))
+
+
+def _edges(interval: list) -> list:
+    low, high = interval
+    return [low, high]
 
 
 def in_order(results: dict[str, dict]) -> dict[str, dict]:
@@ -139,7 +162,7 @@ def paired(tests: list[Comparison]) -> Table:
     for name, other, metric, test in tests:
         changed = [str(test["better"]), str(test["worse"])]
         rows.append([f"{name} - {other}", _DRAWN[metric], difference(test), *changed, f"{test['p']:.3f}"])
-    return Table(["paired", "", "difference  [95%]", "better", "worse", "p"], rows)
+    return Table(["paired", "score", "difference  [95%]", "better", "worse", "p"], rows)
 
 
 def difference(test: dict) -> str:

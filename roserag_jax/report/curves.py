@@ -9,29 +9,54 @@ from roserag_jax.report.verdict import held_out_table
 _MOST = 1500  # steps of a line; of more, every n-th is drawn
 # Charts by title: what the axis shows, the metrics in it, and what they say. Other metrics get a chart of their own.
 _CHARTS = (
-    ("Loss and its terms", "nats", ("loss", "nll", "odds_loss", "held_out_loss"), "Lower is better."),
+    (
+        "Loss and its terms",
+        "nats",
+        ("loss", "nll", "odds_loss", "held_out_loss"),
+        "What training makes smaller: the chosen response's negative log-likelihood per token and, with ORPO, a term "
+        "that falls as the chosen response becomes likelier than the rejected one.",
+    ),
     (
         "Margin: chosen over rejected",
         "nats per token",
         ("margin", "held_out_margin"),
-        "Above zero the chosen response is the likelier one.",
+        "How much likelier the model finds the chosen response than the rejected one. It should rise above zero.",
     ),
     (
         "Log-probability per token",
         "nats per token",
         ("chosen_logprob", "rejected_logprob", "held_out_chosen_logprob", "held_out_rejected_logprob"),
-        "The distance of the lines is the margin.",
+        "How likely the model finds the two responses: 0 is certain. The distance of the lines is the margin.",
     ),
     (
         "Accuracy of preferences",
         "fraction of pairs",
         ("accuracy", "held_out_accuracy"),
-        "The fraction of pairs whose chosen response gets the larger reward.",
+        "In how many of a step's pairs the loss finds the chosen response the better one. It should rise to 1.",
     ),
-    ("Answers to held-out questions", "percent", ("held_out_em", "held_out_f1"), ""),
-    ("Gradient norm", "", ("gradient_norm",), "Before clipping."),
-    ("Learning rate", "", ("learning_rate",), ""),
-    ("Tokens per second", "", ("tokens_per_s",), "Real tokens of prompts and responses, padding aside."),
+    ("Answers to held-out questions", "percent", ("held_out_em", "held_out_f1"), "Answered while training."),
+    (
+        "Reward margin",
+        "",
+        ("reward_margin", "held_out_reward_margin"),
+        "What a loss on preferences pushes up; its unit depends on the loss.",
+    ),
+    (
+        "Log odds ratio",
+        "nats",
+        ("log_odds_ratio", "held_out_log_odds_ratio"),
+        "The odds of the chosen response over those of the rejected one, by their mean log-probabilities.",
+    ),
+    ("Gradient norm", "", ("gradient_norm",), "Length of the gradient before it is clipped; a spike is a bad batch."),
+    ("Learning rate", "", ("learning_rate",), "The size of the updates: it rises over the warm-up, then falls."),
+    ("Tokens per second", "", ("tokens_per_s",), "Tokens of prompts and responses, without padding."),
+    ("Pairs per second", "", ("pairs_per_s",), ""),
+    (
+        "Padding",
+        "fraction of tokens",
+        ("padding_fraction",),
+        "Positions computed for nothing, to make a batch's rows alike.",
+    ),
     ("MFU", "fraction", ("mfu",), "FLOPs that the step needs over what a large matmul reaches on the same devices."),
 )
 _LABELS = {

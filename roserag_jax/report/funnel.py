@@ -18,10 +18,11 @@ _DROPPED = {
     "no answer": "led to no answer, or to one without an end",
 }
 # What to do about it, where there is something.
-_ADVICE = {
+ADVICE = {
     "no candidate": "Raise config.generate.max_tokens or the number of samples.",
     "all correct": "The question is easy for the model: it would not learn from it.",
-    "none correct": "Raise config.generate.guided_samples or plain_samples; look whether a passage holds the answer.",
+    "none correct": "Raise config.generate.guided_samples or plain_samples; where no passage holds the answer, "
+    "retrieve better.",
     "no evidence": "Look at the candidates; config.select.evidence=0 would accept them.",
     "no support": "Show more passages or retrieve better; config.select.supported=False would accept them.",
     "no majority": "Draw more samples (config.generate.plain_samples).",
@@ -68,10 +69,13 @@ def funnel(run: Run) -> dict[str, Any] | None:
     if run.pairs is not None:
         steps.append(("with a pair", len(run.pairs_of), f"{len(run.pairs)} pairs selected"))
     reasons = collections.Counter(outcome_of(run, row["id"]) for row in run.candidates)
+    with_pair = sum(row["id"] in run.pairs_of for row in run.candidates)
     return {
+        "paired": with_pair,
+        "unpaired": 0 if run.pairs is None else len(run.candidates) - with_pair,
         "steps": [(name, number, number / total if total else 0.0, note) for name, number, note in steps],
         "reasons": [
-            (name, number, number / len(run.candidates), explain(name), _ADVICE.get(name, ""))
+            (name, number, number / len(run.candidates), explain(name), ADVICE.get(name, ""))
             for name, number in reasons.most_common()
             if name != "pair"
         ],

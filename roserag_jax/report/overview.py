@@ -85,17 +85,19 @@ def signs(run: Run, tests: list[comparison.Comparison]) -> list[str]:
     held_out = _same_measure(run)
     if held_out and (text := overfitting(run.steps, held_out, run.config.train.keep)):
         found.append(text)
-    with contextlib.suppress(UserError, ValueError, KeyError):  # of damaged files, which are noted elsewhere
+    with contextlib.suppress(
+        UserError, ValueError, KeyError, TypeError, AttributeError
+    ):  # of damaged files, which are noted elsewhere
         findings = [*em_after_five(run.workdir / "eval")]
         if not any(test.test["p"] < SURE and test.test["difference"] > 0 for test in tests):  # by EM or F1
             findings.append(loss_without_em(run.workdir))
         found += [f"{each.name[:1].upper()}{each.name[1:]}: {each.text}." for each in findings if each.seen]
     margins = [row["margin"] for row in run.steps if row.get("margin") is not None]
     last = margins[-max(1, len(margins) // 5) :]
-    if last and statistics.fmean(last) <= 0:
+    if run.has_adapter and last and statistics.fmean(last) <= 0:
         found.append(
             f"At the end of training the rejected responses are still the likelier ones "
-            f"(margin {statistics.fmean(last):+.2f} nats a token, mean of the last {len(last)} steps)."
+            f"(margin {statistics.fmean(last):+.2f} nats a token, mean of the last fifth of the steps)."
         )
     if run.pairs and "prompt" in run.pairs[0] and (text := length_warning(run.pairs)):
         found.append(f"By length alone chosen and rejected can be told apart: {text}")

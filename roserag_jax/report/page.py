@@ -16,6 +16,8 @@ import jinja2
 import markupsafe
 from etils import epath
 
+from roserag_jax.errors import UserError
+from roserag_jax.report import terms
 from roserag_jax.report.curves import curves
 from roserag_jax.report.funnel import funnel
 from roserag_jax.report.overview import summary
@@ -39,13 +41,15 @@ def write_page(workdirs: list[str], output: str = "") -> epath.Path:
       output: the file; empty is report.html in the first workdir.
 
     Raises:
-      UserError: a workdir does not exist, or holds nothing of a run.
+      UserError: a workdir does not exist or holds nothing of a run, or a folder is where the page is to be.
     """
     runs = [read_run(path) for path in workdirs]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
             run.name = "/".join(run.workdir.path.parts[-2:])
     path = epath.Path(output).expanduser() if output else runs[0].workdir / NAME
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; move it away, or name a file with --output.")
     write_atomic(path, page(runs).encode("utf-8", "replace"))  # half a surrogate pair is no text
     return path
 
@@ -84,6 +88,12 @@ def _render(run: Run, sections: dict[str, Any], lists: dict[str, Any]) -> str:
         "histograms": (sections["funnel"] or {}).get("histograms", []),
         **{name: _charts(sections[name]) for name in ("training", "evaluation", "comparison")},
     }
+    results, table = run.metrics, sections["summary"]["scores"]
+    words = {
+        "funnel": terms.FUNNEL,
+        "scores": terms.of_scores(results, table.header) if table else [],
+        "tests": terms.TESTS,
+    }
     return environment.get_template("page.html").render(
         run=run,
         policy=policy,
@@ -91,6 +101,7 @@ def _render(run: Run, sections: dict[str, Any], lists: dict[str, Any]) -> str:
         style=markupsafe.Markup(style),
         charts=_embedded(charts),
         lists=_embedded(lists),
+        words=words,
         counts={name: (len(found["rows"]), found["total"]) for name, found in lists.items()},
         **sections,
     )

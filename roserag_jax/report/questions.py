@@ -3,8 +3,9 @@
 from typing import Any
 
 from roserag_jax.preference.selection import confidence, evidence
+from roserag_jax.rag.metrics import score_retrieval
 from roserag_jax.rag.prompts import PromptBuilder
-from roserag_jax.report.funnel import explain, outcome_of
+from roserag_jax.report.funnel import ADVICE, explain, outcome_of
 from roserag_jax.report.runs import Run
 
 
@@ -14,7 +15,7 @@ def sample(rows: list, most: int) -> list:
 
 
 def questions(run: Run, most: int) -> dict[str, Any]:
-    """The training questions as the page's list reads them: `{rows, total, outcomes}`.
+    """The training questions as the page's list reads them: `{rows, total, outcomes, advice, kind}`.
 
     Args:
       most: how many questions are taken, evenly spaced; `total` says of how many.
@@ -28,10 +29,12 @@ def questions(run: Run, most: int) -> dict[str, Any]:
     else:
         known = run.retrieved.get("train", [])
         every, total = [_retrieved(run, row) for row in sample(known, most)], len(known)
+    outcomes = dict.fromkeys(row["outcome"] for row in every)
     return {
         "rows": every,
         "total": total,
-        "outcomes": {name: explain(name) for name in dict.fromkeys(row["outcome"] for row in every)},
+        "outcomes": {name: explain(name) for name in outcomes},
+        "advice": {name: ADVICE[name] for name in outcomes if name in ADVICE},
         "kind": "mean" if run.config.select.confidence == "mean" else "sum",
     }
 
@@ -69,7 +72,13 @@ def _question(run: Run, row: dict) -> dict[str, Any]:
         "candidates": candidates,
         "dropped": row.get("dropped", {}),
         "outcome": outcome_of(run, row["id"]),
-    }
+    } | _held(row["golden_answers"], shown)
+
+
+def _held(golden_answers: list[str], shown: list[dict]) -> dict[str, bool]:
+    """Whether a passage shown holds a golden answer; nothing where that says nothing, as of yes and no."""
+    found = score_retrieval({"golden_answers": golden_answers, "contexts": shown})["answer_recall"] if shown else None
+    return {} if found is None or not golden_answers else {"held": bool(found)}
 
 
 def _passages(run: Run, row: dict, shown: list[dict]) -> list[dict[str, Any]]:

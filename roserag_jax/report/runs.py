@@ -19,7 +19,7 @@ from roserag_jax.preference.labels import with_rewards
 from roserag_jax.preference.selection import Outcome, outcome
 from roserag_jax.rag import answers
 from roserag_jax.report import comparison
-from roserag_jax.training.log import is_evaluation, read_rows
+from roserag_jax.training.log import is_evaluation, is_number, read_rows
 from roserag_jax.workdir import (
     ADAPTER,
     CANDIDATES,
@@ -124,7 +124,7 @@ def read_run(path: str) -> Run:
         if rows := _artifact(run, name, _is_question):
             run.retrieved[split] = rows
     run.candidates = _artifact(run, CANDIDATES, _is_candidates_row) or _unfinished_candidates(run)
-    run.pairs = _artifact(run, PAIRS, lambda row: all(isinstance(row[k], str) for k in ("id", "chosen", "rejected")))
+    run.pairs = _artifact(run, PAIRS, _is_pair)
     _read_training(run)
     _read_evaluations(run)
     run.stages = _stages(workdir)
@@ -135,29 +135,54 @@ def read_run(path: str) -> Run:
 
 
 def _is_question(row: dict) -> bool:
-    texts = isinstance(row["id"], str) and isinstance(row["question"], str) and _is_texts(row["golden_answers"])
-    return texts and all(isinstance(c["title"], str) and isinstance(c["text"], str) for c in row.get("contexts", []))
+    passages = all(
+        _has_texts(c, "title", "text") and c.get("is_supporting") in (None, True, False)
+        for c in _list(row.get("contexts", []))
+    )
+    known = _has_texts(row, "id", "question") and isinstance(row.get("metadata", {}), dict)
+    return passages and known and _is_texts(row["golden_answers"])
 
 
 def _is_candidates_row(row: dict) -> bool:
     known = all(
-        isinstance(c["rationale"], str)
-        and isinstance(c["answer"], str)
-        and isinstance(c["response"], str)
-        and isinstance(c["source"], str)
-        and isinstance(c["logprob"] / c["tokens"], float)
-        for c in row["candidates"]
+        _has_texts(c, "rationale", "answer", "response", "source")
+        and c["correct"] in (None, True, False)
+        and is_number(c["logprob"])
+        and is_number(c["tokens"])
+        and c["tokens"] > 0
+        for c in _list(row["candidates"])
     )
-    return known and isinstance(row["id"], str) and isinstance(row["prompt"], str) and _is_texts(row["golden_answers"])
+    dropped = all(map(is_number, row.get("dropped", {}).values()))
+    return known and dropped and _has_prompt(row) and _has_texts(row, "id") and _is_texts(row["golden_answers"])
+
+
+def _is_pair(row: dict) -> bool:
+    logprobs = all(is_number(row.get(f"{side}_logprob", 0)) for side in ("chosen", "rejected"))
+    return logprobs and _has_texts(row, "id", "chosen", "rejected") and ("prompt" not in row or _has_prompt(row))
 
 
 def _is_example(row: dict) -> bool:
-    texts = all(isinstance(row[name], str) for name in ("id", "question", "prediction", "response"))
-    return texts and _is_texts(row["golden_answers"]) and all(row["scores"][name] >= 0 for name in ("em", "f1"))
+    scores = all(is_number(row["scores"][name]) for name in ("em", "f1"))
+    return scores and _has_texts(row, "id", "question", "prediction", "response") and _is_texts(row["golden_answers"])
+
+
+def _has_prompt(row: dict) -> bool:
+    spans = all(type(start) is type(end) is int for start, end in _list(row.get("passage_spans", [])))
+    return spans and isinstance(row["prompt"], str)
+
+
+def _has_texts(row: dict, *names: str) -> bool:
+    return all(isinstance(row[name], str) for name in names)
 
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _list(value: Any) -> list:
+    if not isinstance(value, list):
+        raise TypeError
+    return value
 
 
 def _lines(path: epath.Path, is_row: Callable[[dict], bool]) -> tuple[list[dict], int]:
@@ -208,14 +233,14 @@ def _add_rewards(run: Run) -> None:
     """The rewards that judge the candidates, where rewards do."""
     if run.config.select.labels != "reward" or not run.candidates:
         return
-    rewards = {row["id"]: row["rewards"] for row in _artifact(run, REWARDS, lambda row: _is_list(row["rewards"])) or []}
+    rewards = {
+        row["id"]: row["rewards"]
+        for row in _artifact(run, REWARDS, lambda row: _has_texts(row, "id") and _list(row["rewards"]) is not None)
+        or []
+    }
     found = [rewards.get(row["id"], [None] * len(row["candidates"])) for row in run.candidates]
     with contextlib.suppress(ValueError):  # of other candidates
         run.candidates = with_rewards(run.candidates, found)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
 
 
 def _folders(path: epath.Path) -> list[epath.Path]:
@@ -264,5 +289,5 @@ def _read_evaluations(run: Run) -> None:
 
 def _stages(workdir: Workdir) -> list[dict]:
     path = workdir / "stages.jsonl"
-    is_row = lambda row: isinstance(row["stage"], str) and row["seconds"] >= 0
+    is_row = lambda row: _has_texts(row, "stage", "command") and is_number(row["seconds"])
     return _lines(path, is_row)[0] if path.is_file() else []

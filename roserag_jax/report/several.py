@@ -70,7 +70,7 @@ def _tests(runs: list[Run]) -> Table:
                 test = metrics.paired([mine[i][metric] for i in ids], [theirs[i][metric] for i in ids])
                 changed = [comparison.difference(test), str(test["better"]), str(test["worse"]), f"{test['p']:.3f}"]
                 rows.append([f"{name}: {run.name} - {first.name}", title, *changed, str(len(ids))])
-    return Table(["paired", "", "difference  [95%]", "better", "worse", "p", "questions of both"], rows)
+    return Table(["paired", "score", "difference  [95%]", "better", "worse", "p", "questions of both"], rows)
 
 
 def _charts(runs: list[Run]) -> list[dict[str, Any]]:

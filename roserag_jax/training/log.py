@@ -26,8 +26,13 @@ def _row(line: bytes) -> dict | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
-    numbers = all(value is None or type(value) in (int, float) for name, value in row.items() if name != "measure")
+    numbers = all(value is None or is_number(value) for name, value in row.items() if name != "measure")
     return row if numbers and isinstance(row.get("measure", ""), str) else None
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from JSON is a finite number that fits a float."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def is_evaluation(row: dict) -> bool:

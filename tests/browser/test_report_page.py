@@ -19,14 +19,14 @@ def opened(browser, tmp_path):
     """A function: the page of a workdir, opened from disk, with everything that went wrong in it."""
     pages = []
 
-    def make(folder, width=1280, fragment="", **options):
+    def make(folder, width=1280, fragment="", compare=(), **options):
         page = browser.new_page(viewport={"width": width, "height": 900}, **options)
         pages.append(page)
         page.faults, page.fetched = [], []
         page.on("console", lambda message: page.faults.append(message.text))
         page.on("pageerror", lambda error: page.faults.append(str(error)))
         page.on("request", lambda request: page.fetched.append(request.url))
-        file = write_page([str(folder)], str(tmp_path / f"page{len(pages)}.html"))
+        file = write_page([str(folder), *map(str, compare)], str(tmp_path / f"page{len(pages)}.html"))
         page.goto(f"file://{file}{fragment}")
         page.wait_for_selector("body[data-ready]", timeout=20_000)
         return page
@@ -71,18 +71,39 @@ def test_policy_stops_a_script_that_is_not_the_pages_own(opened, tmp_path):
     page.faults.clear()
 
 
-def test_why_a_question_has_no_pair_is_two_clicks_away(opened, tmp_path):
-    """From the funnel's reason to the questions it holds for, and back by a link with the question's id."""
+def test_why_a_question_has_no_pair_is_one_search_away(opened, tmp_path):
+    """From the first screen: its words or its id and Enter give a sentence with the reason."""
+    page = opened(write_run(tmp_path / "run", questions=12))
+    assert "4 of 12 training questions have a pair." in page.inner_text("#summary")
+    for text in ("founded MUSEUM 1?", "q1"):  # and not q10, which holds it too
+        page.goto(f"{page.url.partition('#')[0]}#summary")
+        page.fill("#find-text", text)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#pairs-detail:focus")
+        detail = page.inner_text("#pairs-detail")
+        assert "museum 1?" in detail and "Why there is no pair: no candidate reaches the golden answer" in detail
+        assert "0 of 2 candidates are correct" in detail and "A passage shown holds a golden answer." in detail
+        assert (
+            "The candidates answer \u201cthe mill\u201d (2 times)." in detail and "What to do: Raise config." in detail
+        )
+    page.fill("#find-text", "nowhere")
+    page.keyboard.press("Enter")
+    page.locator("#pairs-count", has_text="None of the 12 questions here holds all these words.").wait_for()
+    assert page.inner_text("#pairs-detail") == ""
+
+
+def test_why_questions_have_no_pair_leads_to_them(opened, tmp_path):
+    """From the funnel's reason to the questions it holds for, and by a link with a question's id; no link breaks it."""
     folder = write_run(tmp_path / "run")
     page = opened(folder)
     page.click("#funnel a:text('none correct')")
     assert page.inner_text("#pairs-count") == "2 of 6 questions"
-    detail = page.inner_text("#pairs-detail")
-    assert "Why there is no pair: no candidate reaches the golden answer" in detail
-    assert "0 of 2 candidates are correct" in detail
+    assert "Why there is no pair: no candidate reaches the golden answer" in page.inner_text("#pairs-detail")
     page = opened(folder, fragment="#question/q2")
     detail = page.inner_text("#pairs-detail")
     assert "museum 2?" in detail and "every candidate is correct" in detail
+    page = opened(folder, fragment="#question/%E0%A4%A")  # no text in UTF-8
+    assert page.locator("#differences-table tr").count()
 
 
 def test_pair_marks_gold_passages_answers_and_cited_words(opened, tmp_path):
@@ -142,18 +163,34 @@ def test_page_fits_the_width_and_its_text_stands_out(opened, tmp_path, width, sc
     assert faint == []
 
 
-def test_every_control_has_a_name_and_the_page_is_used_by_keys_alone(opened, tmp_path):
+@pytest.mark.parametrize("width", [400, 1280])
+def test_page_has_no_violation_that_axe_finds(opened, tmp_path, violations, width):
+    """Names, roles, landmarks, headings, tables and contrast, with everything folded out, alone and compared."""
+    run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other", systems=("adapter", "base"))
+    page = opened(run, width=width, compare=[other])
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    page.locator("figure details table").first.wait_for()
+    assert violations(page) == []
+
+
+def test_page_is_used_by_keys_alone(opened, tmp_path):
+    """Tab goes through the page from top to bottom and its place is seen; Enter opens a question."""
     page = opened(write_run(tmp_path / "run"))
-    nameless = page.evaluate(
-        """() => [...document.querySelectorAll('input, select, button, a, svg[role], [role=region]')]
-            .filter((node) => !(node.textContent.trim() || node.getAttribute('aria-label') || node.labels?.length))
-            .map((node) => node.outerHTML)"""
-    )
-    assert nameless == []
-    levels = [
-        int(name[1]) for name in page.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map((h) => h.tagName)")
-    ]
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    places = []
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        places.append(
+            page.evaluate(
+                """() => {
+                const [node, box] = [document.activeElement, document.activeElement.getBoundingClientRect()];
+                const seen = getComputedStyle(node).outlineStyle !== 'none' && box.width > 0 && box.left >= 0;
+                return [seen, node.closest('header, section')?.id || node.closest('header, a').tagName];
+                }"""
+            )
+        )
+    assert all(seen for seen, _ in places)
+    order = list(dict.fromkeys(where for _, where in places))
+    assert order == ["A", "HEADER", "summary", "funnel", "pairs"]
     page.locator("#pairs-list a").nth(2).focus()
     page.keyboard.press("Enter")
     page.wait_for_selector("#pairs-detail:focus")  # a function to wait for would be refused by the page's policy

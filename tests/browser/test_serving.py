@@ -75,7 +75,7 @@ def page(browser, server_url):
     page.close()
 
 
-def test_page_asks_both_models_side_by_side(page):
+def test_page_asks_both_models_side_by_side(page, violations):
     """A question, by the keyboard alone: two answers with their speed, and the passages with their places as text."""
     page.keyboard.type("Which colour is moss?")
     page.keyboard.press("Enter")
@@ -90,6 +90,7 @@ def test_page_asks_both_models_side_by_side(page):
     assert "<script>document.title = 'moss'</script>" in passages.nth(0).inner_text()
     assert "<b>early</b>" in passages.nth(1).inner_text()
     assert page.title() == "RoseRAG" and page.locator("#passages script, #passages b").count() == 0
+    assert violations(page) == []
     assert page.complaints == []
 
 
@@ -144,7 +145,7 @@ def test_sigterm_tells_requests_in_flight_and_ends_with_143(config_of, tmp_path)
         for _ in stream:
             pass
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and errors.splitlines()[-1].startswith("Stopped by SIGTERM.")
+    assert process.returncode == 143 and errors.splitlines()[-1].startswith("Stopped by SIGTERM. The server has ended")
     assert "Traceback" not in errors
     with pytest.raises(requests.ConnectionError):
         requests.get(line.split()[-1], timeout=5)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from roserag_jax.errors import UserError
+from roserag_jax.rag import metrics
 from roserag_jax.report import confidence
 from roserag_jax.workdir import CANDIDATES, PAIRS, RETRIEVED, Recipe, Workdir, to_jsonl
 
@@ -41,9 +42,12 @@ def publish_candidates(folder, right, wrong, questions=150):
 
 
 def publish_evaluation(work, name, passages, em):
-    scores = [{"id": str(i), "scores": {"em": float(value)}} for i, value in enumerate(em)]
-    metrics = {"system": name.partition("-")[0], "passages": passages, "noise": "none", "em": 100 * float(np.mean(em))}
-    files = {"metrics.json": json.dumps(metrics), "examples.jsonl": to_jsonl(scores)}
+    row = {"golden_answers": ["a"]}
+    scores = [metrics.score_row(row, "a" if value else "b", True) for value in em]
+    result = {"system": name.partition("-")[0], "passages": passages, "noise": "none", **metrics.summarize(scores)}
+    result |= {"prompt_tokens": 9.0, "response_tokens": 9.0, "seconds_per_question": 0.1}
+    examples = [{"id": str(i), "scores": each} for i, each in enumerate(scores)]
+    files = {"metrics.json": json.dumps(result), "examples.jsonl": to_jsonl(examples)}
     work.publish(f"eval/{name}", Recipe({}, {}), files, len(em))
 
 

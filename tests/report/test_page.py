@@ -1,8 +1,10 @@
 """The report's page, without a browser: what it holds, what an incomplete workdir gives, and how large it gets."""
 
 import base64
+import functools
 import gzip
 import json
+import operator
 import re
 import shutil
 import sys
@@ -127,6 +129,37 @@ def test_page_of_damaged_files_names_them(workdir, tmp_path):
     assert "non-finite loss" in text
 
 
+@pytest.mark.parametrize(
+    ("file", "place", "value"),
+    [
+        ("retrieved.jsonl", ["metadata"], ["type"]),
+        ("retrieved.jsonl", ["contexts", 0, "is_supporting"], "yes"),
+        ("retrieved.jsonl", ["contexts"], None),
+        ("candidates.jsonl", ["candidates", 0, "logprob"], float("nan")),
+        ("candidates.jsonl", ["candidates", 0, "tokens"], -3),
+        ("candidates.jsonl", ["candidates", 0, "correct"], [1]),
+        ("candidates.jsonl", ["passage_spans"], [[0, "end"]]),
+        ("candidates.jsonl", ["dropped"], {"repeated": None}),
+        ("pairs.jsonl", ["chosen_logprob"], "-1"),
+        ("pairs.jsonl", ["prompt"], 3),
+        ("metrics.jsonl", ["loss"], float("inf")),
+        ("metrics.jsonl", ["step"], 10**400),
+        ("eval/base/examples.jsonl", ["scores", "f1"], None),
+        ("eval/base/metrics.json", ["em_interval"], [1.0]),
+        ("eval/base/metrics.json", ["by_type"], {"one_hop": {"em": None}}),
+    ],
+)
+def test_page_leaves_out_a_value_that_no_stage_writes(workdir, tmp_path, file, place, value):
+    """The row is counted as damaged; the page has the others."""
+    path = shutil.copytree(workdir, tmp_path / "run") / file
+    first, *others = [path.read_text()] if file.endswith(".json") else path.read_text().splitlines(keepends=True)
+    row = json.loads(first)
+    functools.reduce(operator.getitem, place[:-1], row)[place[-1]] = value
+    path.write_text(json.dumps(row) + "\n" + "".join(others))
+    text = page.page([runs.read_run(str(tmp_path / "run"))])
+    assert re.search(r"(1 of \d+ lines are|1 lines are|1 lines of examples.jsonl are|metrics.json is) damaged", text)
+
+
 def write_candidates(folder, questions, passages, words):
     """Questions of so many passages of so many words, each with eight candidates that quote them."""
     rng = np.random.default_rng(0)
@@ -185,8 +218,14 @@ def test_report_command_says_where_the_page_is_and_what_it_lacks(workdir, tmp_pa
     monkeypatch.setattr(sys, "argv", ["report", str(workdir), "--output", str(tmp_path / "new/page.html")])
     report.main()
     assert (tmp_path / "new/page.html").exists() and f"Wrote {tmp_path}/new/page.html (0." in capsys.readouterr().out
-    for folder, why in ((tmp_path / "new", "holds nothing of a run"), (tmp_path / "absent", "there is no such folder")):
-        monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    (tmp_path / "file").write_text("")
+    for arguments, why in (
+        ([tmp_path / "new"], "holds nothing of a run"),
+        ([tmp_path / "absent"], "there is no such folder"),
+        ([workdir, "--output", tmp_path / "new"], "is a folder; move it away, or name a file"),
+        ([workdir, "--output", tmp_path / "file/page.html"], "file"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             report.main()
         assert ended.value.code == 2 and why in capsys.readouterr().err

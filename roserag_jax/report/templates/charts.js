@@ -14,9 +14,11 @@ function ticks(low, high, most) {
 
 function number(value) {
   if (value === null || value === undefined) return "none";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return value.toExponential(2).replace("e+", "e");
+  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return value.toExponential(2).replace("e+", "e").replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
 }
+
+const score = (value) => (value === null || value === undefined ? "none" : value.toFixed(1)); // percent
 
 const scale = (low, high, from, to) => (value) => from + ((value - low) / (high - low || 1)) * (to - from);
 const extent = (values) => [Math.min(...values), Math.max(...values)];
@@ -25,7 +27,7 @@ const extent = (values) => [Math.min(...values), Math.max(...values)];
 function figure(title, note, draw, table, kind) {
   const picture = element("div", { class: kind });
   const data = element("details", {}, element("summary", {}, "As a table"));
-  data.addEventListener("toggle", () => data.childElementCount > 1 || data.append(dataTable(...table())));
+  data.addEventListener("toggle", () => data.childElementCount > 1 || data.append(dataTable(title, ...table())));
   const made = element("figure", {}, element("figcaption", {}, title, note && element("small", {}, note)), picture, data);
   let width = 0;
   new ResizeObserver(() => {
@@ -53,6 +55,7 @@ function axes(width, height, x, y, names) {
 // Lines over steps, passages or noise. `cursor.move(x)` shows the values at x in all charts of a group.
 function lineChart(chart, cursor) {
   const held = (series) => series.name.endsWith(", held out");
+  const shown = chart.y === "percent" ? score : number;
   const outputs = chart.series.map(() => element("output", {}));
   const keys = element("ul", { class: "keys" }, chart.series.map((series, i) => element("li", {},
     svg("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" }, svg("line", { class: `s s${i % 8} ${held(series) ? "held" : ""}`, x1: 0, x2: 26, y1: 5, y2: 5 })),
@@ -66,8 +69,8 @@ function lineChart(chart, cursor) {
     if (!place) return;
     for (const [i, series] of chart.series.entries()) {
       const point = nearest(series.points, x, chart.x !== "step" || held(series) ? 0 : Infinity);
-      const range = point && point.length > 2 ? ` [${number(point[2])}, ${number(point[3])}]` : "";
-      outputs[i].textContent = point ? number(point[1]) + range : "";
+      const range = point && point.length > 2 ? ` [${shown(point[2])}, ${shown(point[3])}]` : "";
+      outputs[i].textContent = point ? shown(point[1]) + range : "";
     }
     cross[0].setAttribute("visibility", "visible");
     cross[0].setAttribute("x1", place(x));
@@ -134,7 +137,7 @@ function lineChart(chart, cursor) {
   const table = () => {
     const rows = xs.map((x) => [nameOf(x), ...chart.series.map((series) => {
       const point = series.points.find((each) => each[0] === x);
-      return point ? number(point[1]) + (point.length > 2 ? ` [${number(point[2])}, ${number(point[3])}]` : "") : "";
+      return point ? shown(point[1]) + (point.length > 2 ? ` [${shown(point[2])}, ${shown(point[3])}]` : "") : "";
     })]);
     return [[chart.x, ...chart.series.map((series) => series.name)], rows];
   };
@@ -190,12 +193,12 @@ function intervalChart(chart) {
         svg("line", { class: "s s0", x1: place(low), x2: place(highest), y1: at, y2: at }),
         [low, highest].map((edge) => svg("line", { class: "s s0", x1: place(edge), x2: place(edge), y1: at - 5, y2: at + 5 })),
         svg("circle", { class: "d f0", cx: place(value), cy: at, r: 4.5 }),
-        svg("text", { class: "name", x: place(highest) + 8, y: at + 4 }, number(value))];
+        svg("text", { class: "name", x: place(highest) + 8, y: at + 4 }, score(value))];
     });
-    const label = chart.rows.map(([name, ...of]) => `${name} ${number(of[0])} from ${number(of[1])} to ${number(of[2])}`).join("; ");
+    const label = chart.rows.map(([name, ...of]) => `${name} ${score(of[0])} from ${score(of[1])} to ${score(of[2])}`).join("; ");
     target.replaceChildren(svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${chart.title}: ${label}` }, grid, rows));
   };
-  return figure(chart.title, chart.x, draw, () => [["system", "score", "from", "to"], chart.rows.map(([name, ...of]) => [name, ...of.map(number)])]);
+  return figure(chart.title, chart.x, draw, () => [["system", "score", "from", "to"], chart.rows.map(([name, ...of]) => [name, ...of.map(score)])]);
 }
 
 function drawCharts(data) {

@@ -15,9 +15,9 @@ function differencesTable(data) {
   };
   const said = (row, letter, name) => completion(row, `${letter}, ${name}`, ...row.said[name]);
   const completion = (row, label, em, f1, response) => element("td", { class: "said", role: "cell", "data-label": label },
-    element("span", { class: `badge ${em ? "good" : "bad"}` }, em ? "right" : "wrong"), " ", element("small", {}, `F1 ${number(100 * f1)}`), "\n", marked(response, row.answers, []));
+    element("span", { class: `badge ${em ? "good" : "bad"}` }, em ? "right" : "wrong"), " ", element("small", {}, `F1 ${score(100 * f1)}`), "\n", marked(response, row.answers, []));
   const pages = new Pages("differences", 10, (page) => byId("differences-table").replaceChildren(
-    page.length ? element("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": "Questions with both completions" },
+    page.length ? element("div", { class: "scroll", role: "group", tabindex: 0, "aria-label": "Questions with both completions" },
       element("table", { class: "text", role: "table" },
         element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ["question", `A: ${a.value}`, `B: ${b.value}`].map((text) => element("th", { role: "columnheader", scope: "col" }, text)))),
         element("tbody", { role: "rowgroup" }, page.map((row) => element("tr", { role: "row" },

@@ -23,9 +23,9 @@ async function read(id) {
   return JSON.parse(await new Response(unpacked).text());
 }
 
-function dataTable(header, rows) {
+function dataTable(title, header, rows) {
   const cell = (tag, scope) => (text) => element(tag, { scope }, text === null || text === undefined ? "" : String(text));
-  return element("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": `Table: ${header.join(", ")}` },
+  return element("div", { class: "scroll", role: "group", tabindex: 0, "aria-label": `${title}, as a table` },
     element("table", {},
       element("thead", {}, element("tr", {}, header.map(cell("th", "col")))),
       element("tbody", {}, rows.map(([first, ...rest]) => element("tr", {}, cell("th", "row")(first), rest.map(cell("td")))))));

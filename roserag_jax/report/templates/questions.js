@@ -1,8 +1,9 @@
 "use strict";
-// The list of training questions, and the one that is looked at. `#pairs/OUTCOME` filters, `#question/ID` opens.
+// The list of training questions, and the one that is looked at. `#pairs/OUTCOME` filters, `#question/ID` opens, and
+// `#find/TEXT` opens the first that holds all words of a text.
 
 function questionList(data) {
-  const { rows, outcomes, kind } = data;
+  const { rows, total } = data;
   const title = (row) => row.question || row.id;
   const texts = rows.map((row) => searchable(row.id, row.question, ...row.answers,
     ...row.passages.map((passage) => `${passage.title || ""} ${passage.text}`), ...row.candidates.map((c) => `${c.rationale} ${c.answer}`)));
@@ -10,12 +11,13 @@ function questionList(data) {
   const [search, outcome, type] = ["search", "outcome", "type"].map((name) => byId(`pairs-${name}`));
   const names = (values) => [...new Set(values)].filter(Boolean).sort();
   const count = (name) => rows.filter((row) => row.outcome === name).length;
-  outcome.append(...Object.keys(outcomes).map((name) => element("option", { value: name }, `${name === "pair" ? "has a pair" : name} (${count(name)})`)));
+  outcome.append(...Object.keys(data.outcomes).map((name) => element("option", { value: name }, `${name === "pair" ? "has a pair" : name} (${count(name)})`)));
   type.append(...names(rows.map((row) => row.type)).map((name) => element("option", { value: name }, name)));
   type.parentElement.hidden = type.options.length < 3;
   let current = null, visible = [];
 
-  const badge = (row) => element("span", { class: `badge ${row.outcome === "pair" ? "good" : "bad"}` }, row.outcome === "pair" ? "pair" : `no pair: ${row.outcome}`);
+  const badge = (row) => element("span", { class: `badge ${{ pair: "good", none: "bad", waiting: "quiet" }[stateOf(row)]}` },
+    { pair: "pair", none: `no pair: ${row.outcome}`, waiting: `${row.outcome} yet` }[stateOf(row)]);
   const item = (i) => element("li", {}, element("a", { href: `#question/${encodeURIComponent(rows[i].id)}`, "aria-current": i === current ? "true" : null },
     title(rows[i]), element("small", {}, badge(rows[i]), rows[i].candidates.length ? ` ${rows[i].candidates.filter((c) => c.correct).length} of ${rows[i].candidates.length} correct` : "")));
   const pages = new Pages("pairs", 25, (page) => byId("pairs-list").replaceChildren(...page.map(item)));
@@ -23,38 +25,58 @@ function questionList(data) {
   function filter() {
     const has = searcher(search.value);
     visible = rows.map((_, i) => i).filter((i) => (!outcome.value || rows[i].outcome === outcome.value) && (!type.value || rows[i].type === type.value) && has(texts[i]));
-    byId("pairs-count").textContent = `${visible.length} of ${rows.length} questions`;
+    byId("pairs-count").textContent = visible.length
+      ? `${visible.length} of ${rows.length} questions`
+      : `None of the ${rows.length} questions here holds all these words${rows.length < total ? `; ${total - rows.length} of the run are not on this page` : ""}.`;
     pages.set(visible, current === null ? 0 : Math.floor(Math.max(0, visible.indexOf(current)) / pages.size));
+    if (!visible.length) byId("pairs-detail").replaceChildren();
+    else if (!visible.includes(current)) open(visible[0], false);
   }
 
   function open(i, focus) {
     current = i;
     const at = visible.indexOf(i);
     pages.go(at < 0 ? pages.at : Math.floor(at / pages.size));
-    byId("pairs-detail").replaceChildren(...questionDetail(rows[i], outcomes, kind, [visible[at - 1], visible[at + 1]].map((other) => (at < 0 || other === undefined ? null : rows[other].id))));
+    byId("pairs-detail").replaceChildren(...questionDetail(rows[i], data, [visible[at - 1], visible[at + 1]].map((other) => (at < 0 || other === undefined ? null : rows[other].id))));
     if (focus) byId("pairs-detail").focus({ preventScroll: true });
   }
 
+  function openAndShow(i) {
+    open(i, true);
+    const [detail, list] = [byId("pairs-detail"), byId("pairs-filters")];
+    (matchMedia("(max-width: 48rem)").matches ? detail : list).scrollIntoView();
+  }
+
+  function only(words, reason) {
+    [search.value, outcome.value, type.value] = [words, reason, ""];
+    current = null;
+    filter();
+  }
+
   function follow() {
-    const [what, ...rest] = decodeURIComponent(location.hash.slice(1)).split("/");
-    const name = rest.join("/");
+    const [what, ...rest] = location.hash.slice(1).split("/");
+    const name = decoded(rest.join("/"));
     if (what === "question" && numberOf.has(name)) {
-      const i = numberOf.get(name);
-      if (!visible.includes(i)) { search.value = outcome.value = type.value = ""; filter(); }
-      open(i, true);
-      const [detail, list] = [byId("pairs-detail"), byId("pairs-filters")];
-      (matchMedia("(max-width: 48rem)").matches ? detail : list).scrollIntoView();
+      if (!visible.includes(numberOf.get(name))) only("", "");
+      openAndShow(numberOf.get(name));
+    } else if (what === "find" && name) {
+      only(name, "");
+      if (visible.length) openAndShow(numberOf.get(name.trim()) ?? visible[0]);
+      else byId("pairs").scrollIntoView();
     } else if (what === "pairs" && name) {
-      [search.value, outcome.value, type.value] = ["", name, ""];
-      current = null;
-      filter();
-      if (visible.length) open(visible[0], false);
+      only("", name);
       byId("pairs").scrollIntoView();
     }
   }
 
   for (const control of [search, outcome, type]) control.addEventListener("input", filter);
   byId("pairs-filters").addEventListener("submit", (event) => event.preventDefault());
+  byId("find").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const hash = `#find/${encodeURIComponent(byId("find-text").value)}`;
+    if (location.hash === hash) follow();
+    else location.hash = hash;
+  });
   addEventListener("hashchange", follow);
   filter();
   if (rows.length) open(Math.max(0, rows.findIndex((row) => row.outcome === "pair")), false);
@@ -62,8 +84,27 @@ function questionList(data) {
 }
 
 const WHY = "Why there is no pair: ";
+const stateOf = (row) => (row.outcome === "pair" ? "pair" : row.outcome.startsWith("not ") ? "waiting" : "none");
 
-function questionDetail(row, outcomes, kind, [before, after]) {
+// A part of an address as text; as it stands where it is no encoded text.
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}
+
+// What the candidates answer, each answer once with how often, the most frequent first.
+function answersOf(candidates) {
+  const counts = new Map();
+  for (const answer of candidates.map((c) => c.answer.trim())) counts.set(answer, (counts.get(answer) || 0) + 1);
+  const sorted = [...counts].sort((a, b) => b[1] - a[1]);
+  const more = sorted.length > 4 ? `, and ${sorted.length - 4} others` : "";
+  return sorted.slice(0, 4).map(([answer, n]) => `\u201c${answer}\u201d${n > 1 ? ` (${n} times)` : ""}`).join(", ") + more;
+}
+
+function questionDetail(row, { outcomes, advice, kind }, [before, after]) {
   const right = row.candidates.filter((c) => c.correct).length;
   const bare = row.candidates.filter((c) => c.bare).length;
   const counts = row.candidates.length ? ` (${right} of ${row.candidates.length} candidates are correct${bare ? `, ${bare} of these may not be chosen` : ""})` : "";
@@ -82,7 +123,7 @@ function questionDetail(row, outcomes, kind, [before, after]) {
   const shown = row.candidates.map((c, i) => [order(c), i]).sort((a, b) => a[0] - b[0] || a[1] - b[1]).map(([, i]) => row.candidates[i]);
   const buttons = [];
   const candidates = shown.map((c) => {
-    const button = element("button", { type: "button", "aria-pressed": "false" }, c.cites.length ? `Underline the ${c.cites.length} words it cites` : "Cites no word of the passages");
+    const button = element("button", { type: "button", "aria-pressed": "false" }, c.cites.length ? `Show its ${c.cites.length} cited ${c.cites.length === 1 ? "word" : "words"} in the passages` : "Cites no word of the passages");
     button.disabled = !c.cites.length;
     button.addEventListener("click", () => {
       const on = button.getAttribute("aria-pressed") !== "true";
@@ -104,16 +145,21 @@ function questionDetail(row, outcomes, kind, [before, after]) {
   if (first >= 0) buttons[first].setAttribute("aria-pressed", "true");
   cite(first >= 0 ? shown[first].cites : []);
 
-  const confidence = kind === "mean" ? "log-probability per token on the plain prompt" : "log-probability on the plain prompt";
+  const confidence = `log-probability${kind === "mean" ? " per token" : ""} on the plain prompt, nearer to 0 is surer`;
+  const reasons = row.outcome === "pair" ? [] : [
+    row.held === undefined ? null : row.held ? "A passage shown holds a golden answer." : "No passage shown holds a golden answer.",
+    row.candidates.length && right < row.candidates.length ? `The candidates answer ${answersOf(row.candidates)}.` : null,
+    advice[row.outcome] ? `What to do: ${advice[row.outcome]}` : null,
+  ].filter(Boolean);
   return [
     element("p", { class: "pages" }, link(before, "Previous question"), link(after, "Next question")),
     element("h3", {}, row.question || row.id, " ", element("small", {}, row.type ? `${row.type}, ` : "", element("a", { href: `#question/${encodeURIComponent(row.id)}` }, row.id))),
     element("p", {}, element("strong", {}, row.answers.length > 1 ? "Golden answers: " : "Golden answer: "), row.answers.length ? row.answers.join(" | ") : "none known"),
-    element("p", { class: `why ${row.outcome === "pair" ? "has" : ""}` }, element("strong", {}, row.outcome === "pair" ? "Has a pair: " : WHY), `${outcomes[row.outcome]}${counts}.`),
+    element("p", { class: `why ${stateOf(row)}` }, element("strong", {}, row.outcome === "pair" ? "Has a pair: " : WHY), `${outcomes[row.outcome]}${counts}.`, reasons.length ? element("small", { class: "more" }, reasons.join(" ")) : null),
     dropped.length ? element("p", { class: "legend" }, `Also sampled, and no candidates: ${dropped.map(([reason, n]) => `${n} ${reason}`).join(", ")}.`) : null,
     row.candidates.length ? element("h4", {}, "Candidates ", element("small", {}, `confidence is the ${confidence}`)) : null,
     candidates,
-    row.passages.length ? element("h4", {}, "Passages as the prompt shows them ", element("small", {}, element("mark", {}, "words of the answer"), " ", element("span", { class: "cited" }, "words that the candidate cites"))) : null,
+    row.passages.length ? element("h4", {}, "Passages as the prompt shows them ", element("small", {}, element("mark", {}, "words of the answer"), " ", row.candidates.length ? element("span", { class: "cited" }, "words that the candidate cites") : null)) : null,
     passages,
   ].flat(Infinity).filter(Boolean);
 }
