@@ -243,15 +243,28 @@ def outlook(config, workdir: Workdir) -> str:
     stages.append(evaluation("base"))
     if not config.data.pairs and workdir.manifest(CANDIDATES) is None:
         stages.append(("generate", rows["train"], generate.rate_key(config, config.generate)))
-    stages = [*stages, evaluation("adapter")]
-    work = [f"{name} ({count} questions)" for name, count, _ in filter(None, stages)]
     if workdir.manifest(ADAPTER) is None:
-        work.insert(-1 if stages[-1] else len(work), "select and train")
-    if not work:
+        stages.append(("select and train", _most_steps(config, workdir, rows["train"]), rates.key(config, "train")))
+    stages = [*filter(None, [*stages, evaluation("adapter")])]
+    if not stages:
         return "To do: nothing, unless something is out of date."
-    known = [(name, count * each) for name, count, rate in filter(None, stages) if (each := rates.seconds_each(rate))]
-    takes = "; ".join(f"{name} {rates.about(seconds)}" for name, seconds in known)
-    return f"To do: {', '.join(work)}." + (f" By the rates of earlier runs on this machine: {takes}." if takes else "")
+    is_training = lambda name: name == "select and train"
+    work = [name if is_training(name) else f"{name} ({count} questions)" for name, count, _ in stages]
+    known = [(name, count * each) for name, count, rate in stages if count and (each := rates.seconds_each(rate))]
+    takes = [f"{name} {'at most ' * is_training(name)}{rates.about(seconds)}" for name, seconds in known]
+    if len(known) == len(stages) > 1:
+        takes.append(f"together {rates.about(sum(seconds for _, seconds in known))}")
+    return f"To do: {', '.join(work)}." + (
+        f" By the rates of earlier runs on this machine: {'; '.join(takes)}." if takes else ""
+    )
+
+
+def _most_steps(config, workdir: Workdir, questions: int) -> int:
+    """The steps of training if every question gets a pair, or of the pairs that there are; 0 if that says nothing."""
+    select, train, pairs = config.select, config.train, workdir.manifest(PAIRS)
+    if pairs is None and (config.data.pairs or select.strategy == "all"):
+        return 0
+    return train.epochs * -(-(pairs["rows"] if pairs else questions) // train.batch)
 
 
 def _report(workdir: str) -> str:

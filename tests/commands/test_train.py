@@ -1,5 +1,6 @@
 """`train` on a small random model: the whole path, what it writes, what it resumes from and what it refuses."""
 
+import errno
 import json
 
 import numpy as np
@@ -43,31 +44,35 @@ def test_train_writes_every_artifact_and_keeps_it_the_second_time(finished, caps
     train.run(finished)
     out = capsys.readouterr().out
     assert out.count("up to date: kept") == 10 and "To do: nothing, unless something is out of date." in out
-    for name in ("eval/adapter", "candidates.jsonl"):  # as if they were yet to come
+    for name in ("eval/adapter", "candidates.jsonl", "adapter"):  # as if they were yet to come
         (work / f"{name}.manifest.json" if "." in name else work / name / "manifest.json").rename(work / "aside")
         todo = train.outlook(finished, work)
-        of = {"eval/adapter": "evaluate adapter (5 questions)", "candidates.jsonl": "generate (6 questions)"}[name]
+        of = {"eval/adapter": "evaluate adapter (5 questions)", "candidates.jsonl": "generate (6 questions)"}
+        of = of.get(name, "select and train")
         assert f"To do: {of}. By the rates of earlier runs on this machine: " in todo and "about " in todo
         (work / "aside").rename(work / f"{name}.manifest.json" if "." in name else work / name / "manifest.json")
     assert before == {f: digest(work / f) for f in before}
 
 
 def test_train_whose_report_cannot_be_written_warns_and_ends_well(finished, capsys, monkeypatch):
-    """The adapter is published by then: a page that has no place, or a defect, is one line with what to do."""
+    """The adapter is published by then: a disk that is full, or a defect, is one line with what to do."""
     work, again = Workdir(finished.workdir), f"To try again: roserag report {finished.workdir}"
-    (work / "report.html").rename(work / "aside.html")
-    (work / "report.html").mkdir()
-    train.run(finished)
+    page_before = (work / "report.html").read_text()
+
+    def full_disk(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(page, "write_atomic", full_disk)
+        train.run(finished)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "report" in line]
-    why = f"{work / 'report.html'} is a folder; move it away, or name a file with --output."
+    why = f"OSError: [Errno 28] No space left on device: '{work / 'report.html'}'"
     assert line == f"Warning: no report was written ({why}). {again}"
-    (work / "report.html").rmdir()
     monkeypatch.setattr(page, "summary", lambda run: run.absent)
     train.run(finished)
     out = capsys.readouterr().out
     assert f"Warning: no report was written (AttributeError: 'Run' object has no attribute 'absent'). {again}" in out
-    assert not (work / "report.html").exists() and "Next: " in out
-    (work / "aside.html").rename(work / "report.html")
+    assert (work / "report.html").read_text() == page_before and "Next: " in out
 
 
 @pytest.mark.slow
