@@ -160,11 +160,15 @@ def stages(run: Run) -> Table | None:
         tokens = f"{sum(c['tokens'] for c in found):,} in {len(found):,} candidates"
         rows.append(["generate", f"{len(run.candidates):,} questions", _clock(seconds.get("generate")), tokens])
     if run.steps:
+        batch = run.config.train.batch
+        if run.has_adapter and run.pairs:  # the last batch of an epoch may be a small one
+            batch = min(batch, len(run.pairs) * run.config.train.epochs / len(run.steps))
         speeds = [(row.get("pairs_per_s"), row.get("tokens_per_s")) for row in run.steps]
-        known = [(run.config.train.batch / pairs, tokens) for pairs, tokens in speeds if pairs and tokens]
-        took = sum(time for time, _ in known)
+        known = [(batch / pairs, tokens) for pairs, tokens in speeds if pairs and tokens]
+        took = seconds.get("train") or sum(time for time, _ in known)
         tokens = sum(time * rate for time, rate in known)
-        rows.append(["train", f"{len(run.steps):,} steps", _clock(took), f"{tokens:,.0f} (prompts and responses)"])
+        work = f"about {tokens:,.0f}, of prompts and responses"
+        rows.append(["train", f"{len(run.steps):,} steps", _clock(took), work])
     for name, result in run.metrics.items():
         number = result["questions"]
         tokens = f"{number * result['prompt_tokens']:,.0f} in, {number * result['response_tokens']:,.0f} out"
