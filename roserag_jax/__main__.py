@@ -40,7 +40,8 @@ def listing() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {command:<{width}}  {_summary(command)}" for command in COMMANDS]
     usage = "Usage: roserag COMMAND [--config FILE] [--config.section.option=VALUE ...]"
-    return "\n".join([usage, "", *lines, "", "`roserag COMMAND --help` explains one, `--options` lists every option."])
+    more = "`roserag COMMAND --help` explains one, `roserag train --options` lists every option."
+    return "\n".join([usage, "", *lines, "", more])
 
 
 def main() -> None:

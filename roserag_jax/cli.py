@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import platform
+import re
 import sys
 import threading
 import traceback
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from roserag_jax import signals
 from roserag_jax.distributed.channel import LOST, ProcessLost
-from roserag_jax.errors import UserError, disk_error, first_line
+from roserag_jax.errors import UserError, causes, disk_error, first_line
 from roserag_jax.options import defaults, describe, validate, walk
 from roserag_jax.user_cache import user_cache
 from roserag_jax.workdir import naming, to_json
@@ -38,7 +39,7 @@ def get_config() -> ConfigDict:
 
 def _flag_error(error: Exception) -> str:
     """What was meant, for an option that does not exist or a value that does not fit."""
-    text = str(error).strip('"').splitlines()[0]
+    text = first_line(error).strip('"')
     names = [name for name, _ in walk()]
     for file in _config_files():
         if not os.path.isfile(file):
@@ -53,6 +54,30 @@ def _flag_error(error: Exception) -> str:
             hint = f"; did you mean config.{near[0]}?" if near else ""
             return f"There is no option config.{given}{hint} (--options lists them all)"
     return text
+
+
+def _config_file_error(error: BaseException) -> str | None:
+    """What is wrong in a configuration file, which is code of the user's, and where; None for an error of another."""
+    for file in _config_files():
+        if "has no attribute 'get_config'" in str(error):
+            return f"{file} has no function get_config(); see those in configs/."
+        is_file = lambda name: name is not None and os.path.abspath(name) == os.path.abspath(file)
+        for cause in causes(error):
+            if isinstance(cause, SyntaxError) and is_file(cause.filename):
+                return f"{file}, line {cause.lineno}: {cause.msg}."
+            lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if is_file(frame.filename)]
+            if lines:
+                return f"{file}, line {lines[-1]}: {_unknown_option(cause) or f'{type(cause).__name__}: {cause}'}."
+    return None
+
+
+def _unknown_option(error: BaseException) -> str | None:
+    """A sentence for an option that a configuration lacks; None for any other error."""
+    unknown, near = (
+        re.search(pattern, str(error)) for pattern in (r'Key "(.*?)" does not exist', r'Did you mean "(.*?)"')
+    )
+    hint = f"; did you mean {near.group(1)}?" if near else ""
+    return f"there is no option {unknown.group(1)} in this section{hint} (--options lists them all)" if unknown else None
 
 
 def _config_files() -> list[str]:
@@ -84,10 +109,14 @@ def _parse_flags() -> tuple[list[str], ConfigDict]:
         # Its default is a file, and so is read here; another one is read when its flag is.
         config_flags.DEFINE_config_file("config", __file__, "the configuration file; --config.a.b=value sets an option")
         arguments, config = flags.FLAGS(sys.argv), flags.FLAGS.config
-        if {name for name, _ in defaults().items()} - set(config):
-            raise ValueError("a configuration file's get_config() must start from roserag_jax.options.defaults()")
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-        raise UserError(_flag_error(error)) from error
+        if not isinstance(config, ConfigDict) or {name for name, _ in defaults().items()} - set(config):
+            raise ValueError("a configuration file's get_config() must return roserag_jax.options.defaults(), changed")
+    except Exception as error:
+        if why := _config_file_error(error):
+            raise UserError(why) from error
+        if isinstance(error, flags.Error | AttributeError | KeyError | TypeError | ValueError | OSError | ImportError):
+            raise UserError(_flag_error(error)) from error
+        raise
     return arguments, config
 
 

@@ -49,7 +49,7 @@ _REFUSALS = {
 _QUOTED_PATH = re.compile(r"""["'](/[^"'\n]+)["']""")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error, what it was raised from or while handling, and the members of groups."""
     seen, pending = set(), [error]
     while pending:
@@ -68,7 +68,7 @@ def disk_error(error: BaseException | None, place: str = "") -> str | None:
     Args:
       place: what is named where the file is not.
     """
-    for cause in _causes(error):
+    for cause in causes(error):
         for code, advice in _REFUSALS.items():
             said = (
                 cause.errno == code if isinstance(cause, OSError) else os.strerror(code).lower() in str(cause).lower()

@@ -51,6 +51,10 @@ _CLAIMS = (
 )
 
 
+# There are names for few more in a split; a larger world has more works alone.
+_MOST_REGIONS, _MOST_TOWNS, _MOST_INSTITUTIONS, _MOST_PEOPLE = 1000, 4000, 20_000, 30_000
+
+
 @dataclasses.dataclass(eq=False)
 class _Entity:
     """A name, its attributes, and the passage that states them."""
@@ -72,17 +76,18 @@ class _World:
     def __init__(self, rng: random.Random, split: str, size: int):
         self.rng, self.split, self.taken = rng, split, set()
         compass = ("Upper", "Lower", "Inner", "Outer")
-        regions = [self._name(lambda: f"{rng.choice(compass)} {self._word(_TAILS)}") for _ in range(size // 8 + 3)]
+        region = lambda: self._name(lambda: f"{rng.choice(compass)} {self._word(_TAILS)}")
+        regions = [region() for _ in range(min(size // 8 + 3, _MOST_REGIONS))]
         self.towns, self.people, self.institutions, self.works = [], [], [], []
-        for _ in range(size // 2 + 6):
+        for _ in range(min(size // 2 + 6, _MOST_TOWNS)):
             facts = {"region": rng.choice(regions), "inhabitants": rng.randrange(1200, 98000, 100)}
             facts["river"] = rng.choice(_HEADS) + " Water"
             self.towns.append(_Entity(self._name(self._place), "town", facts))
-        for _ in range(size // 2 + 6):
+        for _ in range(min(size // 2 + 6, _MOST_INSTITUTIONS)):
             facts = {"town": rng.choice(self.towns), "year": rng.randrange(1640, 1930), "founder": None}
             name = self._name(lambda: f"{self._place()} {rng.choice(_KINDS)}")
             self.institutions.append(_Entity(name, "institution", facts))
-        for _ in range(size + 8):
+        for _ in range(min(size + 8, _MOST_PEOPLE)):
             facts = {"birthplace": rng.choice(self.towns), "year": rng.randrange(1700, 1960), "job": rng.choice(_JOBS)}
             facts["institution"] = rng.choice(self.institutions)
             self.people.append(

@@ -1,6 +1,7 @@
 """What every command shares: help, one line for bad input, a full disk, streams and folders that are missing."""
 
 import errno
+import functools
 import logging
 import os
 import subprocess
@@ -11,11 +12,12 @@ import pytest
 from conftest import run_command
 
 from roserag_jax import __main__, cli, options, retrieve
-from roserag_jax.errors import disk_error
+from roserag_jax.errors import UserError, disk_error
 from roserag_jax.user_cache import user_cache
 from roserag_jax.workdir import Workdir, digest
 
 ROOT = Path(__file__).parents[2]
+DEFINE_CONFIG_FILE = cli.config_flags.DEFINE_config_file
 
 
 def run(*arguments, **environment):
@@ -57,6 +59,35 @@ def test_cli_bad_input_is_one_message(config_of, tmp_path, questions):
 def test_cli_flags_that_do_not_parse_are_one_message(arguments, expected):
     done = run("-m", "roserag_jax.retrieve", "--config.model=m", *arguments)
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("config.model = modle", "line 4: NameError: name 'modle' is not defined."),
+        ("config.train.epoch = 3", "line 4: there is no option epoch in this section; did you mean epochs?"),
+        ("config.train.epochs = 'a'", "line 4: TypeError: Could not override field 'epochs'"),
+        ("config.model = = 'm'", "line 4: invalid syntax."),
+        ("raise ValueError", "line 4: ValueError: ."),
+        ("config = None", "must return roserag_jax.options.defaults(), changed"),
+    ],
+)
+def test_cli_configuration_file_that_fails_is_named_with_its_line(line, expected, tmp_path, monkeypatch, capsys):
+    """The file is code of the user's: whatever it raises is no defect of ours."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"from roserag_jax import options\ndef get_config():\n    config = options.defaults()\n    {line}\n")
+    with file.open("a") as more:
+        more.write("    return config\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["retrieve", "--config", "mine.py"])
+    monkeypatch.setattr(cli.flags, "FLAGS", cli.flags.FlagValues())
+    monkeypatch.setattr(
+        cli.config_flags, "DEFINE_config_file", functools.partial(DEFINE_CONFIG_FILE, flag_values=cli.flags.FLAGS)
+    )
+    with pytest.raises(UserError) as raised:
+        cli._parse_flags()
+    assert expected in str(raised.value)
+    assert str(raised.value).startswith("mine.py, line 4: ") or line == "config = None"
 
 
 def test_cli_help_and_options():

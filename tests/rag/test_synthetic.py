@@ -33,6 +33,14 @@ def test_synthetic_splits_share_no_entity():
     assert len(train) > 500 and not train & held_out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("split", synthetic.SPLITS)
+def test_synthetic_worlds_do_not_run_out_of_names(split):
+    """Of towns and regions there are few names; a large world asks about more works, and ends."""
+    rows = list(synthetic.generate(12_000, split))
+    assert len({row["question"] for row in rows}) == 12_000
+
+
 def test_synthetic_distractors_share_an_entity_and_gold_can_miss():
     names = lambda c: set(re.findall(r"(?:[A-Z][a-z]+ )*[A-Z][a-z]+", f"{c['title']}. {c['text']}")) - {"The", "It"}
     for row in synthetic.generate(120, "eval", passages=5):
