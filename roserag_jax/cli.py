@@ -61,11 +61,10 @@ def _config_file_error(error: BaseException) -> str | None:
     for file in _config_files():
         if "has no attribute 'get_config'" in str(error):
             return f"{file} has no function get_config(); see those in configs/."
-        is_file = lambda name: name is not None and os.path.abspath(name) == os.path.abspath(file)
         for cause in causes(error):
-            if isinstance(cause, SyntaxError) and is_file(cause.filename):
-                return f"{file}, line {cause.lineno}: {cause.msg}."
-            lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__) if is_file(frame.filename)]
+            places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(cause.__traceback__)]
+            places += [(cause.filename or "", cause.lineno)] if isinstance(cause, SyntaxError) else []
+            lines = [line for name, line in places if os.path.abspath(name) == os.path.abspath(file)]
             if lines:
                 return f"{file}, line {lines[-1]}: {_unknown_option(cause) or f'{type(cause).__name__}: {cause}'}."
     return None
@@ -73,11 +72,12 @@ def _config_file_error(error: BaseException) -> str | None:
 
 def _unknown_option(error: BaseException) -> str | None:
     """A sentence for an option that a configuration lacks; None for any other error."""
-    unknown, near = (
-        re.search(pattern, str(error)) for pattern in (r'Key "(.*?)" does not exist', r'Did you mean "(.*?)"')
-    )
+    found = re.search(r'Key "(.*?)" does not exist', str(error))
+    if found is None:
+        return None
+    near = re.search(r'Did you mean "(.*?)"', str(error))
     hint = f"; did you mean {near.group(1)}?" if near else ""
-    return f"there is no option {unknown.group(1)} in this section{hint} (--options lists them all)" if unknown else None
+    return f"there is no option {found.group(1)} in this section{hint} (--options lists them all)"
 
 
 def _config_files() -> list[str]:

@@ -8,6 +8,7 @@ five passages and three random ones, each with `metrics.json`, `predictions.json
 `examples.jsonl` (prompt, completion and scores of each question).
 """
 
+import contextlib
 import json
 import re
 import statistics
@@ -28,7 +29,7 @@ from roserag_jax.inputs import corpus_recipe
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, metrics, questions
 from roserag_jax.rag.chat import opens_thoughts
-from roserag_jax.rag.noise import Noise
+from roserag_jax.rag.noise import Noise, parse
 from roserag_jax.rag.prompts import BUILDERS, Prompt, PromptBuilder, estimate_lengths
 from roserag_jax.report.comparison import summary
 from roserag_jax.retrieval.bm25 import BM25
@@ -36,8 +37,13 @@ from roserag_jax.retrieval.indexing import open_index
 from roserag_jax.session import Session, adapter_digest, adapter_folder, checked_adapter
 from roserag_jax.workdir import RETRIEVED, PartialResults, Recipe, RowFile, Workdir, resolve_path, to_json, to_jsonl
 
-# What follows a system's name in that of an evaluation; see `artifact`.
-_ENDS_LIKE_AN_EVALUATION = re.compile(r"-(k\d+|none|no_gold|shuffled|(random|same_topic|counterfactual)\d+)$")
+
+def _ends_like_an_evaluation(name: str) -> bool:
+    """Whether a name ends as that of an evaluation with other passages or noise; see `artifact`."""
+    _, dash, end = name.lower().rpartition("-")
+    with contextlib.suppress(ValueError):  # no noise is called so
+        return bool(dash and (re.fullmatch(r"k\d+", end) or parse(end)))
+    return False
 
 
 def systems(config) -> dict[str, epath.Path | None]:
@@ -51,7 +57,7 @@ def systems(config) -> dict[str, epath.Path | None]:
         name = folder.parent.name if folder.name == "adapter" else folder.name
         name = re.sub(r"[^\w-]+", "_", name) or "root"
         taken = {other.lower() for other in (*found, "closed_book", "base", "adapter")}  # some file systems ignore case
-        if name.lower() in taken or _ENDS_LIKE_AN_EVALUATION.search(name):
+        if name.lower() in taken or _ends_like_an_evaluation(name):
             why = "is taken" if name.lower() in taken else "is how an evaluation with other passages or noise is called"
             raise UserError(f"config.evaluate.adapters: {folder} would be called {name!r}, which {why}; rename it.")
         found[name] = checked_adapter(folder)

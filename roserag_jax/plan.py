@@ -14,6 +14,7 @@ itself, so decoding is planned for the devices of one host.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -291,6 +292,8 @@ def run(config) -> None:
         raise UserError("--topology is needed, as in --topology=v5e:2x4.")
     if unknown := set(_PROGRAMS.value) - {"prefill", "decode", "score", "train"}:
         raise UserError(f"--programs: {sorted(unknown)} unknown; known: prefill, decode, score, train.")
+    if _ROWS.value and not os.path.isdir(os.path.dirname(_ROWS.value) or "."):
+        raise UserError(f"--rows={_ROWS.value}: there is no folder {os.path.dirname(_ROWS.value)}.")
     jax.config.update("jax_platforms", "cpu")  # a chip that is there is not needed
     jax.config.update("jax_enable_compilation_cache", False)  # its time is part of the answer
     found = hardware.topology(_TOPOLOGY.value, _SLICES.value)

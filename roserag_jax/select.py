@@ -40,6 +40,7 @@ def recipe(session: Session, workdir: Workdir) -> Recipe:
     if config.data.pairs:
         names = [
             "data.pairs",
+            "data.train_rows",
             "prompt.template_arguments",
             *Session.model_options,
         ]  # the chat template is the tokenizer's
@@ -104,7 +105,9 @@ def _make(session: Session, workdir: Workdir) -> None:
     if workdir.is_up_to_date(PAIRS, wanted):
         return
     if config.data.pairs:
-        rows = pairs.read_pairs(config.data.pairs, session.tokenizer, config.prompt.template_arguments)
+        rows = pairs.read_pairs(
+            config.data.pairs, session.tokenizer, config.prompt.template_arguments, config.data.train_rows
+        )
         workdir.publish(PAIRS, wanted, to_jsonl(rows), len(rows))
         print(f"{PAIRS}: {len(rows)} ready-made pairs\n{selection.lengths(rows)}")
         return

@@ -99,13 +99,19 @@ def write_atomic(path: epath.Path, content: str | bytes | Iterable[str | bytes])
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.tmp"
-    with naming(path):
-        try:
-            _write(temporary, pieces)
-        except BaseException:
-            temporary.unlink(missing_ok=True)  # it takes space on a disk that may be full
-            raise
+    with naming(path), _given_up_on_failure(temporary):
+        _write(temporary, pieces)
         temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _given_up_on_failure(temporary: epath.Path) -> Iterator[None]:
+    """Delete a file that could not be finished: it takes space on a disk that may be full."""
+    try:
+        yield
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _write(path: epath.Path, pieces: Iterable[str | bytes]) -> None:
@@ -319,12 +325,13 @@ class Workdir:
         path.parent.mkdir(parents=True, exist_ok=True)
         # In a bucket a file is seen when it is whole.
         temporary = path if is_remote(path) else path.parent / f".{path.name}.tmp"
-        with naming(path), temporary.open("w") as file:
-            for row in rows:
-                file.write(to_json(row))
-                count += 1
-        if temporary != path:
-            temporary.replace(path)
+        with naming(path), _given_up_on_failure(temporary):
+            with temporary.open("w") as file:
+                for row in rows:
+                    file.write(to_json(row))
+                    count += 1
+            if temporary != path:
+                temporary.replace(path)
         self._describe(name, recipe, (), count)
         return count
 

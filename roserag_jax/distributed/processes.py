@@ -347,10 +347,10 @@ def _end(end: End) -> None:
 
 def _write_stacks() -> str:
     """Write the stacks of all threads to a file; returns its path."""
-    path = os.path.join(tempfile.gettempdir(), f"roserag_jax-stacks-{os.getpid()}.txt")
-    with open(path, "w") as file:
+    # Under a name that nobody knows before: in a folder of all users, a link may stand where one is expected.
+    with tempfile.NamedTemporaryFile("w", prefix="roserag_jax-stacks-", suffix=".txt", delete=False) as file:
         faulthandler.dump_traceback(file, all_threads=True)
-    return path
+    return file.name
 
 
 def gather_to_host(tree):

@@ -17,8 +17,12 @@ DATA = {
     "format": Option("auto", "layout of both files; auto detects it from the first row", ("auto", *READERS)),
     "language": Option("", "language of the questions, for evaluate.metric: 'de', 'zh' (MLQA) or 'zh_cn' (MKQA), ..."),
     "pairs": Option("", "ready-made pairs, TRL's {prompt, chosen, rejected}, to train on instead of generated ones"),
-    "train_rows": Option(0, "number of training rows to use, from the first; 0 is all (synthetic: 200)", at_least=0),
-    "eval_rows": Option(0, "number of held-out rows to use, from the first; 0 is all (synthetic: 100)", at_least=0),
+    "train_rows": Option(
+        0, "number of training questions or pairs to use, from the first; 0 is all (synthetic: 200)", at_least=0
+    ),
+    "eval_rows": Option(
+        0, "number of held-out questions to use, from the first; 0 is all (synthetic: 100)", at_least=0
+    ),
     "synthetic_seed": Option(0, "seed of the synthetic world and its questions", at_least=0),
     "synthetic_passages": Option(5, "number of passages of a synthetic question", at_least=2),
     "synthetic_missing_gold": Option(

@@ -9,7 +9,7 @@ from roserag_jax.rag.files import open_rows
 from roserag_jax.rag.layouts import as_text
 
 
-def read_pairs(path: str, tokenizer, template_arguments: Mapping | None = None) -> list[dict]:
+def read_pairs(path: str, tokenizer, template_arguments: Mapping | None = None, most: int = 0) -> list[dict]:
     """Read ready-made pairs `{id, prompt, chosen, rejected, plain_text?}` of a TRL preference file, as text.
 
     Rows are text or conversational, with a prompt or with it at the beginning of both responses (also where a text
@@ -18,6 +18,9 @@ def read_pairs(path: str, tokenizer, template_arguments: Mapping | None = None) 
     `pairs.jsonl`. Other text prompts are marked as `plain_text` where the tokenizer has a chat template, so that they
     get the special tokens (BOS) that the template writes into conversations.
 
+    Args:
+      most: how many pairs are read, from the first; 0 is all.
+
     Raises:
       UserError: a row is not a pair, or no row can be used; it is named.
     """
@@ -25,6 +28,8 @@ def read_pairs(path: str, tokenizer, template_arguments: Mapping | None = None) 
 
     pairs, skipped = [], collections.Counter()
     for number, (where, row) in enumerate(open_rows(path), 1):
+        if most and len(pairs) == most:
+            break
         try:
             prompt, chosen, rejected = _pair(row, tokenizer, template_arguments)
             name = as_text(row.get("id", number))

@@ -6,7 +6,7 @@ import numpy as np
 from etils import epath
 
 from roserag_jax.distributed import processes
-from roserag_jax.workdir import Workdir, is_remote, to_jsonl, write_atomic
+from roserag_jax.workdir import Workdir, append, is_remote, to_jsonl, write_atomic
 
 
 def read_rows(path: epath.Path) -> tuple[list[dict], int]:
@@ -113,8 +113,7 @@ class TrainingLog:
             return
         if not is_remote(self.paths[0]):
             for path in self.paths:
-                with path.open("a") as file:
-                    file.write(to_jsonl([row]))
+                append(path, to_jsonl([row]))
         numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, float)}
         for name, value in numbers.items():
             self.events.add_scalar(f"train/{name}", value, row["step"])

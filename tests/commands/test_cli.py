@@ -67,7 +67,7 @@ def test_cli_flags_that_do_not_parse_are_one_message(arguments, expected):
         ("config.model = modle", "line 4: NameError: name 'modle' is not defined."),
         ("config.train.epoch = 3", "line 4: there is no option epoch in this section; did you mean epochs?"),
         ("config.train.epochs = 'a'", "line 4: TypeError: Could not override field 'epochs'"),
-        ("config.model = = 'm'", "line 4: invalid syntax."),
+        ("config.model = = 'm'", "line 4: SyntaxError: invalid syntax"),
         ("raise ValueError", "line 4: ValueError: ."),
         ("config = None", "must return roserag_jax.options.defaults(), changed"),
     ],
@@ -75,7 +75,9 @@ def test_cli_flags_that_do_not_parse_are_one_message(arguments, expected):
 def test_cli_configuration_file_that_fails_is_named_with_its_line(line, expected, tmp_path, monkeypatch, capsys):
     """The file is code of the user's: whatever it raises is no defect of ours."""
     file = tmp_path / "mine.py"
-    file.write_text(f"from roserag_jax import options\ndef get_config():\n    config = options.defaults()\n    {line}\n")
+    file.write_text(
+        f"from roserag_jax import options\ndef get_config():\n    config = options.defaults()\n    {line}\n"
+    )
     with file.open("a") as more:
         more.write("    return config\n")
     monkeypatch.chdir(tmp_path)

@@ -67,7 +67,7 @@ def test_evaluate_compares_systems_side_by_side(finished, config_of, tmp_path, c
     config.evaluate.adapters = (str(tmp_path / "base"),)
     with pytest.raises(UserError, match="would be called 'base', which is taken"):
         evaluate.run(config)
-    for name in ("base-k5", "x-random3", "base-shuffled"):
+    for name in ("base-k5", "x-random3", "base-shuffled", "base-weak", "x-typos10", "x-swapped2", "X-Truncated50"):
         config.evaluate.adapters = (str(tmp_path / name),)
         with pytest.raises(UserError, match=f"would be called '{name}', which is how an evaluation with other"):
             evaluate.run(config)

@@ -86,5 +86,6 @@ def test_equal_conversations_are_left_out(tmp_path, capsys):
     rows = [{"chosen": both, "rejected": both}, TALK, {"id": None, **TALK}]
     assert [p["id"] for p in pairs.read_pairs(write_lines(tmp_path / "p.jsonl", *rows), tokenizer)] == ["2", "3"]
     assert "2 pairs; left out 1 for two equal responses" in capsys.readouterr().out
+    assert [p["id"] for p in pairs.read_pairs(str(tmp_path / "p.jsonl"), tokenizer, most=1)] == ["2"]
     with pytest.raises(UserError, match=r"line 1: .*no 'chosen'"):  # as pandas writes an empty cell
         pairs.read_pairs(write_lines(tmp_path / "p.jsonl", {**TEXT, "chosen": float("nan")}), tokenizer)
