@@ -87,13 +87,13 @@ def _serve(config, port: int) -> None:
         raise UserError(f"--serve needs the extra 'serve': pip install 'roserag_jax[serve]' ({error.name}).") from error
     signals.set_consequence(signals.SERVER_ENDED)
     with cli.messages_on_stderr() as stdout:
-        listening = server.listen(config.serve.host, port)
+        key, listening = server.api_key(), server.listen(config.serve.host, port)
         has_passages = config.retrieve.corpus or config.index or not searches_corpus(config.retrieve)
         retriever = open_retriever(config) if config.prompt.passages and has_passages else None
         session, adapter = Session(config), find_adapter(config, Workdir(config.workdir))
         engines = {"base": session.engine()} | ({"adapter": session.engine(adapter)} if adapter else {})
         models = Models(config, session.tokenizer, engines, retriever)
-        with server.Server(models, listening, names=tuple(config.serve.names)) as running:
+        with server.Server(models, listening, names=tuple(config.serve.names), key=key) as running:
             models.warm_up()
             print(f"Serving {', '.join(models.by_name)} on {server.url_of(listening)}", file=stdout, flush=True)
             running.wait()

@@ -7,6 +7,7 @@ Without `return_scores` the documents stand there alone.
 """
 
 import json
+import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -17,6 +18,7 @@ from roserag_jax.retrieval.cache import context_of
 from roserag_jax.retrieval.remote import REQUESTS, in_batches
 
 TIMEOUT, RETRIES = 120, 5
+IDLE_SECONDS = 60  # in which a client must send something
 MAX_REQUEST, MAX_QUERIES, MAX_TOPK = 16 << 20, 10_000, 1000
 
 
@@ -78,8 +80,11 @@ def serve(search: Callable[[list[str], int], list[list[dict]]], port: int, host:
       topk: passages of a request that names no number.
     """
 
+    searching = threading.Lock()  # a retriever is not made for several threads at once
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        timeout = IDLE_SECONDS
 
         def do_POST(self) -> None:
             if self.path.rstrip("/") != "/retrieve":
@@ -94,7 +99,8 @@ def serve(search: Callable[[list[str], int], list[list[dict]]], port: int, host:
                 self.close_connection = True
                 self._reply(400, {"error": first_line(error)})
                 return
-            found = search(queries, k)
+            with searching:
+                found = search(queries, k)
             self._reply(200, {"result": [[_entry(c, scores) for c in contexts] for contexts in found]})
 
         def _reply(self, status: int, answer: dict) -> None:

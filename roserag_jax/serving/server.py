@@ -34,6 +34,18 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--serve {port}: cannot listen on {host} port {port} ({why}); name another.") from error
 
 
+def api_key() -> str | None:
+    """The key that requests must bring, None where the environment has none.
+
+    Raises:
+      UserError: it is empty, as of a variable that was never set: the server would be open to everybody.
+    """
+    key = os.environ.get(API_KEY)
+    if key is not None and not key.strip():
+        raise UserError(f"{API_KEY} is empty: set it to the key, or unset it to ask for none.")
+    return key and key.strip()  # a file that it was read from may end in a line feed
+
+
 def url_of(listening: socket.socket) -> str:
     """Where a browser finds what listens on a socket."""
     host, port = listening.getsockname()[:2]
@@ -81,10 +93,13 @@ class Server:
 
     Args:
       listening: the socket, from `listen`.
+      names, key: host names by which it may be asked, and the API key of its requests, as `make_app` takes them.
     """
 
-    def __init__(self, models: Models, listening: socket.socket, *, names: tuple[str, ...] = ()):
-        app = make_app(models, names=names, api_key=os.environ.get(API_KEY))
+    def __init__(
+        self, models: Models, listening: socket.socket, *, names: tuple[str, ...] = (), key: str | None = None
+    ):
+        app = make_app(models, names=names, api_key=key)
         # It reports every connection that breaks; what we do wrong is printed by the application.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         config = uvicorn.Config(

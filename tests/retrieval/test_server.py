@@ -3,9 +3,12 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -50,6 +53,32 @@ def test_server_finds_what_the_index_finds(index, running, monkeypatch):
     queries = [f"moss {i} or kelp?" for i in range(30)] + ["nothing"]
     assert server.Server(url).search(queries, 3) == index.search(queries, 3)
     assert server.Server(f"{url}/retrieve").search(["moss 7"], 1)[0][0]["title"] == "T7"
+
+
+def test_serve_searches_for_one_request_at_a_time(running):
+    """An encoder's tokenizer is not made for several threads."""
+    inside, most = [], []
+
+    def search(queries, k):
+        inside.append(queries)
+        time.sleep(0.02)
+        most.append(len(inside))
+        inside.pop()
+        return [[{"title": "", "text": query}] for query in queries]
+
+    client = server.Server(running(server.serve(search, 0, "127.0.0.1")))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: client.search([f"moss {i}"], 1)[0][0]["text"], range(8)))
+    assert found == [f"moss {i}" for i in range(8)] and most == [1] * 8
+
+
+def test_serve_closes_a_connection_that_sends_nothing(running, monkeypatch):
+    monkeypatch.setattr(server, "IDLE_SECONDS", 0.2)
+    made = server.serve(lambda queries, k: [], 0, "127.0.0.1")
+    running(made)
+    with socket.create_connection(made.server_address, timeout=10) as connection:
+        connection.sendall(b"POST /retrieve HTTP/1.1\r\nContent-Length: 10\r\n\r\n")
+        assert connection.recv(1000) == b""
 
 
 def test_serve_speaks_search_r1s_protocol(index, running):

@@ -279,6 +279,19 @@ def test_api_key_is_asked_for_below_v1_alone(served):
     assert client.post(COMPLETIONS, json=body()).status_code == 401
 
 
+def test_api_key_that_is_empty_is_refused(monkeypatch):
+    """Of a variable that was never set; the server would be open to everybody."""
+    for value, expected in (("secret", "secret"), ("secret\n", "secret")):
+        monkeypatch.setenv("ROSERAG_API_KEY", value)
+        assert server.api_key() == expected
+    for value in ("", " \n"):
+        monkeypatch.setenv("ROSERAG_API_KEY", value)
+        with pytest.raises(UserError, match="ROSERAG_API_KEY is empty"):
+            server.api_key()
+    monkeypatch.delenv("ROSERAG_API_KEY")
+    assert server.api_key() is None
+
+
 def test_nothing_but_the_pages_own_files_can_be_read(client):
     page = client.get("/")
     assert "default-src 'none'" in page.headers["content-security-policy"] and "<script src" in page.text
