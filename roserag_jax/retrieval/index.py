@@ -23,20 +23,22 @@ MANIFEST, NUMBERS = "manifest.json", "numbers.npy"
 LOCK, BUILDING = ".lock", ".building.json"  # the latter is there from the start of an update to its end
 
 
-def read_manifest(folder: Path, fields: tuple[str, ...] = _FIELDS, what: str = "index") -> dict | None:
-    """The manifest of an index, or with their own `fields` that of vectors; None where there is none.
+def read_manifest(
+    folder: Path, fields: tuple[str, ...] = _FIELDS, what: str = "index", name: str = MANIFEST
+) -> dict | None:
+    """The manifest of an index, or with their own `fields` that of vectors or of a build; None where there is none.
 
     Raises:
       UserError: it is damaged.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        return {name: manifest[name] for name in fields}
+        manifest = json.loads((folder / name).read_bytes())
+        return {field: manifest[field] for field in fields}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise UserError(
-            f"{folder / MANIFEST} is damaged ({first_line(error)}): delete the folder to have the {what} built anew."
+            f"{folder / name} is damaged ({first_line(error)}): delete the folder to have the {what} built anew."
         ) from error
 
 

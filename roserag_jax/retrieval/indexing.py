@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from roserag_jax.errors import UserError, first_line
 from roserag_jax.hub import model_files
@@ -39,6 +40,7 @@ from roserag_jax.retrieval.index import (
     read_manifest,
 )
 from roserag_jax.user_cache import user_cache
+from roserag_jax.workdir import write_atomic
 
 COMMIT_SECONDS = 30  # of work that a stopped build repeats
 WRITER_BYTES = 512 << 20
@@ -165,8 +167,8 @@ def _update(folder: Path, corpus: Corpus, verify: bool) -> None:
 
 def _verified(folder: Path, corpus: Corpus, verify: bool) -> dict | None:
     """The manifest of an index that can be updated; an index of another version or chunking is deleted first."""
-    manifest, building, recipe = read_manifest(folder), folder / BUILDING, _recipe(corpus)
-    before = manifest or (json.loads(building.read_bytes()) if building.exists() else None)
+    manifest, recipe = read_manifest(folder), _recipe(corpus)
+    before = manifest or _read_building(folder)
     if before is None:
         return None
     if before["corpus"] != recipe["corpus"] and os.path.exists(before["corpus"]):  # not the same, moved
@@ -187,6 +189,11 @@ def _verified(folder: Path, corpus: Corpus, verify: bool) -> dict | None:
     return manifest
 
 
+def _read_building(folder: Path) -> dict | None:
+    """What an index that is being built is made from; None where none is."""
+    return read_manifest(folder, ("version", "chunking", "corpus", "next"), name=BUILDING)
+
+
 def _recipe(corpus: Corpus) -> dict:
     """What an index is made from, as its manifest has it."""
     path = corpus.path if corpus.local is None else os.path.abspath(corpus.local)
@@ -199,10 +206,8 @@ def _begin(folder: Path, corpus: Corpus, manifest: dict | None) -> int:
     Returns:
       The first number that no passage ever had, as far as is known: the vectors of a passage go by its number.
     """
-    building = folder / BUILDING
-    before = manifest or (json.loads(building.read_bytes()) if building.exists() else {})
-    first = before.get("next", 0)
-    building.write_text(json.dumps(_recipe(corpus) | {"next": first}))
+    first = (manifest or _read_building(folder) or {"next": 0})["next"]
+    write_atomic(epath.Path(folder / BUILDING), json.dumps(_recipe(corpus) | {"next": first}))
     (folder / MANIFEST).unlink(missing_ok=True)
     return first
 
@@ -219,9 +224,7 @@ def _write_manifest(folder: Path, corpus: Corpus, signature: str, content: str, 
         "next": following,
         "files": {name: [(folder / name).stat().st_size, _digest(folder / name)] for name in names},
     }
-    temporary = folder / f".{MANIFEST}"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    temporary.replace(folder / MANIFEST)
+    write_atomic(epath.Path(folder / MANIFEST), json.dumps(manifest, indent=1))
     (folder / BUILDING).unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
@@ -20,6 +21,7 @@ from roserag_jax.retrieval import codec
 from roserag_jax.retrieval.index import MANIFEST, Index, check_sizes, read_manifest
 from roserag_jax.retrieval.indexing import locked, writing
 from roserag_jax.retrieval.vectors import Shard, TextVectors, open_shards
+from roserag_jax.workdir import write_atomic
 
 VERSION = 1
 SLICE = 4096  # passages of a shard
@@ -167,9 +169,7 @@ def _write_shard(folder: Path, arrays: dict[str, np.ndarray]) -> None:
         file = folder / f"{stem}.{name}.npy"
         np.save(file, array)
         files[file.name] = [file.stat().st_size, _digest(file)]
-    temporary = folder / f".{stem}.json"
-    temporary.write_text(json.dumps(files))
-    temporary.replace(folder / f"{stem}.json")
+    write_atomic(epath.Path(folder / f"{stem}.json"), json.dumps(files))
 
 
 def _train(index: Index, encoder: TextVectors, numbers: np.ndarray, bits: int, normalized: bool) -> codec.Codec:
@@ -210,9 +210,7 @@ def _write_manifest(folder: Path, wanted: dict) -> None:
     for name in ("codec.npz", "lists.npy", "list_starts.npy"):
         if (folder / name).exists():
             files[name] = [(folder / name).stat().st_size, _digest(folder / name)]
-    temporary = folder / f".{MANIFEST}"
-    temporary.write_text(json.dumps(wanted | {"files": files}, indent=1))
-    temporary.replace(folder / MANIFEST)
+    write_atomic(epath.Path(folder / MANIFEST), json.dumps(wanted | {"files": files}, indent=1))
 
 
 def _sha256(data: bytes) -> str:

@@ -210,6 +210,20 @@ def test_damage_is_named(tmp_path):
             Index(damaged("manifest.json", lambda file, text=text: file.write_text(text)))
 
 
+def test_damage_of_an_unfinished_build_is_named(tmp_path):
+    """Emptied by a crash, it would else stop every later run without a word of what to do."""
+    corpus, folder = Corpus(write_lines(tmp_path / "c.jsonl", {"contents": "moss"})), tmp_path / "index"
+    indexing.update(folder, corpus)
+    (folder / "manifest.json").rename(folder / ".building.json")
+    assert len(indexing.update(folder, corpus)) == 1
+    (folder / "manifest.json").unlink()
+    (folder / ".building.json").write_text("")
+    with pytest.raises(
+        UserError, match=r"building\.json is damaged .*: delete the folder to have the index built anew"
+    ):
+        indexing.update(folder, corpus)
+
+
 def test_an_index_that_cannot_be_written_is_searched(tmp_path):
     """On a read-only disk, or another user's: all its files are as readable as others, and none is written."""
     folder, corpus = tmp_path / "index", write_lines(tmp_path / "c.jsonl", {"contents": "Moss is green."})
