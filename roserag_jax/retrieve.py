@@ -20,7 +20,7 @@ from etils import epath
 from roserag_jax import cli, options, signals
 from roserag_jax import questions as written
 from roserag_jax.distributed import processes
-from roserag_jax.errors import UserError
+from roserag_jax.errors import UserError, first_line
 from roserag_jax.inputs import corpus_recipe, input_digest
 from roserag_jax.progress import Progress
 from roserag_jax.rag import questions
@@ -171,13 +171,16 @@ def _serve(config, port: int) -> None:
     """Offer the index of the corpus, or another retriever, until the command is stopped."""
     signals.set_consequence(signals.SERVER_ENDED)
     retrieve = config.retrieve
+    if not _HOST.value.strip():
+        raise UserError("--host is empty: name an address; an empty one would be every address of the machine.")
     if searches_corpus(retrieve) and not (retrieve.corpus or config.index):
         raise UserError("--serve: name a corpus, --config.retrieve.corpus=PATH, or an index.")
     retriever = RETRIEVERS["cache"].build(config) if retrieve.retriever == "cache" else open_retriever(config)
     try:
         server = serve(retriever.search, port, _HOST.value, topk=retrieve.k)
-    except OSError as error:
-        raise UserError(f"--serve {port} on {_HOST.value}: {error.strerror or error}; name another.") from error
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"--serve {port} on {_HOST.value}: {why}; name another.") from error
     with server:
         print(f"Serving POST /retrieve on {_HOST.value}:{server.server_address[1]}.", flush=True)
         server.serve_forever()

@@ -10,6 +10,11 @@ def _systems(value) -> str | None:
     return None if good else "a tuple of 'closed_book', 'base' and 'adapter'"
 
 
+def _folders(value) -> str | None:
+    good = all(isinstance(folder, str) and folder for folder in value)
+    return None if good else "a tuple of names of folders"
+
+
 def _numbers_of_passages(value) -> str | None:
     good = all(isinstance(K, int) and K >= 1 for K in value)
     return None if good else "a tuple of numbers from 1; 'closed_book' is a system of its own"
@@ -29,7 +34,9 @@ EVALUATE = {
         ("base", "adapter"), "systems to compare, of 'closed_book', 'base' and 'adapter'", check=_systems
     ),
     "adapters": Option(
-        (), "PEFT folders to compare as well; each is called by its name, or its parent's if it is 'adapter'"
+        (),
+        "PEFT folders to compare as well; each is called by its name, or its parent's if it is 'adapter'",
+        check=_folders,
     ),
     "passages": Option(
         (), "numbers of passages (K) to compare; empty is prompt.passages alone", check=_numbers_of_passages

@@ -12,8 +12,16 @@ def _host_names(value) -> str | None:
     return None if good else "a tuple of host names, without scheme and port"
 
 
+def _address(value) -> str | None:
+    return None if value.strip() else "name an address; an empty one would be every address of the machine"
+
+
 SERVE = {
-    "host": Option("127.0.0.1", "address that the server listens on; 0.0.0.0 is every IPv4 address of the machine"),
+    "host": Option(
+        "127.0.0.1",
+        "address that the server listens on; 0.0.0.0 is every IPv4 address of the machine",
+        check=_address,
+    ),
     "names": Option(
         (), "host names by which the server may be asked, besides IP addresses and localhost", check=_host_names
     ),

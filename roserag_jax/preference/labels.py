@@ -25,7 +25,7 @@ class LabelSource(NamedTuple):
       judge: gets a row of `candidates.jsonl`, `config.select` and the measure; returns the row's candidates with
         `correct` true, false, or None where nothing is known.
       needs: options of `select` that must be set.
-      only: other options of `select` that mean something with this source alone.
+      only: other options of `select` that mean something with this source, and with others that name them, alone.
     """
 
     help: str
@@ -64,9 +64,9 @@ def judge_by_reward(row: dict, options, measure: answers.Measure) -> list[dict]:
 _OF_REWARDS = ("reward_threshold", "reward_margin", "reward_relative")
 
 LABELS = {
-    "gold": LabelSource("the golden answers", GOLD, judge_by_answer),
+    "gold": LabelSource("the golden answers", GOLD, judge_by_answer, only=("match",)),
     "self_consistency": LabelSource(
-        "the answer that most of a question's plain samples give", VOTE, judge_by_answer, only=("agreement",)
+        "the answer that most of a question's plain samples give", VOTE, judge_by_answer, only=("agreement", "match")
     ),
     "reward": LabelSource("a reward model", "", judge_by_reward, needs=("reward_model",), only=_OF_REWARDS),
     "scores": LabelSource("scores made elsewhere", "", judge_by_reward, needs=("scores",), only=_OF_REWARDS),

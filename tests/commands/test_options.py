@@ -49,6 +49,17 @@ def test_options_of_every_configuration_are_valid(name):
         ({"workdir": ""}, "config.workdir='': name the folder"),
         ({"data.train": "caf\udce9.jsonl"}, "is not UTF-8 text; rename"),
         ({"evaluate.adapters": ("caf\udce9",)}, "is not UTF-8 text; rename"),
+        ({"evaluate.adapters": ("",)}, "config.evaluate.adapters=('',): a tuple of names of folders"),
+        ({"serve.host": ""}, "config.serve.host='': name an address; an empty one would be every address"),
+        (
+            {
+                "select.labels": "reward",
+                "select.reward_model": "m",
+                "generate.guided_samples": 0,
+                "select.match": "contains",
+            },
+            "config.select.match='contains': takes effect with config.select.labels=gold or self_consistency only",
+        ),
         ({"train.gamma": 1.0}, "config.train.gamma=1.0: config.train.loss='orpo' has no such term"),
         ({"retrieve.cache": "c.json"}, "is read with config.retrieve.retriever=cache only"),
         ({"retrieve.retriever": "bm25"}, "config.retrieve.corpus='': bm25 needs"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -79,6 +80,16 @@ def test_serve_closes_a_connection_that_sends_nothing(running, monkeypatch):
     with socket.create_connection(made.server_address, timeout=10) as connection:
         connection.sendall(b"POST /retrieve HTTP/1.1\r\nContent-Length: 10\r\n\r\n")
         assert connection.recv(1000) == b""
+
+
+@pytest.mark.parametrize(("host", "expected"), [("", "--host is empty"), ("a" * 70, "name another")])
+def test_serve_needs_an_address(host, expected, monkeypatch, index):
+    """An empty one, of a variable that was never set, would be open to every machine."""
+    config = options.defaults()
+    config.index = str(index.folder)
+    monkeypatch.setattr(retrieve, "_HOST", types.SimpleNamespace(value=host))
+    with pytest.raises(UserError, match=expected):
+        retrieve._serve(config, 0)
 
 
 def test_serve_speaks_search_r1s_protocol(index, running):
