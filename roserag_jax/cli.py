@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from roserag_jax import signals
 from roserag_jax.distributed.channel import LOST, ProcessLost
 from roserag_jax.errors import UserError, causes, disk_error, first_line
-from roserag_jax.options import defaults, describe, validate, walk
+from roserag_jax.options import defaults, describe, get, validate, walk
 from roserag_jax.user_cache import user_cache
 from roserag_jax.workdir import naming, to_json
 
@@ -120,6 +120,14 @@ def _parse_flags() -> tuple[list[str], ConfigDict]:
     return arguments, config
 
 
+def _drop_trailing_slashes(config: ConfigDict) -> None:
+    """Call each folder by one name: with the slash that a shell adds, everything made from it would be out of date."""
+    for name, _ in walk():
+        value = get(config, name)
+        if isinstance(value, str) and value.endswith("/") and os.path.isdir(os.path.expanduser(value)):
+            config.update_from_flattened_dict({name: value.rstrip("/") or "/"})
+
+
 def cache_compilations() -> None:
     """Keep compiled programs between commands, in the user's cache unless JAX's own variable names a folder.
 
@@ -176,6 +184,7 @@ def _run(run: Callable[[ConfigDict], None], workdir: bool, model: bool, alone: b
     if len(arguments) > 1:
         raise UserError(f"Unexpected argument {arguments[1]!r}; options are written --config.section.option=value.")
     validate(config, workdir, model)
+    _drop_trailing_slashes(config)
     _disk_errors.place = config.workdir
     if alone and config.distributed:
         raise UserError("config.distributed: this command is for one process; leave it empty.")

@@ -92,6 +92,14 @@ def test_cli_configuration_file_that_fails_is_named_with_its_line(line, expected
     assert str(raised.value).startswith("mine.py, line 4: ") or line == "config = None"
 
 
+def test_cli_folders_have_one_name(tmp_path):
+    """With and without the slash that a shell adds, or all that was made from a model would be made again."""
+    config = options.defaults()
+    config.model, config.retrieve.corpus, config.retrieve.query_prefix = f"{tmp_path}//", "/", "query/"
+    cli._drop_trailing_slashes(config)
+    assert (config.model, config.retrieve.corpus, config.retrieve.query_prefix) == (str(tmp_path), "/", "query/")
+
+
 def test_cli_help_and_options():
     done = run("-m", "roserag_jax.score", "--help")
     assert done.returncode == 0 and "--input" in done.stdout and "--config FILE" in done.stdout
