@@ -292,14 +292,14 @@ def _user_message(error: BaseException) -> str | None:
 
 def _exit_status(error: BaseException) -> int | None:
     """The exit status for an error that is not a defect, after printing its one line; None for a defect."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
     if number := signals.stopped():
         print(signals.message(number), file=sys.stderr)
         return signals.STOPS[number]
     if isinstance(error, BrokenPipeError):  # as in `roserag score ... | head`
         _drop_output()
         return 141
-    if isinstance(error, SystemExit) and isinstance(error.code, int):
-        return error.code
     if isinstance(error, ProcessLost):
         print(f"error: {error}", file=sys.stderr)
         return LOST
@@ -344,17 +344,20 @@ def main(
       alone: whether it is for one process.
       resumes: whether a stopped command resumes when it is run again.
     """
-    signals.install()
     if not resumes:
         signals.set_consequence(signals.STARTS_OVER)
+    flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")
+    asks_for_help = {"--help", "-h", "--options"} & set(sys.argv[1:])
+    guard(lambda: print_help(doc) if asks_for_help else _run(run, workdir, model, alone))
+
+
+def guard(run: Callable[[], None]) -> None:
+    """Run a command, which may have arguments of its own, and turn what is not a defect into one line."""
+    signals.install()
     _disk_errors.install()
     _open_output()
-    flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")
     try:
-        if {"--help", "-h", "--options"} & set(sys.argv[1:]):
-            print_help(doc)
-        else:
-            _run(run, workdir, model, alone)
+        run()
         sys.stdout.flush()
     except BaseException as error:
         status = _exit_status(error)

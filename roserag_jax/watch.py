@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from roserag_jax import signals
+from roserag_jax import cli, signals
 from roserag_jax.errors import UserError
 from roserag_jax.progress import STAGES, STATUS, describe
 from roserag_jax.rates import clock
@@ -136,16 +136,14 @@ def main() -> None:
     )
     parser.add_argument("workdir", help="the workdir of a run")
     arguments = parser.parse_args()
+    workdir = Workdir(arguments.workdir)
+    if not workdir.path.is_dir():
+        raise UserError(f"{arguments.workdir}: there is no such folder; name the workdir of a run.")
     try:
-        workdir = Workdir(arguments.workdir)
-        if not workdir.path.is_dir():
-            raise UserError(f"{arguments.workdir}: there is no such folder; name the workdir of a run.")
         watch(workdir)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # nothing of it is lost or resumed, so there is nothing to say
         sys.exit(signals.STOPS.get(signals.stopped(), 130))
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)

@@ -8,7 +8,7 @@ there. `train` writes it at its end.
 
 import argparse
 
-from roserag_jax import signals
+from roserag_jax import cli, signals
 from roserag_jax.errors import UserError, disk_error, first_line
 from roserag_jax.report.page import write_page
 
@@ -25,12 +25,10 @@ def main() -> None:
     signals.set_consequence(signals.STARTS_OVER)
     try:
         path = write_page([arguments.workdir, *arguments.compare], arguments.output)
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
     except OSError as error:
-        parser.exit(2, f"error: {disk_error(error, arguments.output or arguments.workdir) or first_line(error)}\n")
+        raise UserError(disk_error(error, arguments.output or arguments.workdir) or first_line(error)) from error
     print(f"Wrote {path} ({path.stat().length / 1e6:.1f} MB). Open it in a browser.")
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)

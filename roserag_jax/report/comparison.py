@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from roserag_jax import cli
 from roserag_jax.errors import UserError
 from roserag_jax.rag import metrics
 from roserag_jax.report.tables import Table, markdown, table
@@ -203,15 +204,12 @@ def main() -> None:
     parser.add_argument("--against", default="base", help="the system that the others are tested against")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     arguments = parser.parse_args()
-    try:
-        results = load(arguments.folder)
-        known = sorted({result["system"] for result in results.values()})
-        if arguments.against not in ("base", *known):
-            raise UserError(f"--against {arguments.against}: no such system; there are {', '.join(known)}.")
-        print(summary(epath.Path(arguments.folder), results, arguments.against, arguments.markdown))
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+    results = load(arguments.folder)
+    known = sorted({result["system"] for result in results.values()})
+    if arguments.against not in ("base", *known):
+        raise UserError(f"--against {arguments.against}: no such system; there are {', '.join(known)}.")
+    print(summary(epath.Path(arguments.folder), results, arguments.against, arguments.markdown))
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from roserag_jax import options
+from roserag_jax import cli, options
 from roserag_jax.errors import UserError
 from roserag_jax.preference import rewards, selection
 from roserag_jax.rag import metrics
@@ -337,16 +337,13 @@ def main() -> None:
     parser.add_argument("--output", default="", help="folder to write to; WORKDIR/confidence without it")
     parser.add_argument("--picture", choices=("svg", "png"), default="svg", help="format of the quantile plots")
     arguments = parser.parse_args()
-    try:
-        if arguments.resamples < 19:
-            raise UserError(f"--resamples {arguments.resamples}: 19 are the fewest that can show a p of 0.05.")
-        workdir = Workdir(arguments.workdir)
-        output = epath.Path(arguments.output).expanduser() if arguments.output else workdir / "confidence"
-        print(report(workdir, output, arguments.resamples, arguments.after, arguments.picture))
-        print(f"\nWrote {output}.")
-    except UserError as error:
-        parser.exit(2, f"error: {error}\n")
+    if arguments.resamples < 19:
+        raise UserError(f"--resamples {arguments.resamples}: 19 are the fewest that can show a p of 0.05.")
+    workdir = Workdir(arguments.workdir)
+    output = epath.Path(arguments.output).expanduser() if arguments.output else workdir / "confidence"
+    print(report(workdir, output, arguments.resamples, arguments.after, arguments.picture))
+    print(f"\nWrote {output}.")
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)

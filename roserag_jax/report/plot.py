@@ -13,7 +13,8 @@ from pathlib import Path
 
 from etils import epath
 
-from roserag_jax.errors import UserError
+from roserag_jax import cli
+from roserag_jax.errors import UserError, first_line
 from roserag_jax.rag.noise import CONDITIONS, parse
 from roserag_jax.report.comparison import load
 
@@ -102,9 +103,9 @@ def main() -> None:
     which = {"noise": arguments.noise, "passages": arguments.passages}
     try:
         draw(load(epath.Path(arguments.folder)), Path(arguments.output), arguments.over, arguments.metric, **which)
-    except (UserError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
+    except ValueError as error:  # no such format
+        raise UserError(f"--output {arguments.output}: {first_line(error)}.") from error
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)

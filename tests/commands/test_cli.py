@@ -154,10 +154,19 @@ def test_cli_unknown_home_of_a_user_in_a_path_is_one_message():
     assert done.returncode == 2 and "config.data.train='~nobody1/x': there is no such file" in done.stderr
 
 
+@pytest.mark.parametrize("module", ["report.comparison", "watch"])
+def test_cli_commands_without_a_configuration_end_as_the_others(module, tmp_path):
+    """Bad input is one line and status 2, with letters that the terminal lacks."""
+    done = run("-m", f"roserag_jax.{module}", str(tmp_path / "caf\xe9"), PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "caf\\xe9" in done.stderr
+
+
 def test_cli_nobody_reads_the_output():
-    line = f"{sys.executable} -m roserag_jax.train --options | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
-    assert done.returncode in (0, 141) and not done.stderr
+    for command in ("train --options", "watch --help"):
+        line = f"{sys.executable} -m roserag_jax.{command} | true; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+        assert done.returncode in (0, 141) and not done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(("to", "status", "printed"), [(">/dev/full", 2, 1), (">&-", 0, 0), (">&- 2>&-", 0, 0)])
