@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from beartype import BeartypeConf, beartype
-from etils import epath
 from flax import nnx
 from jaxtyping import AbstractArray, install_import_hook
 
@@ -49,19 +48,16 @@ install_import_hook(_modules_with_arrays(), "conftest.typechecked")
 
 from roserag_jax import automatic_mesh, generate, options, train
 from roserag_jax.distributed.mesh import make_mesh
-from roserag_jax.hub import gguf, loading, model_files, peft_adapter
+from roserag_jax.hub import gguf, loading, model_files
 from roserag_jax.inference.engine import Engine
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
 from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.inference.scheduler import NumberedTask, length_classes, run_tasks
 from roserag_jax.models import rope
 from roserag_jax.models.lora import LoRAConfig
-from roserag_jax.preference import selection
-from roserag_jax.rag import metrics, synthetic
-from roserag_jax.retrieval.registry import open_retriever
-from roserag_jax.session import Session
+from roserag_jax.rag import synthetic
 from roserag_jax.training.pair_loader import Pair
-from roserag_jax.workdir import RETRIEVED, Recipe, Workdir, to_jsonl
+from roserag_jax.workdir import Workdir, to_jsonl
 
 _cache = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _cache.name  # where indexes of corpora are kept
@@ -76,6 +72,9 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
 # Not through XLA_FLAGS, which the processes that tests start would inherit.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Fixtures of one subject, which tests of several folders use.
+pytest_plugins = ("support.browser", "support.retrieval", "support.serving")
 
 # Longest first, so that both processes end together.
 LONG = ("test_processes", "test_train", "test_train_step", "test_scheduler", "test_transformer", "test_answer")
@@ -554,202 +553,3 @@ def finished(config_of, questions):
     config = config_of(questions)
     train.run(config)
     return config
-
-
-def write_run(folder, questions=6, text="", systems=("base", "adapter"), steps=4):
-    """A workdir as `train` leaves it, made by the real selection and scores but without a model.
-
-    Of three questions one has a pair, one no correct candidate and one no incorrect one. `text` stands in every
-    question, passage, candidate and answer.
-    """
-    work, config = Workdir(str(folder)), options.defaults()
-    recipe = lambda *names: Recipe(options.subset(config, *names), {})
-    passage = lambda title, words, gold: {"title": title, "text": f"{words} {text}", "is_supporting": gold}
-    rows = [
-        {
-            "id": f"q{i}",
-            "question": f"Who founded museum {i}? {text}",
-            "golden_answers": ["Ada Lund"],
-            "contexts": [passage("Museum", "Ada Lund founded it.", True), passage("Mill", "It burns.", False)],
-            "metadata": {"type": ("one_hop", "two_hop")[i % 2]},
-        }
-        for i in range(questions)
-    ]
-    config.prompt.passages, config.workdir = 2, str(folder)
-    config.data.train = config.data.eval = "questions.jsonl"
-    for split, name in RETRIEVED.items():
-        work.publish(name, recipe(f"data.{split}", "retrieve"), to_jsonl(rows), len(rows))
-    made = []
-    for i, row in enumerate(rows):
-        prompt, spans = "", []
-        for number, c in enumerate(row["contexts"], 1):
-            prompt += f"Passage {number}: "
-            shown = " ".join(f"{c['title']}: {c['text']}".split())
-            spans.append((len(prompt), len(prompt) + len(shown)))
-            prompt += f"{shown}\n"
-        candidates = []
-        for correct in ((True, False), (False, False), (True, True))[i % 3]:
-            answer = "Ada Lund" if correct else f"the mill {text}"
-            rationale = f"Passage {1 if correct else 2} names the museum {len(candidates)}. {text}"
-            candidates.append(
-                {
-                    "response": f"{rationale}\nAnswer: {answer}",
-                    "rationale": rationale,
-                    "answer": answer,
-                    "source": ("guided", "plain")[len(candidates) % 2],
-                    "correct": correct,
-                    "logprob": -8.0 - i - len(candidates),
-                    "tokens": 16,
-                }
-            )
-        golden = {"golden_answers": row["golden_answers"], "dropped": {"repeated": 1}}
-        made.append({"id": row["id"], "prompt": prompt, "passage_spans": spans, "candidates": candidates, **golden})
-    work.publish("candidates.jsonl", recipe("model", "prompt", "generate"), to_jsonl(made), len(made))
-    pairs, _ = selection.select(made, {row["id"]: row["contexts"] for row in rows}, config.select, 0)
-    work.publish("pairs.jsonl", recipe("select"), to_jsonl(pairs), len(pairs))
-    log = []
-    for step in range(steps):
-        loss = {"loss": 1.0 - step / 10, "nll": 0.5, "margin": step / 10 - 0.1, "accuracy": 0.5, "learning_rate": 1e-4}
-        log.append(
-            {"step": step + 1, **loss, "gradient_norm": 1.0, "tokens_per_s": 50.0, "pairs_per_s": 1.0, "mfu": 0.3}
-        )
-    log.append({"step": steps, "held_out_loss": 0.8, "held_out_accuracy": 0.5, "measure": "loss"})
-    (folder / "metrics.jsonl").write_text(to_jsonl(log))
-    work.publish("adapter", recipe("lora", "train"), {"adapter_config.json": "{}"}, len(pairs))
-    for number, system in enumerate(systems):
-        examples = []
-        for i, row in enumerate(rows):
-            answer = "Ada Lund" if i % 3 < number + 1 else f"nobody {text}"
-            said = {"prediction": answer, "response": f"It says so. {text}\nAnswer: {answer}"}
-            common = {"id": row["id"], "question": row["question"], "golden_answers": row["golden_answers"]}
-            examples.append({**common, **said, "scores": metrics.score_row(row, answer, True)})
-        result = {
-            "system": system,
-            "passages": 2,
-            "noise": "none",
-            **metrics.summarize([e["scores"] for e in examples]),
-        }
-        result |= {"prompt_tokens": 90.0, "response_tokens": 20.0, "prompts_cut": 0, "seconds_per_question": 0.5}
-        files = {"metrics.json": json.dumps(result), "examples.jsonl": to_jsonl(examples)}
-        work.publish(f"eval/{system}", recipe("prompt"), files, len(rows))
-    return folder
-
-
-# Chromium looks for updates and for its maker's services; tests must need no network, nor try to reach one.
-_CHROMIUM = (
-    "--disable-background-networking --disable-component-update --disable-gpu --disable-quic --disable-sync "
-    "--no-first-run"
-).split()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """A headless Chromium that playwright drives: `browser.new_page(...)`. Skips where the system has none."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    executable = next(filter(None, map(shutil.which, names)), None)
-    if executable is None:
-        pytest.skip("no Chromium or Chrome on this machine; on Debian and Ubuntu: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra 'test')")
-    arguments = [*_CHROMIUM, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=executable, args=arguments)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="session")
-def violations():
-    """A function: what axe-core finds in a page that is hard to use by screen reader or keys, a line for each."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra 'test' is not installed").Axe()
-
-    def find(page):
-        found = axe.run(page).response["violations"]
-        return [f"{rule['id']}: {node['html'][:150]}" for rule in found for node in rule["nodes"]]
-
-    return find
-
-
-def word_pieces() -> list[str]:
-    """A vocabulary of BERT's kind: markers, punctuation, letters and pieces of made-up words."""
-    signs = [chr(i) for i in range(33, 127) if not chr(i).isalnum()]
-    pieces = [f"{a}{b}{c}" for a in "bdfgklm" for b in "aeiou" for c in "nrst"]
-    letters = [chr(i) for i in range(97, 123)] + list("0123456789")
-    special = ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    return [*special, *signs, *letters, *(f"##{x}" for x in letters), *pieces, *(f"##{x}" for x in pieces)]
-
-
-@pytest.fixture(scope="session")
-def bert_folder(tmp_path_factory):
-    """A function: the folder of a small random encoder with its tokenizer, and its torch model."""
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    made = {}
-
-    def make(family="bert", **changes):
-        key = (family, *sorted(changes.items()))
-        if key not in made:
-            torch.manual_seed(0)
-            folder = tmp_path_factory.mktemp(family)
-            (folder / "vocab.txt").write_text("\n".join(word_pieces()) + "\n")
-            transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-            sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 56}
-            config = transformers.AutoConfig.for_model(
-                family, vocab_size=len(word_pieces()), max_position_embeddings=96, **sizes, **changes
-            )
-            model = transformers.AutoModel.from_config(config, attn_implementation="eager", add_pooling_layer=False)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
-            model.eval().save_pretrained(folder)
-            made[key] = (folder, model)
-        return made[key]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def colbert_folder(bert_folder, tmp_path_factory):
-    """The folder of a small random ColBERT checkpoint, its torch model and its projection [24, D]."""
-    import torch
-    from safetensors.numpy import save_file
-
-    plain, model = bert_folder()
-    projection = torch.randn(24, 32, generator=torch.Generator().manual_seed(1)).numpy()
-    folder = copy_folder(plain, tmp_path_factory.mktemp("colbert") / "hub", config={"architectures": ["HF_ColBERT"]})
-    tensors = {f"bert.{name}": tensor.numpy() for name, tensor in model.state_dict().items()}
-    save_file({**tensors, "linear.weight": projection}, folder / "model.safetensors")
-    (folder / "artifact.metadata").write_text(json.dumps({"query_maxlen": 16, "doc_maxlen": 40}))
-    return folder, model, projection
-
-
-@pytest.fixture(scope="session")
-def served(config_of, tmp_path_factory):
-    """What a server over the small random model, a random adapter and two documents serves."""
-    config, corpus, adapter = config_of(), tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("adapter")
-    (corpus / "moss.md").write_text("# Plants\n\nMoss is green. <script>document.title = 'moss'</script>\n")
-    (corpus / "tin.txt").write_text("Tin is a grey metal & melts <b>early</b>.\n")
-    config.retrieve.corpus = str(corpus)
-    config.serve.slots, config.serve.waiting, config.serve.max_tokens = 4, 36, 1500
-    opened = Session(config)
-    opened.stop_ids = (2,)  # so that there are long completions too
-    lora = LoRAConfig(4, 8.0)
-    files = peft_adapter.adapter_files(random_adapter(opened.source.config, lora, opened.mesh), lora, config.model)
-    write_files(adapter, files)
-    from roserag_jax.serving.models import Models
-
-    engines = {"base": opened.engine(), "adapter": opened.engine(epath.Path(adapter))}
-    models = Models(config, opened.tokenizer, engines, open_retriever(config))
-    models.warm_up()
-    yield models
-    assert models.close()
-
-
-@pytest.fixture(scope="session")
-def server_url(served):
-    """The address of a running server, which serves `served`."""
-    from roserag_jax.serving.server import Server, listen, url_of
-
-    listening = listen("127.0.0.1", 0)
-    with Server(served, listening):
-        yield url_of(listening)

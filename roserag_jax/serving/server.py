@@ -31,6 +31,7 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or first_line(error)
+        why = why.partition(" (while")[0]  # Python repeats the address there
         raise UserError(f"--serve {port}: cannot listen on {host} port {port} ({why}); name another.") from error
 
 

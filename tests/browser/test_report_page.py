@@ -1,7 +1,7 @@
 """The report in a real browser: hostile texts stay texts, nothing is fetched, links, keys and narrow screens work."""
 
 import pytest
-from conftest import write_run
+from support.runs import write_run
 
 from roserag_jax.report.page import write_page
 

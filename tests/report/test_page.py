@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import write_run
+from support.runs import write_run
 
 from roserag_jax.report import __main__ as report
 from roserag_jax.report import page, runs

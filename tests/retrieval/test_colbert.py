@@ -6,7 +6,8 @@ import string
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import copy_folder, word_pieces
+from conftest import copy_folder
+from support.retrieval import word_pieces
 
 from roserag_jax.errors import UserError
 from roserag_jax.retrieval.batches import local_mesh

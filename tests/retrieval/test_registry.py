@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_command, start_command, word_pieces, write_lines
+from conftest import run_command, start_command, write_lines
+from support.retrieval import word_pieces
 
 from roserag_jax import inputs, options, retrieve
 from roserag_jax.errors import UserError

@@ -6,7 +6,8 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from conftest import copy_folder, word_pieces, write_lines
+from conftest import copy_folder, write_lines
+from support.retrieval import word_pieces
 
 from roserag_jax import options
 from roserag_jax.distributed.mesh import make_mesh

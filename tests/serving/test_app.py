@@ -241,7 +241,10 @@ def test_head_that_does_not_come_closes_its_connection(server_url, monkeypatch):
 
 
 def test_port_that_is_taken_is_named():
-    with server.listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match="in use.*name another"):
+    with (
+        server.listen("127.0.0.1", 0) as taken,
+        pytest.raises(UserError, match=r"\(Address already in use\); name another"),
+    ):
         server.listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="cannot listen on 203.0.113.1 port 80"):
         server.listen("203.0.113.1", 80)
