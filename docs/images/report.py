@@ -29,7 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         page_file = write_page([workdir], f"{folder}/report.html")
         browser = driver.chromium.launch(executable_path=executable, args=arguments)
-        page = browser.new_page(viewport={"width": 1080, "height": 900}, color_scheme="light", reduced_motion="reduce")
+        page = browser.new_page(viewport={"width": 1180, "height": 880}, color_scheme="light", reduced_motion="reduce")
         page.goto(f"file://{page_file}")
         page.wait_for_selector("body[data-ready]")
         page.fill("#find-text", _QUESTION)

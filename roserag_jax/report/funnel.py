@@ -20,7 +20,7 @@ _DROPPED = {
 # What to do about it, where there is something.
 ADVICE = {
     "no candidate": "Raise config.generate.max_tokens or the number of samples.",
-    "all correct": "The question is easy for the model: it would not learn from it.",
+    "all correct": "Leave it: the model knows the answer, and would learn nothing from it.",
     "none correct": "Raise config.generate.guided_samples or plain_samples; where no passage holds the answer, "
     "retrieve better.",
     "no evidence": "Look at the candidates; config.select.evidence=0 would accept them.",

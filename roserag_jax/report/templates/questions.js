@@ -100,8 +100,8 @@ function answersOf(candidates) {
   const counts = new Map();
   for (const answer of candidates.map((c) => c.answer.trim())) counts.set(answer, (counts.get(answer) || 0) + 1);
   const sorted = [...counts].sort((a, b) => b[1] - a[1]);
-  const more = sorted.length > 4 ? `, and ${sorted.length - 4} others` : "";
-  return sorted.slice(0, 4).map(([answer, n]) => `\u201c${answer}\u201d${n > 1 ? ` (${n} times)` : ""}`).join(", ") + more;
+  const more = sorted.length > 5 ? `, and ${sorted.length - 4} others` : "";
+  return sorted.slice(0, more ? 4 : 5).map(([answer, n]) => `\u201c${answer}\u201d${n > 1 ? ` (${n} times)` : ""}`).join(", ") + more;
 }
 
 function questionDetail(row, { outcomes, advice, kind }, [before, after]) {
