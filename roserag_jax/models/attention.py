@@ -2,7 +2,8 @@
 
 `prompt_attention` is one function with two forms: blocks of queries that XLA compiles for any platform, and on a TPU
 the splash attention kernel, which keeps scores on the chip. `branch_attention` needs none: its matmuls read the prompt
-once for all branches as they are.
+once for all branches as they are. Both are written for one key/value head of one prompt, and computed for all of them
+together or, on a CPU, for one after another, so that scores stay in its cache.
 
 Axes: B batch (prompts), N branches per prompt, C shared-prefix tokens, P prompt tokens, S branch tokens, M suffix-cache
 length, H query heads, K key/value heads, G = H / K query heads per key/value head, h head size.
@@ -12,6 +13,7 @@ operands that lie in memory as it reads them. Scores and softmax are float32 thr
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from roserag_jax.distributed.sharding import partition_spec
 _KERNEL_TOKENS = 256  # prompts of fewer are left to XLA
 _KERNEL_BLOCK = 512  # most queries, and most keys, of a block of the kernel; both are multiples of 128
 _MAX_SEGMENTS = 8  # for compile time: each is a program of its own
+_CACHED_SCORES = 1 << 20  # a CPU takes heads one by one where those of all have more; four bytes each
 _MASKED = -1e30  # finite: a row with every key masked stays finite, and so does its gradient
 
 
@@ -130,31 +133,42 @@ def blocked_attention(
     keep the scores small.
     """
     B, P, H, h = q.shape
-    K, C = k.shape[1], k.shape[3] - P
+    K = k.shape[1]
     q = q.reshape(B, P, K, H // K, h).transpose(0, 2, 3, 1, 4)  # B K G P h
+    attend = functools.partial(_blocked_head, window=window, softcap=softcap, block=block)
+    out = _for_each_head(attend, (q, k, v), (), scores=B * H * min(block, P) * k.shape[3])
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, P, H, h)
+
+
+def _blocked_head(
+    q: Float[Array, "G P h"], k: Float[Array, "h keys"], v: Float[Array, "keys h"], *, window, softcap, block
+) -> Float[Array, "G P h"]:
+    """`blocked_attention` of the query heads of one key/value head."""
+    G, P, h = q.shape
+    C = k.shape[1] - P
 
     # The backward pass recomputes a block's scores: saved, they would be most of a step's memory, and cost more to
     # write and read back than the matmuls that give them.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(q, k, v, window, first):
         """Queries, the first of them at key `first`, over all the keys."""
-        T, keys = q.shape[3], k.shape[3]
-        scores = _scores(q.reshape(B, K, -1, h), k, softcap).reshape(B, K, H // K, T, keys)
+        T, keys = q.shape[1], k.shape[1]
+        scores = _scores(q.reshape(-1, h), k, softcap).reshape(G, T, keys)
         query, key = first + jnp.arange(T)[:, None], jnp.arange(keys)[None]
         mask = key <= query
         if window is not None:
             mask &= query - key < window
         weights = jax.nn.softmax(jnp.where(mask, scores, _MASKED), axis=-1).astype(v.dtype)
-        return (weights.reshape(B, K, -1, keys) @ v).reshape(q.shape)
+        return (weights.reshape(-1, keys) @ v).reshape(q.shape)
 
     def attend_blocks(q, k, v, first):
         """The same of several blocks, one after another in a loop, the last one padded."""
-        T = q.shape[3]
+        T = q.shape[1]
         count = -(-T // block)
-        q = jnp.pad(q, [(0, 0)] * 3 + [(0, count * block - T), (0, 0)]).reshape(B, K, H // K, count, block, h)
+        q = jnp.pad(q, [(0, 0), (0, count * block - T), (0, 0)]).reshape(G, count, block, h)
         firsts = first + block * jnp.arange(count)
-        out = jax.lax.map(lambda xs: attend(xs[0], k, v, window, xs[1]), (jnp.moveaxis(q, 3, 0), firsts))
-        return jnp.moveaxis(out, 0, 3).reshape(B, K, H // K, count * block, h)[:, :, :, :T]
+        out = jax.lax.map(lambda xs: attend(xs[0], k, v, window, xs[1]), (jnp.moveaxis(q, 1, 0), firsts))
+        return jnp.moveaxis(out, 0, 1).reshape(G, count * block, h)[:, :T]
 
     # Each segment is compiled for its own number of keys. In a short prompt it is one block.
     segment = block * -(-P // (block * _MAX_SEGMENTS))
@@ -162,12 +176,12 @@ def blocked_attention(
     for start in range(0, P, segment):
         stop = min(start + segment, P)
         keys = C + stop
-        queries, seen_k, seen_v = q[:, :, :, start:stop], k[..., :keys], v[:, :, :keys]
+        queries, seen_k, seen_v = q[:, start:stop], k[:, :keys], v[:keys]
         if segment == block:
             segments.append(attend(queries, seen_k, seen_v, window, C + start))
         else:
             segments.append(attend_blocks(queries, seen_k, seen_v, C + start))
-    return jnp.concatenate(segments, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, P, H, h)
+    return jnp.concatenate(segments, axis=1)
 
 
 def branch_attention(
@@ -186,19 +200,68 @@ def branch_attention(
     One softmax spans both parts: their sums share a maximum and a denominator, and nothing of length P + M is joined.
     """
     B, N, S, H, h = q.shape
-    K, G = prefix_k.shape[1], H // prefix_k.shape[1]
-    q = q.reshape(B, N, S, K, G, h).transpose(0, 3, 1, 4, 2, 5)  # B K N G S h
+    K, P, M = prefix_k.shape[1], prefix_k.shape[3], suffix_k.shape[4]
+    q = q.reshape(B, N, S, K, H // K, h).transpose(0, 3, 1, 4, 2, 5)  # B K N G S h
+    heads, masks = (q, prefix_k, prefix_v, suffix_k, suffix_v), (prefix_mask, suffix_mask)
+    attend = functools.partial(_branch_head, softcap=softcap)
+    out = _for_each_head(attend, heads, masks, scores=B * H * N * S * (P + M))
+    return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, N, S, H, h)
 
-    prefix = _scores(q.reshape(B, K, N * G * S, h), prefix_k, softcap).reshape(B, K, N, G, S, -1)
-    suffix = _scores(q.reshape(B, K, N, G * S, h), suffix_k, softcap).reshape(B, K, N, G, S, -1)
-    prefix = jnp.where(prefix_mask[:, None, :, None], prefix, _MASKED)
-    suffix = jnp.where(suffix_mask[:, None, :, None], suffix, _MASKED)
+
+def _branch_head(
+    q: Float[Array, "N G S h"],
+    prefix_k: Float[Array, "h P"],
+    prefix_v: Float[Array, "P h"],
+    suffix_k: Float[Array, "N h M"],
+    suffix_v: Float[Array, "N M h"],
+    prefix_mask: Bool[Array, "#N #S P"],
+    suffix_mask: Bool[Array, "N S M"],
+    *,
+    softcap: float | None,
+) -> Float[Array, "N G S h"]:
+    """`branch_attention` of the query heads of one key/value head."""
+    N, G, S, h = q.shape
+    prefix = _scores(q.reshape(N * G * S, h), prefix_k, softcap).reshape(N, G, S, -1)
+    suffix = _scores(q.reshape(N, G * S, h), suffix_k, softcap).reshape(N, G, S, -1)
+    prefix = jnp.where(prefix_mask[:, None], prefix, _MASKED)
+    suffix = jnp.where(suffix_mask[:, None], suffix, _MASKED)
 
     top = jax.lax.stop_gradient(jnp.maximum(prefix.max(-1), suffix.max(-1)))[..., None]
     prefix, suffix = jnp.exp(prefix - top), jnp.exp(suffix - top)
     total = prefix.sum(-1) + suffix.sum(-1)
-    out = (prefix.astype(prefix_v.dtype).reshape(B, K, N * G * S, -1) @ prefix_v).reshape(B, K, N, G, S, h)
+    out = (prefix.astype(prefix_v.dtype).reshape(N * G * S, -1) @ prefix_v).reshape(N, G, S, h)
     out = out.astype(jnp.float32)
-    out += (suffix.astype(suffix_v.dtype).reshape(B, K, N, G * S, -1) @ suffix_v).reshape(B, K, N, G, S, h)
-    out = (out / total[..., None]).astype(q.dtype)
-    return out.transpose(0, 2, 4, 1, 3, 5).reshape(B, N, S, H, h)
+    out += (suffix.astype(suffix_v.dtype).reshape(N, G * S, -1) @ suffix_v).reshape(N, G, S, h)
+    return (out / total[..., None]).astype(q.dtype)
+
+
+def _for_each_head(attend: Callable, heads: tuple, of_prompts: tuple, *, scores: int) -> Float[Array, "B K ..."]:
+    """`attend(*heads, *of_prompt)` for every key/value head of every prompt.
+
+    Args:
+      heads: arrays [B K ...] that are split by prompt and head.
+      of_prompts: arrays [B ...] that are the same for all heads of a prompt.
+      scores: how many there are at a time if all are computed together.
+    """
+
+    def together(heads, of_prompts):
+        of_prompt = jax.vmap(attend, in_axes=(0,) * len(heads) + (None,) * len(of_prompts))
+        return jax.vmap(of_prompt)(*heads, *of_prompts)
+
+    def one_by_one(heads, of_prompts):
+        # Nothing is saved of a head for the backward pass but what it is computed from, as of a block.
+        attend_again = jax.checkpoint(attend, prevent_cse=False)
+        B, K = heads[0].shape[:2]
+
+        def of_head(xs):
+            i, head = xs
+            return attend_again(*head, *(jax.lax.dynamic_index_in_dim(a, i // K, keepdims=False) for a in of_prompts))
+
+        flat = [a.reshape(B * K, *a.shape[2:]) for a in heads]
+        out = jax.lax.map(of_head, (jnp.arange(B * K), flat))
+        return out.reshape(B, K, *out.shape[1:])
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if scores <= _CACHED_SCORES or not (mesh.empty or mesh.size == 1):
+        return together(heads, of_prompts)
+    return jax.lax.platform_dependent(heads, of_prompts, cpu=one_by_one, default=together)

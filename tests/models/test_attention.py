@@ -9,6 +9,7 @@ from roserag_jax.distributed import hardware
 from roserag_jax.distributed.collectives import count_collectives
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.distributed.sharding import sharding
+from roserag_jax.models import attention
 from roserag_jax.models.attention import blocked_attention, branch_attention, prompt_attention, splash_attention
 
 RNG = np.random.default_rng(0)
@@ -62,6 +63,37 @@ def test_branch_attention_equals_plain_attention(softcap):
         keys, values = jnp.concatenate([k[b], suffix_k[b, n]]), jnp.concatenate([v[b], suffix_v[b, n]])
         mask = jnp.concatenate([prefix_mask[b, n], suffix_mask[b, n]], axis=-1)
         np.testing.assert_allclose(out[b, n], plain_attention(q[b, n], keys, values, mask, softcap), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_attention_of_one_head_after_another_equals_all_together(window, monkeypatch):
+    """What a CPU does where scores are many: outputs and gradients of both attentions, each head with its own masks."""
+    q, k, v = normal(B, P, H, h), normal(B, K, h, C + P), normal(B, K, C + P, h)
+    branches = (
+        normal(B, N, S, H, h),
+        normal(B, K, h, P),
+        normal(B, K, P, h),
+        normal(B, K, N, h, S),
+        normal(B, K, N, S, h),
+    )
+    masks = {
+        "prefix_mask": jnp.asarray(RNG.random((B, 1, 1, P)) < 0.6),
+        "suffix_mask": jnp.asarray(RNG.random((B, N, S, S)) < 0.6).at[..., 0].set(True),
+    }
+
+    def both(prompt, branches):
+        of_prompt = blocked_attention(*prompt, window, softcap=2.0, block=8)
+        return of_prompt, branch_attention(*branches, **masks, softcap=2.0)
+
+    def computed():
+        total = lambda *arrays: sum((out**2).sum() for out in both(*arrays))
+        # A function of its own each time: what was compiled for another number of scores is not to be found again.
+        return jax.jit(lambda *arrays: (both(*arrays), jax.grad(total, argnums=(0, 1))(*arrays)))((q, k, v), branches)
+
+    together = computed()
+    monkeypatch.setattr(attention, "_CACHED_SCORES", 0)
+    for one_by_one, all_together in zip(jax.tree.leaves(computed()), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(one_by_one, all_together, atol=1e-5)
 
 
 def test_blocked_attention_in_loops_has_the_gradient_of_one_block():
