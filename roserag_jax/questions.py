@@ -22,7 +22,7 @@ from roserag_jax.preference import candidates
 from roserag_jax.preference.question_writer import QuestionWriter
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, written_questions
-from roserag_jax.rag.words import contains
+from roserag_jax.rag.words import contains, words
 from roserag_jax.rag.written_questions import UNANSWERABLE, Attempt, Split, Written
 from roserag_jax.retrieval.bm25 import context
 from roserag_jax.retrieval.indexing import open_index
@@ -30,6 +30,7 @@ from roserag_jax.session import Session
 from roserag_jax.workdir import QUESTIONS, PartialResults, Recipe, Workdir, to_jsonl
 
 _PASSAGES_PER_QUESTION = 20  # passages of a large corpus that are looked at
+_WORDS_ALIKE = 64  # words of a passage by which others like it are found
 _SEARCHED = 30  # passages found for a name or a question, of which those of the same part are kept
 
 
@@ -67,6 +68,7 @@ def make(session: Session, workdir: Workdir) -> None:
             config.questions.kinds,
             config.questions.rounds,
             lambda name, part=part: _holding(index, split, part, name),
+            lambda passage, part=part: _like(index, split, part, passage),
             config.seed,
         )
         for part in targets
@@ -160,6 +162,12 @@ def _holding(index, split: Split, part: str, name: str) -> list[dict]:
     """Passages of a part of the documents that hold a name as complete words, best first."""
     found = [p for p in index.search([name], _SEARCHED)[0] if contains(f"{p['title']} {p['text']}", name)]
     return [p for p in found if split.part(p) == part]
+
+
+def _like(index, split: Split, part: str, passage: dict) -> list[dict]:
+    """Passages of a part of the documents that share most words with one, best first."""
+    found = index.search([" ".join(words(passage["text"])[:_WORDS_ALIKE])], _SEARCHED)[0]
+    return [p for p in found if p["text"] != passage["text"] and split.part(p) == part]
 
 
 def _question(row: dict, index, split: Split, part: str, k: int) -> dict:

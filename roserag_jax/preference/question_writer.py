@@ -7,6 +7,7 @@ passage does not: then it can be answered, and only by reading.
 import collections
 import dataclasses
 import os
+import random
 
 from roserag_jax.inference.engine import Engine, SharedPrefix
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest, Task
@@ -14,7 +15,7 @@ from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.rag import answers, written_questions
 from roserag_jax.rag.prompts import PromptBuilder, prompt_tokens, response_tokens
 from roserag_jax.rag.words import contains
-from roserag_jax.rag.written_questions import Attempt, compose, fault, read_phrase, read_question
+from roserag_jax.rag.written_questions import Attempt, compose, fault, is_phrase_of, read_phrase, read_question
 
 _PASSAGE_SHARE = 4  # a passage may take that part of the longest prompt, so that two fit beside the examples
 _MOST_CHECKED = 2  # proposals of an attempt that are answered
@@ -108,13 +109,29 @@ class QuestionWriter:
         texts = yield from self._sample("for", (self._text(other), attempt.name), attempt.id, 1, dropped)
         leading = [(read_question(text)[0], attempt.name) for text in texts]
         leading = self._without_fault(leading, [other], "one_hop", dropped)
-        if not leading:
+        lead = yield from self._first_answered(attempt, leading, other, dropped)
+        if not lead:
             return []
-        texts = yield from self._sample("phrase", (leading[0][0], ""), attempt.id, 2, dropped)
-        phrases = dict.fromkeys(map(read_phrase, texts))
-        composed = [(compose(q, attempt.name, phrase), a) for q, a in about for phrase in phrases]
+        texts = yield from self._sample("phrase", (lead, ""), attempt.id, 2, dropped)
+        written = dict.fromkeys(map(read_phrase, texts))
+        phrases = [phrase for phrase in written if is_phrase_of(phrase, lead)]
+        dropped["no two hops"] += len(written) - len(phrases)
+        composed = [
+            ("" if answers.is_answered_by(other, [a]) else compose(q, attempt.name, phrase), a)
+            for q, a in about
+            for phrase in phrases
+        ]
         dropped["no two hops"] += sum(not q for q, _ in composed)
         return self._without_fault([pair for pair in composed if pair[0]], attempt.passages, "two_hop", dropped)
+
+    def _first_answered(self, attempt: Attempt, proposals, passage: dict, dropped: collections.Counter):
+        """The first question that is answered right from its passage; '' if none of the first few is."""
+        for question, answer in proposals[:_MOST_CHECKED]:
+            right = yield from self._count_right(attempt, question, answer, [passage], 1, dropped)
+            if right >= self.options.right:
+                return question
+            dropped["not answered from the passage"] += 1
+        return ""
 
     def _without_fault(self, proposals, passages, kind: str, dropped: collections.Counter):
         """Proposals that nothing is wrong with, each once; the others are counted by reason."""
@@ -130,23 +147,37 @@ class QuestionWriter:
 
     def _check(self, attempt: Attempt, question: str, answer: str, dropped: collections.Counter):
         """Answer a question from its passages, from one of two alone, and from none; returns what is wrong, or ''."""
-        need = self.options.right
-        closed = yield from self._count_right(attempt, question, answer, [], dropped)
+        need, count = self.options.right, len(attempt.passages)
+        closed = yield from self._count_right(attempt, question, answer, [], 0, dropped)
         if closed >= need:
             return "answered without the passage"
-        if len(attempt.passages) == 2:
-            alone = yield from self._count_right(attempt, question, answer, attempt.passages[:1], dropped)
-            if alone >= need:
+        if count == 2:
+            alone = self._among_others(attempt, question, answer)
+            if (yield from self._count_right(attempt, question, answer, alone, 1, dropped)) >= need:
                 return "answered from one passage"
-        right = yield from self._count_right(attempt, question, answer, attempt.passages, dropped)
+        right = yield from self._count_right(attempt, question, answer, attempt.passages, count, dropped)
         return "" if right >= need else "not answered from the passage"
 
-    def _count_right(self, attempt: Attempt, question: str, answer: str, passages: list[dict], dropped):
+    def _among_others(self, attempt: Attempt, question: str, answer: str) -> list[dict]:
+        """The first passage of two among others like it, as many as fit, in a drawn order.
+
+        Shown alone it would give the answer away: there is one town in it, whatever town is asked about.
+        """
+        others = [p for p in attempt.others if not answers.is_answered_by(p, [answer])]
+        for count in range(len(others), -1, -1):
+            shown = [attempt.passages[0], *others[:count]]
+            random.Random(f"{attempt.id}/{question}").shuffle(shown)
+            if len(self._tokens(written_questions.TURNS["read"](self._shown(shown), question))) <= self._limits.prompt:
+                break
+        return shown
+
+    def _shown(self, passages: list[dict]) -> str:
+        return "\n".join(f"Passage: {self._text(passage)}" for passage in passages)
+
+    def _count_right(self, attempt: Attempt, question: str, answer: str, passages: list[dict], step: int, dropped):
         """How many of some sampled answers are right, with these passages in view."""
-        shown = "\n".join(f"Passage: {self._text(passage)}" for passage in passages)
-        kind = "read" if passages else "closed"
-        name, step = f"{attempt.id}/{question}", len(passages)
-        texts = yield from self._sample(kind, (shown, question), name, step, dropped)
+        kind, name = "read" if passages else "closed", f"{attempt.id}/{question}"
+        texts = yield from self._sample(kind, (self._shown(passages), question), name, step, dropped)
         return sum(self._is_right(text, answer) for text in texts)
 
     def _is_right(self, said: str, answer: str) -> bool:

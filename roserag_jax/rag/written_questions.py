@@ -141,6 +141,18 @@ def read_phrase(text: str) -> str:
     return found.group(1).strip(' ".?*_') if found else ""
 
 
+# A phrase for an answer begins so in English.
+_DETERMINER = re.compile(r"(?:the|an?|that|those|one)\b", re.IGNORECASE)
+_ENGLISH_QUESTION = re.compile(r"\b(?:who|whom|whose|what|which|where|when)\b", re.IGNORECASE)
+
+
+def is_phrase_of(phrase: str, question: str) -> bool:
+    """Whether a phrase can stand for a question's answer; in English it is no sentence and names nothing new."""
+    if not _ENGLISH_QUESTION.search(question):
+        return bool(phrase)
+    return bool(_DETERMINER.match(phrase)) and all(contains(question, name) for name in names(phrase))
+
+
 # What points at the text instead of naming what it is about; English only.
 _POINTS = re.compile(
     r"\b(?:the|this|that|these|those|a|given|above|following|provided|first|second|previous)\s+(?:\w+\s+)?"
@@ -270,6 +282,9 @@ class Split:
         return "eval" if self._place(document_of(passage)) <= self._limit else "train"
 
 
+_OTHERS = 3  # passages that the first of two hops is shown among
+
+
 class Attempt(NamedTuple):
     """One attempt at a question.
 
@@ -278,6 +293,7 @@ class Attempt(NamedTuple):
       passages: one, or for two hops the one that holds the answer and then the one that leads to it.
       name: what both passages of a two-hop question name.
       answer: the answer that a yes/no question is to have.
+      others: passages like the first of two hops that do not name what both name.
     """
 
     id: str
@@ -285,14 +301,16 @@ class Attempt(NamedTuple):
     passages: list[dict]
     name: str = ""
     answer: str = ""
+    others: tuple[dict, ...] = ()
 
 
-def attempts(passages: list[dict], kinds: tuple[str, ...], rounds: int, search, seed: int) -> list[Attempt]:
+def attempts(passages: list[dict], kinds: tuple[str, ...], rounds: int, search, similar, seed: int) -> list[Attempt]:
     """Attempts over passages of one part in a drawn order, the kinds taking turns.
 
     Args:
       rounds: how often each passage is used at most.
       search: finds other passages of the part that hold a name as complete words, best first.
+      similar: finds other passages of the part like one, best first.
     """
     made: dict[str, Attempt] = {}
     order = sorted(passages, key=lambda p: p["text"])
@@ -305,13 +323,13 @@ def attempts(passages: list[dict], kinds: tuple[str, ...], rounds: int, search, 
             if kind == "yes_no":
                 attempt = attempt._replace(answer=("yes", "no")[(number // len(kinds) + turn) % 2])
             if kind == "two_hop":
-                attempt = _bridge(attempt, search, random.Random(f"{seed}/{attempt.id}"))
+                attempt = _bridge(attempt, search, similar, random.Random(f"{seed}/{attempt.id}"))
             if attempt:
                 made[attempt.id] = attempt
     return list(made.values())
 
 
-def _bridge(attempt: Attempt, search, rng: random.Random) -> Attempt | None:
+def _bridge(attempt: Attempt, search, similar, rng: random.Random) -> Attempt | None:
     """An attempt with a second passage that shares a name with the first; None where there is none."""
     (passage,) = attempt.passages
     title, *found = subjects(passage) or [""]
@@ -319,7 +337,12 @@ def _bridge(attempt: Attempt, search, rng: random.Random) -> Attempt | None:
     for name in [title, *rng.sample(found, min(len(found), 6))]:
         others = [p for p in search(name) if p["text"] != passage["text"]] if name else []
         if others:
-            return attempt._replace(passages=[passage, rng.choice(others[:4])], name=name)
+            other = rng.choice(others[:4])
+            if name != title and name == other["title"].strip():
+                # That is where something is said about it; where it is only mentioned, a question leads to it.
+                passage, other = other, passage
+            like = [p for p in similar(passage) if not contains(f"{p['title']} {p['text']}", name)]
+            return attempt._replace(passages=[passage, other], name=name, others=tuple(like[:_OTHERS]))
     return None
 
 

@@ -59,6 +59,8 @@ class Reader:
             if person and person in question:
                 if "year" in question:
                     return year
+                if "In which town" in question:
+                    return town.strip()
                 if "region" in question:
                     return regions.get(town.strip(), "unknown")
                 return "yes" if job in question else "no"
@@ -165,6 +167,21 @@ def test_questions_resume_with_the_attempts_that_are_left(with_reader, tmp_path)
     for name in ("questions.jsonl", "questions_eval.jsonl"):
         assert (Workdir(again.workdir) / name).read_text() == (Workdir(whole.workdir) / name).read_text()
     assert counted
+
+
+def test_two_hop_questions_are_checked_among_other_passages(with_reader):
+    """A reader that takes the only region in view, as any model does, has to tell towns apart and cannot."""
+
+    class Guesser(Reader):
+        def answer(self, prompt):
+            said = super().answer(prompt)
+            regions = sorted({region.strip() for _, region in LIES.findall(prompt.split("\n\n")[-1])})
+            return regions[0] if said == "unknown" and len(regions) == 1 else said
+
+    config = with_reader(Guesser(), **{"questions.kinds": ("two_hop",), "questions.count": 4, "questions.held_out": 0})
+    questions.run(config)
+    rows = read_questions(str(Workdir(config.workdir) / "questions.jsonl"))
+    assert rows and all("the town where" in row["question"] for row in rows)
 
 
 def test_questions_that_need_no_passage_are_dropped(with_reader, capsys):

@@ -6,7 +6,7 @@ import pytest
 
 from roserag_jax.rag import written_questions
 from roserag_jax.rag.words import words
-from roserag_jax.rag.written_questions import Split, attempts, compose, fault, is_near_duplicate, names
+from roserag_jax.rag.written_questions import Split, attempts, compose, fault, is_near_duplicate, is_phrase_of, names
 
 PASSAGE = {
     "title": "Ada Berg",
@@ -114,15 +114,43 @@ def test_split_holds_out_whole_documents(held_out, documents, expected):
 def test_attempts_take_turns_and_join_passages_that_name_the_same():
     passages = [{"title": "", "text": f"Ada Berg lives in House {i} of Tern Street."} for i in range(8)]
     search = lambda name: [p for p in passages if name in p["text"]]
-    made = attempts(passages, ("one_hop", "two_hop", "yes_no"), 3, search, seed=0)
+    mills = [{"title": "", "text": f"A mill burned in 190{i}."} for i in range(5)]
+    similar = lambda passage: [p for p in passages + mills if p != passage]
+    made = attempts(passages, ("one_hop", "two_hop", "yes_no"), 3, search, similar, seed=0)
     assert len({a.id for a in made}) == len(made) == 24
     assert collections.Counter(a.kind for a in made) == {"one_hop": 8, "two_hop": 8, "yes_no": 8}
     for attempt in made:
         if attempt.kind == "two_hop":
             first, second = attempt.passages
             assert first != second and attempt.name in first["text"] and attempt.name in second["text"]
+            # What the first is shown among does not name what both do.
+            assert attempt.others and not any(attempt.name in other["text"] for other in attempt.others)
     assert {a.answer for a in made if a.kind == "yes_no"} == {"yes", "no"}
-    assert made == attempts(passages, ("one_hop", "two_hop", "yes_no"), 3, search, seed=0)
+    assert made == attempts(passages, ("one_hop", "two_hop", "yes_no"), 3, search, similar, seed=0)
+
+
+def test_attempts_ask_about_what_an_entry_is_about():
+    """A work names its author: the question is about the author's entry, and the work leads to it."""
+    work = {"title": "The Red Hat", "text": "It is an opera by Nora Lund."}
+    entry = {"title": "Nora Lund", "text": "She was born in Moss Hill."}
+    search = lambda name: [p for p in (work, entry) if name in f"{p['title']} {p['text']}"]
+    made = attempts([work, entry], ("two_hop",), 1, search, lambda passage: [], seed=0)
+    assert [(a.name, a.passages) for a in made] == [("Nora Lund", [entry, work])] * 2
+
+
+@pytest.mark.parametrize(
+    ("phrase", "question", "good"),
+    [
+        ("the town where Bruno Hale was born", "In which town was Bruno Hale born?", True),
+        ("Bruno Hale was born", "In which town was Bruno Hale born?", False),  # a sentence
+        ("the town in Finland where Bruno Hale was born", "In which town was Bruno Hale born?", False),
+        ("die Stadt, in der Bruno Hale geboren wurde", "In welcher Stadt wurde Bruno Hale geboren?", True),
+        ("布鲁诺出生的城市", "布鲁诺出生在哪个城市？", True),
+        ("", "Who?", False),
+    ],
+)
+def test_phrase_stands_for_an_answer_and_names_nothing_new(phrase, question, good):
+    assert is_phrase_of(phrase, question) == good
 
 
 def test_keep_gives_each_kind_its_share_and_repeats_no_question():
