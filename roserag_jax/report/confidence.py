@@ -24,6 +24,7 @@ from etils import epath
 from roserag_jax import cli, options
 from roserag_jax.errors import UserError
 from roserag_jax.preference import rewards, selection
+from roserag_jax.preference.labels import LABELS
 from roserag_jax.rag import metrics
 from roserag_jax.rag.answers import Measure
 from roserag_jax.rag.files import read_rows
@@ -164,8 +165,8 @@ def em_after_five(folder: epath.Path) -> Iterator[Finding]:
             text = f"{system}: EM changes by {100 * test['difference']:+.1f} [{low:+.1f}, {high:+.1f}] to K = {K}"
             yield Finding(name, bool(high < 0), text)
     if not told:
-        what = f"--config.evaluate.passages='(1, 2, {_K}, 8, 10)'"
-        yield Finding(name, None, f"no system is evaluated at K = {_K} and beyond ({what})")
+        what = f"roserag evaluate --config.evaluate.passages='(1, 2, {_K}, 8, 10)'"
+        yield Finding(name, None, f"no system is evaluated at K = {_K} passages and beyond ({what})")
 
 
 def gaps(questions: list[Question], kind: str, strategy: str) -> np.ndarray:
@@ -210,13 +211,16 @@ def gap_narrows(before: list[Question], after: list[Question] | None, kind: str,
         return Finding(name, None, f"select.strategy={strategy} selects no particular pair")
     if not len(was):
         return Finding(name, None, "no question has more than one pair to choose from")
-    text = f"before training selected pairs' margin lies {was.mean():+.3f} beside the others'"
+    text = f"before training the selected pairs' margin differs by {was.mean():+.3f} from that of the other pairs"
     if after is None:
-        return Finding(name, None, f"{text}; score candidates_to_score.jsonl and give --after")
+        how = (
+            "to see it after training, run `roserag score` on candidates_to_score.jsonl and name its output in --after"
+        )
+        return Finding(name, None, f"{text}; {how}")
     now = gaps(after, kind, strategy)
     change = np.abs(now) - np.abs(was)
     low, high = metrics.interval(change)
-    text += f", after it {now.mean():+.3f}; its size changes by {change.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+    text += f", after it by {now.mean():+.3f}; the gap's size changes by {change.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
     return Finding(name, bool(high < 0), text)
 
 
@@ -248,8 +252,14 @@ def loss_without_em(workdir: Workdir) -> Finding:
 def describe(fits: dict[str, list[Fit]], made: list[dict], findings: list[Finding], unit: str) -> str:
     """Everything as text."""
     parts = []
+    if fits:
+        parts.append(
+            f"How sure the model is: surprise is minus the log-probability of a response under the plain prompt, in "
+            f"{unit}.\nThe family with the lowest AIC describes it best; p < 0.05 says that the surprises are not from "
+            "that family."
+        )
     for side, of_side in fits.items():
-        header = [side, "AIC", "p (bootstrap)", f"mean ({unit})", "sd"]
+        header = [f"surprise of {side} candidates", "AIC", "p (bootstrap)", "mean", "standard deviation"]
         body = [
             [fit.family, f"{fit.aic:.1f}", f"{fit.p:.3f}", f"{fit.frozen.mean():.3f}", f"{fit.frozen.std():.3f}"]
             for fit in of_side
@@ -257,7 +267,10 @@ def describe(fits: dict[str, list[Fit]], made: list[dict], findings: list[Findin
         parts.append(table(header, body))
         exponential = next(fit for fit in of_side if fit.family == "exponential")
         verdict = "is rejected" if exponential.p < 0.05 else "is not rejected"
-        parts.append(f"{side}: the exponential {verdict} (p = {exponential.p:.3f}); best by AIC: {of_side[0].family}.")
+        parts.append(
+            f"{side.capitalize()} candidates: an exponential distribution, which the theory assumes, {verdict} "
+            f"(p = {exponential.p:.3f}); {of_side[0].family} fits best."
+        )
     body = [
         [
             row["strategy"],
@@ -268,9 +281,14 @@ def describe(fits: dict[str, list[Fit]], made: list[dict], findings: list[Findin
         for row in made
     ]
     if body:
-        parts.append(table([f"margin ({unit})", "observed  [95%]", "exponential", "best families"], body))
+        parts.append(
+            "The margin of a pair is the log-probability of its chosen candidate minus that of the rejected one, here "
+            "the mean over\nquestions for each way to choose: as it is, and as it would be if surprises had these "
+            "distributions."
+        )
+        parts.append(table([f"margin ({unit})", "observed  [95%]", "if exponential", "if the best families"], body))
     seen = {True: "SEEN", False: "not seen", None: "unknown"}
-    parts.append("\n".join(f"{seen[f.seen]}: {f.name}: {f.text}." for f in findings))
+    parts.append("\n".join(["Signs of failure:", *(f"  {seen[f.seen]}: {f.name}: {f.text}." for f in findings)]))
     return "\n\n".join(parts)
 
 
@@ -306,8 +324,13 @@ def report(workdir: Workdir, output: epath.Path, resamples: int, after: str = ""
     """Write the report of a workdir to a folder, and return it as text."""
     questions, select = read_questions(workdir)
     kind, unit = select.confidence, "nats a token" if select.confidence == "mean" else "nats"
-    fits, both = fit_sides(questions, kind, resamples), surprises(questions, kind)
-    made = margins(both, fits) if both else []
+    both, notes = surprises(questions, kind), []
+    try:
+        fits = fit_sides(questions, kind, resamples)
+    except UserError as error:  # the signs of failure need no distribution
+        fits = {}
+        notes.append(f"No distribution was fitted: {error}")
+    made = margins(both, fits) if both and fits else []
     paired = [q for q in questions if q.right and q.wrong]
     rows = [{"prompt": q.row["prompt"], "responses": [c["response"] for c in [*q.right, *q.wrong]]} for q in paired]
     scored = with_scores(paired, after) if after else None
@@ -322,10 +345,17 @@ def report(workdir: Workdir, output: epath.Path, resamples: int, after: str = ""
     }
     write_atomic(output / "candidates_to_score.jsonl", to_jsonl(rows))
     write_atomic(output / "confidence.json", to_json(content, indent=2))
-    draw(_sides(questions, kind), fits, Path(output / f"quantiles.{picture}"), unit)
+    if fits:
+        try:
+            draw(_sides(questions, kind), fits, Path(output / f"quantiles.{picture}"), unit)
+        except UserError as error:  # nothing else needs matplotlib
+            notes.append(f"No quantile plots: {error}")
     counts = f"{sum(len(q.right) for q in questions)} correct and {sum(len(q.wrong) for q in questions)} incorrect"
-    head = f"{counts} candidates of {len(questions)} questions, {len(both)} of them with both."
-    return f"{head}\n\n{describe(fits, made, findings, unit)}"
+    head = (
+        f"{counts} candidates of {len(questions)} questions, {len(both)} of them with both; "
+        f"what is correct is said by {LABELS[select.labels].help} (config.select.labels={select.labels})."
+    )
+    return "\n\n".join([head, *notes, describe(fits, made, findings, unit)])
 
 
 def main() -> None:

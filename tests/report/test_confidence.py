@@ -124,3 +124,12 @@ def test_signs_of_failure_are_seen(exponential):
 def test_report_without_candidates_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no candidates.jsonl"):
         confidence.report(Workdir(str(tmp_path)), tmp_path, 19)
+
+
+def test_report_on_few_candidates_still_tells_the_signs_of_failure(tmp_path):
+    """What cannot be fitted is said, and not the end; what correct means stands in the first line."""
+    work = publish_candidates(tmp_path / "work", lambda rng: rng.exponential(0.5), lambda rng: rng.exponential(0.9), 3)
+    text = confidence.report(work, work / "confidence", 19)
+    assert "3 questions, 3 of them with both; what is correct is said by the golden answers" in text.splitlines()[0]
+    assert "No distribution was fitted: There are 6 correct candidates; 8 are needed" in text
+    assert "Signs of failure:" in text and "unknown: EM falls after K = 5" in text
