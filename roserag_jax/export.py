@@ -3,9 +3,11 @@
     python -m roserag_jax.export --config configs/quickstart.py [--config.export.folder=FOLDER]
 
 Writes `merged/` in the workdir, or FOLDER: the weights with the workdir's adapter (or `config.adapter`) merged in, the
-configuration and the tokenizer.
+configuration and the tokenizer. The weights are the model's own, also where `config.base_dtype` keeps those of runs in
+eight bits.
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -22,7 +24,9 @@ ORIGIN = "merged_from.json"  # names base and adapter; a folder that holds it ma
 
 def run(config) -> None:
     """The command."""
-    workdir, session = Workdir(config.workdir), Session(config)
+    original = copy.deepcopy(config)
+    original.base_dtype = ""  # the adapter's digits would be rounded away in weights of eight bits
+    workdir, session = Workdir(config.workdir), Session(original)
     target = resolve_path(config.export.folder) if config.export.folder else workdir / "merged"
     if is_remote(target):
         raise UserError(f"config.export.folder: {target} is not local; name a local folder, and copy that.")

@@ -24,30 +24,23 @@ from roserag_jax.models.transformer import Transformer
 def merged_tensors(model: Transformer) -> Iterator[tuple[str, np.ndarray]]:
     """Yield `(name, tensor)` of the network with its adapter merged in, in Hugging Face's names and layouts.
 
-    Tensors have the dtype of the base, also those that it keeps in eight bits; the sum is taken in float32.
+    Tensors keep the dtype of the base; the sum is taken in float32.
     """
-    dtype = model.embed[...].dtype
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Not(LoRAParam))):
-        if path[-1] == "weight_scale":  # it belongs to the weight of eight bits beside it
-            continue
         name = tensor_name(path, model.config)
         value = np.asarray(variable.get_value())
         if "{}" not in name:
             yield name, value
             continue
         linear = getattr(model.layers, path[1])
-        scale = delta = None
-        if path[-1] == "weight" and linear.weight_scale is not None:
-            scale = np.asarray(linear.weight_scale[...])
+        delta = None
         if path[-1] == "weight" and linear.lora is not None:
             a, b = np.asarray(linear.lora_a[...]), np.asarray(linear.lora_b[...])
             delta = linear.lora.scale * np.matmul(a, b).mT
         for i, layer in enumerate(value):
-            if scale is not None:
-                layer = layer.astype(np.float32) * scale[i][:, None]
             if delta is not None:
-                layer = layer.astype(np.float32) + delta[i]
-            yield name.format(i), np.ascontiguousarray(layer.astype(dtype, copy=False))
+                layer = (layer.astype(np.float32) + delta[i]).astype(value.dtype)
+            yield name.format(i), np.ascontiguousarray(layer)
 
 
 def save_weights(model: Transformer, folder: Path, shard_bytes: int = 4 << 30) -> None:

@@ -25,6 +25,11 @@ def test_export_and_adapter_load_elsewhere(finished, model_folder):
     export.run(finished)  # its own folder it makes again
     work = Workdir(finished.workdir)
     assert json.loads((work / "merged/merged_from.json").read_text())["adapter"] == str(work / "adapter")
+    weights = digest(work / "merged/model.safetensors")
+    quantized = copy.deepcopy(finished)
+    quantized.base_dtype = "int8"
+    export.run(quantized)
+    assert digest(work / "merged/model.safetensors") == weights  # merged into the original weights
     elsewhere = copy.deepcopy(finished)
     elsewhere.export.folder = str(model_folder)
     before = digest(model_folder)
