@@ -1,5 +1,6 @@
 """Digests of the files that options name, for recipes."""
 
+import os
 from pathlib import Path
 
 from etils import epath
@@ -49,7 +50,7 @@ def corpus_recipe(config) -> tuple[list[str], dict[str, str]]:
         if tokenizer := chunk_tokenizer(config):
             inputs[f"tokenizer of {tokenizer}"] = model_files.fingerprint(tokenizer, weights=False)
         return names, inputs
-    return [], {"config.index": Index(Path(config.index).expanduser()).content} if config.index else {}
+    return [], {"config.index": Index(Path(os.path.expanduser(config.index))).content} if config.index else {}
 
 
 def _digest_or_error(file: epath.Path) -> str:

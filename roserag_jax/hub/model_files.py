@@ -5,6 +5,7 @@ Each is opened as named tensors (`ModelFiles`) in Hugging Face's names and layou
 
 import contextlib
 import hashlib
+import os
 import time
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -44,6 +45,10 @@ class ModelFiles(Protocol):
         ...
 
 
+def _local(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # which leaves the home of an unknown user as it is; pathlib raises
+
+
 def resolve_path(
     model: str,
     revision: str | None = None,
@@ -63,10 +68,10 @@ def resolve_path(
     """
     if not model:
         raise UserError(f"config.{option} is empty; name a Hub id, a Hugging Face folder or a .gguf file.")
-    path = Path(model).expanduser()
+    path = _local(model)
     if path.exists() or model.endswith(".gguf"):
         return path
-    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise UserError(f"config.{option}: there is no folder {model}.")
     import huggingface_hub
 
@@ -118,7 +123,7 @@ def fingerprint(model: str, revision: str | None = None, weights: bool = True, *
       UserError: there is no such model, or a file may not be read.
     """
     path = resolve_path(model, revision, weights=False)
-    if path.parent.name == "snapshots" and not Path(model).expanduser().exists():
+    if path.parent.name == "snapshots" and not _local(model).exists():
         return f"{model}@{path.name}"
     small, large = [], part_files(path)
     if path.is_dir():

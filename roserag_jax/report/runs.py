@@ -196,7 +196,9 @@ def _lines(path: epath.Path, is_row: Callable[[dict], bool]) -> tuple[list[dict]
             good = is_row(row)
         except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError):
             good = False
-        rows, bad = (rows + [row], bad) if good else (rows, bad + 1)
+        if good:
+            rows.append(row)
+        bad += not good
     return rows, bad
 
 

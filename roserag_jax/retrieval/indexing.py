@@ -53,7 +53,7 @@ def open_index(config) -> Index:
     Without `config.index` the index of a corpus is kept in the user's cache, by the corpus' path and chunking.
     """
     if not config.retrieve.corpus:
-        return Index(Path(config.index).expanduser())
+        return Index(Path(os.path.expanduser(config.index)))
     corpus = open_corpus(config)
     return update(folder_of(config, corpus), corpus)
 
@@ -90,7 +90,7 @@ def folder_of(config, corpus: Corpus) -> Path:
       UserError: neither is there.
     """
     if config.index:
-        return Path(config.index).expanduser()
+        return Path(os.path.expanduser(config.index))
     name = hashlib.sha256(json.dumps(_recipe(corpus)).encode()).hexdigest()[:16]
     cache = user_cache()
     if cache is None:

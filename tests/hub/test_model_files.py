@@ -9,9 +9,23 @@ import pytest
 from conftest import copy_folder
 from safetensors.numpy import load_file, save_file
 
+from roserag_jax import options
 from roserag_jax.errors import UserError
 from roserag_jax.hub import model_files
 from roserag_jax.hub.model_files import fingerprint
+from roserag_jax.inputs import corpus_recipe
+from roserag_jax.retrieval import indexing
+
+
+def test_home_of_an_unknown_user_is_no_folder():
+    """Nor is it a name to ask the Hub for; `pathlib` raises, where a shell leaves it as it is."""
+    with pytest.raises(UserError, match="there is no folder ~nobody1/model"):
+        model_files.resolve_path("~nobody1/model")
+    config = options.defaults()
+    config.index = "~nobody1/index"
+    for read in (indexing.open_index, corpus_recipe):
+        with pytest.raises(UserError, match="~nobody1/index is not an index"):
+            read(config)
 
 
 def test_fingerprint_of_a_folder_is_its_contents(model_folder, tmp_path):
