@@ -20,7 +20,7 @@ test-slow: $(VENV)/.test
 
 # What is written for other programs, read by transformers 4 and its PEFT in an environment of theirs.
 test-compat: $(VENV)/.test .venv-compat/.installed
-	COMPAT_PYTHON=$(CURDIR)/.venv-compat/bin/python $(BIN)/python -m pytest -n 0 -q tests/compat
+	COMPAT_PYTHON="$(CURDIR)/.venv-compat/bin/python" $(BIN)/python -m pytest -n 0 -q tests/compat
 
 # The files of launch/, each checked by its own tool, without any cloud.
 test-launch: .venv-launch/.installed

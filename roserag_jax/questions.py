@@ -114,7 +114,7 @@ class _Writing:
             rows = [done[attempt.id] for attempt in tried if attempt.id in done]
             words = list(known)
             found = written_questions.keep(rows, target, kinds, words, even)
-            self._report(found, target)
+            self._report(found)
             if len(found.rows) >= target:
                 break
             have = collections.Counter(row["kind"] for row in found.rows)
@@ -131,7 +131,7 @@ class _Writing:
         self.before += len(found.rows)
         return found
 
-    def _report(self, found: Written, target: int) -> None:
+    def _report(self, found: Written) -> None:
         reasons = found.dropped.most_common(1)
         note = f"{len(self.partial.done)} attempts"
         self.progress.update(
