@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from roserag_jax.errors import UserError
 from roserag_jax.inference.service import Closed, Full, Generation
 from roserag_jax.serving import protocol
 from roserag_jax.serving.models import Models, ServedModel
@@ -115,6 +116,10 @@ def _as_api_error(error: Exception) -> ApiError:
         return ApiError(503, "the server is stopping", "server_error", code="stopping", retry_after=RETRY_SECONDS)
     if isinstance(error, Full):
         return ApiError(429, f"the server is full: {error}", "server_error", code="full", retry_after=RETRY_SECONDS)
+    if isinstance(error, UserError):  # the retriever's, say, whose server is down: no defect of ours
+        print(f"error: {error}", file=sys.stderr)
+        why = "the server cannot answer now; its log says why"
+        return ApiError(503, why, "server_error", code="unavailable", retry_after=RETRY_SECONDS)
     traceback.print_exception(error, file=sys.stderr)
     return ApiError(500, "the server failed; its log says why", "server_error")
 

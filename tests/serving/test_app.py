@@ -295,6 +295,13 @@ def test_api_key_that_is_empty_is_refused(monkeypatch):
     assert server.api_key() is None
 
 
+def test_retriever_that_is_down_is_one_line_and_503(capsys):
+    """The client is told to come again, and not where the retriever is."""
+    found = app._as_api_error(UserError("config.retrieve.server=http://inside:1 does not answer."))
+    assert found.status == 503 and found.retry_after and "inside" not in json.dumps(found.body)
+    assert capsys.readouterr().err == "error: config.retrieve.server=http://inside:1 does not answer.\n"
+
+
 def test_nothing_but_the_pages_own_files_can_be_read(client):
     page = client.get("/")
     assert "default-src 'none'" in page.headers["content-security-policy"] and "<script src" in page.text
