@@ -344,16 +344,20 @@ def main(
       alone: whether it is for one process.
       resumes: whether a stopped command resumes when it is run again.
     """
-    if not resumes:
-        signals.set_consequence(signals.STARTS_OVER)
     flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")
     asks_for_help = {"--help", "-h", "--options"} & set(sys.argv[1:])
-    guard(lambda: print_help(doc) if asks_for_help else _run(run, workdir, model, alone))
+    guard(lambda: print_help(doc) if asks_for_help else _run(run, workdir, model, alone), resumes)
 
 
-def guard(run: Callable[[], None]) -> None:
-    """Run a command, which may have arguments of its own, and turn what is not a defect into one line."""
+def guard(run: Callable[[], None], resumes: bool = False) -> None:
+    """Run a command, which may have arguments of its own, and turn what is not a defect into one line.
+
+    Args:
+      resumes: whether it resumes when it was stopped and is run again.
+    """
     signals.install()
+    if not resumes:
+        signals.set_consequence(signals.STARTS_OVER)
     _disk_errors.install()
     _open_output()
     try:

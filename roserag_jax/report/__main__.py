@@ -8,7 +8,7 @@ there. `train` writes it at its end.
 
 import argparse
 
-from roserag_jax import cli, signals
+from roserag_jax import cli
 from roserag_jax.errors import UserError, disk_error, first_line
 from roserag_jax.report.page import write_page
 
@@ -22,7 +22,6 @@ def main() -> None:
     parser.add_argument("--compare", nargs="+", default=[], metavar="WORKDIR", help="workdirs of other runs")
     parser.add_argument("--output", default="", help="the file to write; by default report.html in the workdir")
     arguments = parser.parse_args()
-    signals.set_consequence(signals.STARTS_OVER)
     try:
         path = write_page([arguments.workdir, *arguments.compare], arguments.output)
     except OSError as error:
