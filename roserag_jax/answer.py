@@ -29,9 +29,12 @@ from roserag_jax.retrieval.registry import found_nothing, open_retriever, search
 from roserag_jax.session import Session, find_adapter
 from roserag_jax.workdir import Workdir
 
-_QUESTION = flags.DEFINE_string("question", None, "one question, answered from the corpus")
-_QUESTIONS = flags.DEFINE_string("questions", None, "a .jsonl of {id?, question, contexts?}")
-_SERVE = flags.DEFINE_integer("serve", None, "port on which to offer the page and the models", 0, 65535)
+_ARGUMENTS = flags.FlagValues()  # of this command alone
+_QUESTION = flags.DEFINE_string("question", None, "one question, answered from the corpus", flag_values=_ARGUMENTS)
+_QUESTIONS = flags.DEFINE_string("questions", None, "a .jsonl of {id?, question, contexts?}", flag_values=_ARGUMENTS)
+_SERVE = flags.DEFINE_integer(
+    "serve", None, "port on which to offer the page and the models", 0, 65535, flag_values=_ARGUMENTS
+)
 
 
 def _questions(config) -> list[dict]:
@@ -140,4 +143,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run, __doc__, alone=True, resumes=False)
+    cli.main(run, __doc__, _ARGUMENTS, alone=True, resumes=False)

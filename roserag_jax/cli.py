@@ -162,8 +162,8 @@ def json_line(row: dict, file: TextIO) -> str:
     return to_json(row, ascii_only="utf" not in (file.encoding or "utf-8").lower())
 
 
-def print_help(doc: str) -> None:
-    """Print a command's docstring and its flags, or with `--options` every option."""
+def print_help(doc: str, arguments: flags.FlagValues) -> None:
+    """Print a command's docstring and its own arguments, or with `--options` every option."""
     print(f"{doc.strip()}\n")
     if "--options" in sys.argv:
         print(f"Options (roserag_jax/options/):\n{describe()}")
@@ -171,9 +171,8 @@ def print_help(doc: str) -> None:
     print("  --config FILE                    the configuration, for example configs/quickstart.py")
     print("  --config.section.option=VALUE    sets one option")
     print("  --options                        lists every option with its default and meaning")
-    for flag in flags.FLAGS.flags_by_module_dict().get(sys.argv[0], []):
-        if flag.name not in ("config", "options"):
-            print(f"  --{flag.name:<31}{flag.help}")
+    for name in arguments:
+        print(f"  --{name:<31}{arguments[name].help}")
 
 
 def _run(run: Callable[[ConfigDict], None], workdir: bool, model: bool, alone: bool) -> None:
@@ -331,6 +330,7 @@ def _end_with_others(error: BaseException) -> NoReturn:
 def main(
     run: Callable[[ConfigDict], None],
     doc: str,
+    arguments: flags.FlagValues | None = None,
     workdir: bool = True,
     model: bool = True,
     alone: bool = False,
@@ -339,14 +339,18 @@ def main(
     """Run a command: read its options, call `run(config)`, and turn what is not a defect into one line.
 
     Args:
+      arguments: those that the command has beside the configuration; they are read after `run` was called.
       workdir: whether the command needs `config.workdir`.
       model: whether it needs `config.model`.
       alone: whether it is for one process.
       resumes: whether a stopped command resumes when it is run again.
     """
     flags.DEFINE_bool("options", False, "list every option with its default and meaning, and exit")
+    arguments = arguments or flags.FlagValues()
+    flags.FLAGS.append_flag_values(arguments)  # now, for commands may have some of the same name
+    arguments.mark_as_parsed()
     asks_for_help = {"--help", "-h", "--options"} & set(sys.argv[1:])
-    guard(lambda: print_help(doc) if asks_for_help else _run(run, workdir, model, alone), resumes)
+    guard(lambda: print_help(doc, arguments) if asks_for_help else _run(run, workdir, model, alone), resumes)
 
 
 def guard(run: Callable[[], None], resumes: bool = False) -> None:

@@ -42,10 +42,17 @@ from roserag_jax.training.objective import Objective
 from roserag_jax.training.pair_loader import Batch
 from roserag_jax.training.train_step import TrainStep, adamw
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "chips to compile for, as in v5e:2x4 or v5p:2x2x2")
-_SLICES = flags.DEFINE_integer("slices", 1, "how many slices of them")
-_PROGRAMS = flags.DEFINE_list("programs", ["prefill", "decode", "score", "train"], "which to compile")
-_ROWS = flags.DEFINE_string("rows", None, "JSON lines file to which what was found of each program is appended")
+_ARGUMENTS = flags.FlagValues()  # of this command alone
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "chips to compile for, as in v5e:2x4 or v5p:2x2x2", flag_values=_ARGUMENTS
+)
+_SLICES = flags.DEFINE_integer("slices", 1, "how many slices of them", flag_values=_ARGUMENTS)
+_PROGRAMS = flags.DEFINE_list(
+    "programs", ["prefill", "decode", "score", "train"], "which to compile", flag_values=_ARGUMENTS
+)
+_ROWS = flags.DEFINE_string(
+    "rows", None, "JSON lines file to which what was found of each program is appended", flag_values=_ARGUMENTS
+)
 SCORED = 8  # responses of a prompt that are scored together
 
 
@@ -313,4 +320,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run, __doc__, workdir=False, alone=True, resumes=False)
+    cli.main(run, __doc__, _ARGUMENTS, workdir=False, alone=True, resumes=False)

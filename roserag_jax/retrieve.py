@@ -30,8 +30,13 @@ from roserag_jax.session import Session
 from roserag_jax.workdir import QUESTIONS, RETRIEVED, Recipe, Workdir, from_jsonl, to_jsonl, write_atomic
 
 _BATCH = 1000  # questions searched at once, and what a stopped run searches again
-_SERVE = flags.DEFINE_integer("serve", None, "port on which to offer the corpus; nothing is written then", 0, 65535)
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "address on which --serve listens; 0.0.0.0 is open to other machines")
+_ARGUMENTS = flags.FlagValues()  # of this command alone
+_SERVE = flags.DEFINE_integer(
+    "serve", None, "port on which to offer the corpus; nothing is written then", 0, 65535, flag_values=_ARGUMENTS
+)
+_HOST = flags.DEFINE_string(
+    "host", "127.0.0.1", "address on which --serve listens; 0.0.0.0 is open to other machines", flag_values=_ARGUMENTS
+)
 
 
 def recipe(config, workdir: Workdir, split: str) -> Recipe:
@@ -201,4 +206,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run, __doc__, workdir=False, model=False)
+    cli.main(run, __doc__, _ARGUMENTS, workdir=False, model=False)

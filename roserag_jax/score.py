@@ -27,9 +27,12 @@ from roserag_jax.session import Session, find_adapter
 from roserag_jax.workdir import Workdir, to_json, write_atomic
 
 _WINDOW = 64  # batches of rows that are in memory at a time, and sorted by shape
-_INPUT = flags.DEFINE_string("input", None, "a .jsonl of {prompt, responses}")
-_OUTPUT = flags.DEFINE_string("output", None, "file to write the scores to; standard output without it")
-_END = flags.DEFINE_bool("end", False, "count the end-of-turn token as part of each response")
+_ARGUMENTS = flags.FlagValues()  # of this command alone
+_INPUT = flags.DEFINE_string("input", None, "a .jsonl of {prompt, responses}", flag_values=_ARGUMENTS)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "file to write the scores to; standard output without it", flag_values=_ARGUMENTS
+)
+_END = flags.DEFINE_bool("end", False, "count the end-of-turn token as part of each response", flag_values=_ARGUMENTS)
 
 
 def _read(file: str) -> Iterator[dict]:
@@ -138,4 +141,4 @@ def run(config) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(run, __doc__, alone=True, resumes=False)
+    cli.main(run, __doc__, _ARGUMENTS, alone=True, resumes=False)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import importlib
 import logging
 import os
 import subprocess
@@ -105,6 +106,12 @@ def test_cli_help_and_options():
     assert done.returncode == 0 and "--input" in done.stdout and "--config FILE" in done.stdout
     done = run("-m", "roserag_jax.train", "--options")
     assert all(f"--config.{name}=" in done.stdout and option.help in done.stdout for name, option in options.walk())
+
+
+def test_cli_commands_are_imported_beside_one_another():
+    """As a library: two of them have an argument of the same name."""
+    for command in __main__.COMMANDS:
+        importlib.import_module(f"roserag_jax.{command}")
 
 
 def test_cli_lists_and_runs_the_commands():
