@@ -60,6 +60,7 @@ def make(session: Session, workdir: Workdir) -> None:
         return
     training, held = _pairs(session, workdir)
     stream = Stream(training, batch=train.batch, pad_id=session.pad_id, epochs=train.epochs, seed=config.seed)
+    processes.connect(session.mesh)
     step = _train_step(session, stream)
     _print_plan(session, stream, held)
 

@@ -6,6 +6,7 @@ However one process ends, all end with its status and its reason in one line: 2 
 
 import contextlib
 import faulthandler
+import functools
 import hashlib
 import itertools
 import os
@@ -21,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from roserag_jax import signals
 from roserag_jax.distributed.channel import LOST, End, Hub, Link, Relay
@@ -237,6 +240,29 @@ def check_equal(what: str, value: str) -> None:
             raise UserError(
                 f"{what} is not the same in process {i} as in process 0; give all processes the same files."
             )
+
+
+def connect(mesh: Mesh) -> None:
+    """Connect the devices of a mesh over several processes, while all of them are here.
+
+    The first collective of a group of devices connects it, and on CPUs fails in a process that waits for another for 30
+    seconds, which one that compiles or reads weights may take longer.
+    """
+    if not _link:
+        return
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    x = jax.jit(lambda: jnp.ones(mesh.size), out_shardings=NamedSharding(mesh, PartitionSpec(mesh.axis_names)))()
+    for group in itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(1, len(axes) + 1)):
+        rest = tuple(axis for axis in mesh.axis_names if axis not in group)
+        add = jax.shard_map(
+            functools.partial(jax.lax.psum, axis_name=group),
+            mesh=mesh,
+            in_specs=PartitionSpec(mesh.axis_names),
+            out_specs=PartitionSpec(rest),
+        )
+        program = jax.jit(add).lower(x).compile()
+        barrier(f"connect {group}")
+        jax.block_until_ready(program(x))
 
 
 @contextlib.contextmanager

@@ -148,10 +148,11 @@ def test_stopped_process_is_named_and_all_write_their_stacks(config_of, pairs):
 def test_options_that_differ_are_named_at_once(config_of):
     config = config_of()
     own = {1: ["--config.train.evaluate_every=7", "--config.generate.plain_temperature=0.3"]}
+    own[1].append("--config.train.checkpoint_every=9")
     for status, output in Run("generate", config, 2, own=own).ends():
         assert status == 2
         assert_one_line(output, "error: config.generate.plain_temperature is 0.3 in process 1 and 0.8 in process 0; ")
-        assert "config.train.evaluate_every is 7" in output
+        assert "config.train.evaluate_every is 7" in output and "config.train.checkpoint_every is 9" in output
 
 
 def test_process_that_never_starts(config_of):
@@ -181,3 +182,44 @@ def test_weights_that_only_one_process_has_otherwise(config_of, model_folder, tm
         assert status == 2 and "Traceback" not in output, output
         assert "model.safetensors" in output or "config.model=~/model is not the same in process 1" in output
     assert not (Workdir(config.workdir) / ".parts").exists()
+
+
+_LATE = """
+import sys, time
+import jax, jax.numpy as jnp
+from roserag_jax import options
+from roserag_jax.distributed import processes
+from roserag_jax.distributed.mesh import AXES, make_mesh
+config = options.defaults()
+config.distributed = sys.argv[1]
+processes.start(config)
+mesh = make_mesh(1, 2, 2)
+processes.connect(mesh)
+place = lambda *axes: jax.NamedSharding(mesh, jax.P(axes))
+x = jax.jit(lambda: jnp.arange(4.0), out_shardings=place(*AXES))()
+for axes in (("fsdp",), ("tensor",), ()):
+    time.sleep(32 * jax.process_index())
+    found = jax.jit(lambda x: x.reshape(2, 2) + 1, out_shardings=place(*axes))(x)
+    processes.barrier(f"{jax.block_until_ready(found).shape}")
+print("met", file=sys.stderr)
+processes.leave(0)
+"""
+
+
+def test_processes_may_reach_the_first_collective_of_a_mesh_at_different_times():
+    """Half a minute apart, in every group of its devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", _LATE, f"localhost:{port},2,{i}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
+        )
+        for i in range(2)
+    ]
+    ends = [(run.communicate(timeout=300)[0], run.returncode) for run in runs]
+    assert all(output.endswith("met\n") and status == 0 for output, status in ends), ends
