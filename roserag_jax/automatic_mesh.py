@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from roserag_jax.distributed import hardware
+from roserag_jax.distributed import hardware, sharding
 from roserag_jax.distributed.mesh import AXES, make_mesh, prefers_unstacked_layers
 from roserag_jax.inference.requests import DecoderCapacity
 from roserag_jax.models.config import ModelConfig
@@ -95,7 +95,7 @@ def _for_training(config, model, lora, devices: int, memory: float | None) -> Ch
         jnp.dtype(config.dtype).itemsize,
         devices=devices,
         memory=memory,
-        pairs=train.batch // train.accumulate,
+        pairs=train.batch // (train.accumulate or train.batch),
         tokens=config.prompt.max_tokens + 2 * train.max_response,
         remat=train.remat,
         quantized=bool(config.base_dtype),
@@ -224,6 +224,31 @@ def most_pairs(
     bytes_of = lambda pairs: training_bytes(config, itemsize, pairs, tokens, remat)
     each = bytes_of(2) - bytes_of(1)
     return max(0, int((free - bytes_of(0)) // each)) * mesh.size // mesh.shape["tensor"]
+
+
+def accumulation(config: ConfigDict, model: ModelConfig, lora: LoRAConfig, mesh: Mesh) -> int:
+    """Microbatches of a training step: `config.train.accumulate`, or if that is 0 as few as should fit.
+
+    Microbatches are of one size, and of a multiple of the devices that share them where the batch is.
+    """
+    train = config.train
+    memory = config.mesh.memory_gb * 1e9 or hardware.memory_of(mesh.devices.flat[0])
+    if train.accumulate or memory is None:
+        return train.accumulate or 1
+    itemsize = jnp.dtype(config.dtype).itemsize
+    fits = most_pairs(
+        weight_bytes(model, itemsize, bool(config.base_dtype)),
+        model,
+        lora,
+        itemsize,
+        mesh,
+        memory=memory,
+        tokens=config.prompt.max_tokens + 2 * train.max_response,
+        remat=train.remat,
+    )
+    equal = [count for count in range(1, train.batch + 1) if train.batch % count == 0]
+    shared = [count for count in equal if train.batch // count % sharding.devices("batch", mesh) == 0] or equal
+    return next((count for count in shared if train.batch // count <= fits), shared[-1])
 
 
 def _why(needs: float, memory: float | None, how: str) -> str:

@@ -211,13 +211,14 @@ class Plan:
 
     def _train(self, mesh) -> Program:
         train, c = self.config.train, self.model_config
+        accumulate = automatic_mesh.accumulation(self.config, c, self.lora, mesh)
         model = loading.abstract_model(c, self.lora, self.dtype, self.quantized)
         step = TrainStep(
             model,
             mesh,
             objective=Objective.from_options(train, dropout=self.lora.dropout > 0),
             optimizer=adamw(train.learning_rate, steps=1000, warmup=train.warmup),
-            accumulate=train.accumulate,
+            accumulate=accumulate,
         )
         B, P, S = train.batch, bucket(self.prompt_length), bucket(train.max_response)
         batch = Batch(
@@ -228,7 +229,7 @@ class Plan:
             response_lengths=np.full((B, 2), S, np.int32),
             weights=np.ones(B, np.float32),
         )
-        passes = 3 * train.accumulate  # forward, its recomputation, backward
+        passes = 3 * accumulate  # forward, its recomputation, backward
         read = passes * self._weights_read(mesh)
         work = f"{B} pairs of {P} + 2 x {S} tokens"
         return Program("training step", work, mesh, lambda: step.lower(batch), step.flops(batch), read)

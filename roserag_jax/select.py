@@ -30,7 +30,6 @@ from roserag_jax.workdir import (
     Recipe,
     Workdir,
     to_json,
-    to_jsonl,
 )
 
 
@@ -108,7 +107,7 @@ def _make(session: Session, workdir: Workdir) -> None:
         rows = pairs.read_pairs(
             config.data.pairs, session.tokenizer, config.prompt.template_arguments, config.data.train_rows
         )
-        workdir.publish(PAIRS, wanted, to_jsonl(rows), len(rows))
+        workdir.publish_rows(PAIRS, wanted, rows)
         print(f"{PAIRS}: {len(rows)} ready-made pairs\n{selection.lengths(rows)}")
         return
     rows = rewards.joined(config.select, workdir, workdir.rows(CANDIDATES))
@@ -117,7 +116,7 @@ def _make(session: Session, workdir: Workdir) -> None:
     if not labels.LABELS[config.select.labels].hint:
         print(labels.reward_summary(rows, config.select, measure))
     made, counts = selection.select(rows, shown, config.select, config.seed, measure)
-    workdir.publish(PAIRS, wanted, to_jsonl(made), len(made))
+    workdir.publish_rows(PAIRS, wanted, made)
     print(f"{PAIRS}: {selection.summary(made, rows, counts, config.select.confidence)}")
 
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 import jax
 
-from roserag_jax import cli, evaluate, generate, options, rates, retrieve, select
+from roserag_jax import automatic_mesh, cli, evaluate, generate, options, rates, retrieve, select
 from roserag_jax.distributed import processes
 from roserag_jax.distributed.sharding import devices
 from roserag_jax.errors import UserError, first_line
@@ -28,7 +28,7 @@ from roserag_jax.training.checkpoints import Checkpoints
 from roserag_jax.training.held_out import HeldOut, QuestionAnswering
 from roserag_jax.training.log import TrainingLog
 from roserag_jax.training.objective import Objective
-from roserag_jax.training.pair_loader import Pair, Stream, hold_out, tokenize
+from roserag_jax.training.pair_loader import Pairs, Stream, hold_out
 from roserag_jax.training.train_step import TrainStep, adamw
 from roserag_jax.training.trainer import Trainer
 from roserag_jax.workdir import ADAPTER, CANDIDATES, PAIRS, RETRIEVED, Recipe, Workdir, is_remote
@@ -62,7 +62,7 @@ def make(session: Session, workdir: Workdir) -> None:
     stream = Stream(training, batch=train.batch, pad_id=session.pad_id, epochs=train.epochs, seed=config.seed)
     processes.connect(session.mesh)
     step = _train_step(session, stream)
-    _print_plan(session, stream, held)
+    _print_plan(session, stream, held, step.accumulate)
 
     # The same run whichever of its checkpoints is wanted in the end.
     run_options = {k: v for k, v in wanted.options.items() if k not in ("train.keep", *_EVALUATION)}
@@ -98,6 +98,7 @@ def make(session: Session, workdir: Workdir) -> None:
             rate=rates.key(config, "train"),
         )
         state = trainer.fit()
+        _print_cut(training, train.max_length)
         if skipped := sum(row.get("skipped", 0) for row in log.steps):
             print(f"{skipped:.0f} of {len(stream)} steps were non-finite (NaN or Inf) and skipped.")
         if held_out:
@@ -111,32 +112,34 @@ def make(session: Session, workdir: Workdir) -> None:
         processes.gather_to_host(state.adapter), session.lora, config.model, config.revision
     )
     if processes.is_main():
-        workdir.publish(ADAPTER, wanted, files, len(training))
+        workdir.publish(ADAPTER, wanted, files, len(stream.places))
         for other in folder.parent.iterdir():  # of other options, which this adapter has replaced
             if other.is_dir() and other.name != folder.name:
                 other.rmtree()
     processes.barrier("adapter published")
 
 
-def _pairs(session: Session, workdir: Workdir) -> tuple[list[Pair], list[Pair]]:
-    """The pairs as tokens, to train on and held out."""
+def _pairs(session: Session, workdir: Workdir) -> tuple[Pairs, Pairs]:
+    """The pairs to train on and those held out."""
     config, train = session.config, session.config.train
-    rows = workdir.rows(PAIRS)
-    pairs, counts = tokenize(session.tokenizer, session.turn_end, rows, train.max_response, train.max_length)
-    if lost := counts["response too long"]:
+    rows = workdir.row_file(PAIRS, note=lambda row: None)
+    pairs = Pairs(session.tokenizer, session.turn_end, rows, train.max_response, train.max_length)
+    if lost := pairs.left_out:
         print(f"{lost} of {len(rows)} pairs have a response over {train.max_response} tokens and are left out.")
-    if cut := counts["cut"]:
-        print(f"{cut} of {len(rows)} pairs were over {train.max_length} tokens; their passages were cut.")
-    if lost := counts["prompt too long"]:
-        print(f"{lost} of {len(rows)} pairs are over {train.max_length} tokens without any passage and are left out.")
-    if not pairs:
-        raise UserError(
-            f"config.train.max_response={train.max_response}, max_length={train.max_length}: every pair is longer."
-        )
-    training, held = hold_out(pairs, train.held_out, config.seed)
+    if not len(pairs):
+        raise UserError(f"config.train.max_response={train.max_response}: every pair has a longer response.")
+    training, held = hold_out(pairs.ids, train.held_out, config.seed)
     if not training:
         raise UserError(f"config.train.held_out={train.held_out}: no pair is left to train on.")
-    return training, held
+    return pairs.subset(training), pairs.subset(held)
+
+
+def _print_cut(pairs: Pairs, limit: int) -> None:
+    """Print what was done to the pairs that were longer than `config.train.max_length`, of those that were read."""
+    if pairs.cut:
+        print(f"{len(pairs.cut)} of the pairs read were over {limit} tokens; their passages were cut.")
+    if pairs.lost:
+        print(f"{len(pairs.lost)} of the pairs read are over {limit} tokens without any passage and were left out.")
 
 
 def _train_step(session: Session, stream: Stream) -> TrainStep:
@@ -158,19 +161,21 @@ def _train_step(session: Session, stream: Stream) -> TrainStep:
             weight_decay=train.weight_decay,
             max_gradient_norm=train.clip,
         ),
-        accumulate=train.accumulate,
+        accumulate=automatic_mesh.accumulation(config, session.source.config, session.lora, session.mesh),
         seed=config.seed,
-        shared_prefix=stream.shared_prefix,
         skip_nonfinite=train.nonfinite == "skip",
     )
 
 
-def _question_answering(session: Session, workdir: Workdir, held: list[Pair]) -> QuestionAnswering:
+def _question_answering(session: Session, workdir: Workdir, held: Pairs) -> QuestionAnswering:
     """What answers the first `answer_questions` questions of the held-out pairs."""
     config = session.config
-    prompts = {pair.id: list(pair.prompt) for pair in held}
-    chosen = list(prompts)[: config.train.answer_questions]
-    rows = [row for row in workdir.rows(CANDIDATES) if row["id"] in chosen]
+    pairs = filter(None, held)
+    prompts = {}
+    while len(prompts) < config.train.answer_questions and (pair := next(pairs, None)):
+        prompts[pair.id] = list(pair.prompt)
+    candidates = workdir.row_file(CANDIDATES, note=lambda row: row["id"])
+    rows = [candidates[i] for i, name in enumerate(candidates.notes) if name in prompts]
 
     def engine_of(adapter):
         return session.engine_of(loading.assemble(session.source.config, session.base, session.lora, adapter))
@@ -188,16 +193,19 @@ def _question_answering(session: Session, workdir: Workdir, held: list[Pair]) ->
     )
 
 
-def _print_plan(session: Session, stream: Stream, held: list[Pair]) -> None:
+def _print_plan(session: Session, stream: Stream, held: Pairs, accumulate: int) -> None:
     """Print what will be trained, and warn where the mesh does not divide it."""
-    train, (padding, shapes) = session.config.train, stream.padding()
+    train = session.config.train
     each = rates.seconds_each(rates.key(session.config, "train"))
     takes = f"; {rates.about(each * len(stream))} by the rate of an earlier run" if each else ""
     print(
-        f"train: {len(stream.pairs)} pairs, {len(stream)} steps of {train.batch}, {padding:.0%} padding, {shapes} "
-        f"shapes, adapter rank {session.lora.rank}" + (f"; {len(held)} pairs held out" if held else "") + f"{takes}."
+        f"train: {len(stream.places)} pairs, {len(stream)} steps of {train.batch}"
+        + (f" in {accumulate} microbatches" if accumulate > 1 else "")
+        + f", adapter rank {session.lora.rank}"
+        + (f"; {len(held)} pairs held out" if held else "")
+        + f"{takes}."
     )
-    microbatch, over = train.batch // train.accumulate, devices("batch", session.mesh)
+    microbatch, over = train.batch // accumulate, devices("batch", session.mesh)
     if microbatch % over:
         print(
             f"Warning: a microbatch of {microbatch} pairs is not divided by the {over} devices of mesh.data and "

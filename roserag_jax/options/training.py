@@ -55,8 +55,9 @@ TRAIN = {
     ),
     "accumulate": Option(
         1,
-        "gradient-accumulation steps: microbatches that a step's batch is split into; the same result without dropout",
-        at_least=1,
+        "gradient-accumulation steps: microbatches that a step's batch is split into; the same result without dropout "
+        "(but for its last digits); 0 is as few as should fit in the devices' memory beside the weights (on a CPU 1)",
+        at_least=0,
     ),
     "max_response": Option(
         192, "most tokens of a response; pairs with a longer one are left out and counted", at_least=1
@@ -124,5 +125,5 @@ def _held_out_pairs_exist(config) -> Faults:
 
 @together
 def _microbatches_are_equal(config) -> Faults:
-    if config.train.batch % config.train.accumulate:
+    if config.train.accumulate and config.train.batch % config.train.accumulate:
         yield "train.accumulate", f"must divide config.train.batch={config.train.batch}"

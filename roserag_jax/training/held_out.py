@@ -105,9 +105,8 @@ class HeldOut:
     def evaluate(self, step: int, state: TrainState) -> None:
         """Evaluate, log it, and keep the state if it is the best so far."""
         totals, count = collections.Counter(), 0.0
-        for number in range(len(self.stream)):
-            batch = self.stream.collate(number)
-            means = self.step.evaluate(state.adapter, batch, self.stream.shared_prefix)
+        for batch in self.stream.start(0):
+            means = self.step.evaluate(state.adapter, batch)
             count += (pairs := float(batch.weights.sum()))
             for name, value in means.items():
                 totals[name] += pairs * float(value)

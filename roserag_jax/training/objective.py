@@ -52,7 +52,6 @@ def summed_logprobs(
     model: Transformer,
     batch: Batch,
     *,
-    shared_prefix: Int[Array, "C"] | None = None,
     remat: str = "none",
     dropout_key=None,
     prompts: bool = False,
@@ -61,12 +60,11 @@ def summed_logprobs(
 
     A prompt's first token is given, never predicted. The other arguments are those of `pair_losses`.
     """
-    C = 0 if shared_prefix is None else shared_prefix.size
     hidden, prompt_hidden, prefix_hidden = model.prefill_and_extend(
         batch.prompt,
         batch.prompt_lengths,
         batch.branches,
-        shared_prefix,
+        batch.shared_prefix,
         remat=remat,
         dropout_key=dropout_key,
         return_hidden=prompts,
@@ -84,10 +82,10 @@ def summed_logprobs(
     opening = batch.branches[:, 0, :1]
     after = jnp.where(jnp.arange(1, P + 1) < batch.prompt_lengths[:, None], jnp.roll(batch.prompt, -1, 1), opening)
     prompt_logprobs = _sum_real(logprobs(prompt_hidden, after), batch.prompt_lengths)
-    if C:  # every row's prompt begins with these tokens; the last of them predicts each row's own next one
+    if batch.shared_prefix.size:  # its last token predicts each row's own first
         first = jnp.where(batch.prompt_lengths > 0, batch.prompt[:, 0], opening[:, 0])
         last = jnp.broadcast_to(prefix_hidden[-1], (B, prefix_hidden.shape[-1]))
-        prompt_logprobs += logprobs(prefix_hidden[:-1], shared_prefix[1:]).sum() + logprobs(last, first)
+        prompt_logprobs += logprobs(prefix_hidden[:-1], batch.shared_prefix[1:]).sum() + logprobs(last, first)
     return responses, prompt_logprobs
 
 
@@ -96,11 +94,15 @@ def _sum_real(values: Float[Array, "*rows T"], lengths: Int[Array, "*rows"]) -> 
     return jnp.where(jnp.arange(values.shape[-1]) < lengths[..., None], values, 0.0).sum(-1)
 
 
-def mean_span(batch: Batch, shared_prefix: Int[Array, "C"] | None = None) -> Float[Array, ""]:
+def total_weight(batch: Batch) -> Float[Array, ""]:
+    """The number of a batch's real pairs, at least 1, so that means of a batch without any are zero."""
+    return jnp.maximum(batch.weights.sum(), 1.0)
+
+
+def mean_span(batch: Batch) -> Float[Array, ""]:
     """Mean number of predicted tokens of a pair's prompt and chosen response."""
-    C = 0 if shared_prefix is None else shared_prefix.size
-    tokens = C + batch.prompt_lengths + batch.response_lengths[..., 0]
-    return (tokens * batch.weights).sum() / batch.weights.sum()
+    tokens = batch.shared_prefix.size + batch.prompt_lengths + batch.response_lengths[..., 0]
+    return (tokens * batch.weights).sum() / total_weight(batch)
 
 
 def pair_losses(
@@ -108,7 +110,6 @@ def pair_losses(
     batch: Batch,
     objective: Objective,
     *,
-    shared_prefix: Int[Array, "C"] | None = None,
     dropout_key=None,
     reference: Transformer | None = None,
     span: Float[Array, ""] | None = None,
@@ -116,8 +117,6 @@ def pair_losses(
     """Loss [B] of each pair and its metrics, each [B].
 
     Args:
-      shared_prefix: tokens that all prompts begin with and that `batch` leaves out; prefilled once, with their
-        gradient.
       reference: the network without its adapter, for the losses that need it.
       span: `mean_span` of the whole batch where `batch` is a microbatch of it.
     """
@@ -128,7 +127,6 @@ def pair_losses(
     sums, prompt_logprobs = summed_logprobs(
         model,
         batch,
-        shared_prefix=shared_prefix,
         remat=objective.remat,
         dropout_key=dropout_key,
         prompts=with_prompts,
@@ -136,12 +134,12 @@ def pair_losses(
     means = sums / batch.response_lengths
     log_likelihood = means[:, 0]
     if with_prompts:  # as in TRL: a mean over the tokens of the batch, not over each pair's and then the pairs
-        span = mean_span(batch, shared_prefix) if span is None else span
+        span = mean_span(batch) if span is None else span
         log_likelihood = (prompt_logprobs + sums[:, 0]) / span
     reduced = {"sum": sums, "mean": means}[spec.reduce]
     logprobs = PairLogprobs(*reduced.T, log_likelihood=log_likelihood)
     if spec.reference:
-        reference_logprobs, _ = summed_logprobs(reference, batch, shared_prefix=shared_prefix)
+        reference_logprobs, _ = summed_logprobs(reference, batch)
         if spec.reduce == "mean":
             reference_logprobs /= batch.response_lengths
         sides = ("reference_chosen", "reference_rejected")[: objective.branches]

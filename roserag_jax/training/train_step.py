@@ -20,7 +20,7 @@ from roserag_jax.distributed.sharding import sharding, state_shardings
 from roserag_jax.hub.loading import assemble
 from roserag_jax.models.lora import LoRAParam
 from roserag_jax.models.transformer import Transformer
-from roserag_jax.training.objective import Objective, mean_span, pair_losses
+from roserag_jax.training.objective import Objective, mean_span, pair_losses, total_weight
 from roserag_jax.training.pair_loader import Batch
 
 
@@ -71,7 +71,6 @@ class TrainStep:
       optimizer: how, and with which learning rates.
       accumulate: microbatches of a step; gradients equal those of the whole batch, weights included.
       seed: of dropout.
-      shared_prefix: tokens that all prompts begin with and that batches leave out.
       skip_nonfinite: leave the state as it is where the loss, the gradient or the new state is non-finite (NaN or Inf).
     """
 
@@ -84,12 +83,10 @@ class TrainStep:
         objective: Objective | None = None,
         accumulate: int = 1,
         seed: int = 0,
-        shared_prefix: Int[np.ndarray, "C"] | None = None,
         skip_nonfinite: bool = False,
     ):
         self.model, self.mesh, self.accumulate = model, mesh, accumulate
         self.objective = objective = objective or Objective()
-        self.shared_length = 0 if shared_prefix is None else len(shared_prefix)
         graph, self.adapter, self.base = nnx.split(model, LoRAParam, ...)
         self._init = lambda adapter: TrainState(
             # The step donates its state, and must not take the caller's adapter with it.
@@ -109,7 +106,6 @@ class TrainStep:
             **network,
             optimizer=optimizer,
             seed=seed,
-            shared_prefix=shared_prefix,
             skip_nonfinite=skip_nonfinite,
         )
         replicated = NamedSharding(mesh, PartitionSpec())
@@ -126,15 +122,15 @@ class TrainStep:
         with jax.set_mesh(self.mesh):
             return self._step(state, self.base, self._place(self._microbatches(batch), None, "batch"), step)
 
-    def evaluate(self, adapter: nnx.State, batch: Batch, shared_prefix: Int[np.ndarray, "C"]) -> dict:
-        """Loss and metrics of a batch, without dropout or update; its prompts begin with `shared_prefix`."""
+    def evaluate(self, adapter: nnx.State, batch: Batch) -> dict:
+        """Loss and metrics of a batch, without dropout or update."""
         with jax.set_mesh(self.mesh):
-            return self._evaluate(adapter, self.base, self._place(batch, "batch"), shared_prefix)
+            return self._evaluate(adapter, self.base, self._place(batch, "batch"))
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
         """The step for batches of this shape, lowered and ready to compile; arrays or shapes will do everywhere."""
         microbatches = jax.eval_shape(self._microbatches, batch)
-        batched = jax.tree.map(lambda leaf: self._sharding(leaf.shape, None, "batch"), microbatches)
+        batched = self._batch_shardings(microbatches, None, "batch")
         base = _abstract(self.base, state_shardings(self.base, self.mesh))
         with jax.set_mesh(self.mesh):
             return self._step.lower(self.abstract_state, base, _abstract(microbatches, batched), 0)
@@ -144,22 +140,21 @@ class TrainStep:
         return self.lower(batch).compile().memory_analysis().temp_size_in_bytes
 
     def _microbatches(self, batch: Batch) -> Batch:
-        """A batch [B, ...] as microbatches [A, B / A, ...]."""
-        return Batch(*(leaf.reshape(self.accumulate, -1, *leaf.shape[1:]) for leaf in batch))
+        """A batch [B, ...] as microbatches [A, B / A, ...] behind the same shared prefix."""
+        split = lambda leaf: leaf.reshape(self.accumulate, -1, *leaf.shape[1:])
+        rows = jax.tree.map(split, batch._replace(shared_prefix=None))
+        return rows._replace(shared_prefix=batch.shared_prefix)
 
-    def _sharding(self, shape: tuple[int, ...], *axes: str | None) -> NamedSharding:
-        """The sharding of an array whose leading dimensions carry the logical names `axes`."""
-        return sharding(shape, axes + (None,) * (len(shape) - len(axes)), self.mesh)
+    def _batch_shardings(self, batch: Batch, *axes: str | None) -> Batch:
+        """The shardings of a batch whose rows' leading dimensions carry the logical names `axes`."""
+        of = lambda leaf: sharding(leaf.shape, axes + (None,) * (leaf.ndim - len(axes)), self.mesh)
+        rows = jax.tree.map(of, batch._replace(shared_prefix=None))
+        return rows._replace(shared_prefix=NamedSharding(self.mesh, PartitionSpec()))
 
     def _place(self, batch: Batch, *axes: str | None) -> Batch:
         """A batch on the mesh; every process has made the same one and hands over the rows of its own devices."""
-
-        def place(array):
-            return jax.make_array_from_callback(
-                array.shape, self._sharding(array.shape, *axes), np.asarray(array).__getitem__
-            )
-
-        return Batch(*map(place, batch))
+        place = lambda array, where: jax.make_array_from_callback(array.shape, where, np.asarray(array).__getitem__)
+        return jax.tree.map(place, batch, self._batch_shardings(batch, *axes))
 
     def flops(self, batch: Batch) -> float:
         """FLOPs that the mathematics of a step takes, whatever rematerialization repeats: the numerator of MFU.
@@ -167,7 +162,7 @@ class TrainStep:
         A frozen matrix costs a matmul forward and one backward (to its input), an adapter's one more (to itself);
         padding and rows that only fill the batch count for nothing.
         """
-        c, C = self.model.config, self.shared_length
+        c, C = self.model.config, len(batch.shared_prefix)
         real, spec = batch.weights > 0, self.objective.spec
         prompts = batch.prompt_lengths[real].astype(float)
         responses = batch.response_lengths[real, : self.objective.branches].astype(float)
@@ -204,13 +199,11 @@ def _step(
     objective: Objective,
     optimizer: Optimizer,
     seed: int,
-    shared_prefix: Int[np.ndarray, "C"] | None,
     skip_nonfinite: bool,
 ) -> tuple[TrainState, dict]:
     """One update of the state, and its metrics."""
-    if shared_prefix is not None:
-        shared_prefix = jnp.asarray(shared_prefix)
-    total, span = microbatches.weights.sum(), mean_span(microbatches, shared_prefix)
+    total, span = total_weight(microbatches), mean_span(microbatches)
+    shared_prefix = microbatches.shared_prefix
 
     def weighted_loss(adapter, microbatch, index):
         key = None
@@ -218,9 +211,8 @@ def _step(
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), index)
         loss, metrics = pair_losses(
             nnx.merge(graph, adapter, base),
-            microbatch,
+            microbatch._replace(shared_prefix=shared_prefix),
             objective,
-            shared_prefix=shared_prefix,
             dropout_key=key,
             reference=None if reference is None else nnx.merge(reference, base),
             span=span,
@@ -231,7 +223,7 @@ def _step(
     def gradient(microbatch, index):
         return jax.grad(weighted_loss, has_aux=True)(state.adapter, microbatch, index)
 
-    gradients, metrics = _sum_over_microbatches(gradient, microbatches)
+    gradients, metrics = _sum_over_microbatches(gradient, microbatches._replace(shared_prefix=None))
     updates, optimizer_state = optimizer.transformation.update(gradients, state.optimizer, state.adapter)
     new = TrainState(optax.apply_updates(state.adapter, updates), optimizer_state)
     metrics |= {"gradient_norm": optax.global_norm(gradients), "learning_rate": optimizer.schedule(step + 1)}
@@ -257,14 +249,13 @@ def _all_finite(tree) -> jax.Array:
     return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
 
 
-def _evaluate(adapter, base, batch, shared_prefix, *, reference, graph, objective) -> dict:
+def _evaluate(adapter, base, batch, *, reference, graph, objective) -> dict:
     """Weighted means over a batch of its loss and metrics."""
     loss, metrics = pair_losses(
         nnx.merge(graph, adapter, base),
         batch,
         objective,
-        shared_prefix=shared_prefix,
         reference=None if reference is None else nnx.merge(reference, base),
     )
-    mean = lambda value: (value * batch.weights).sum() / batch.weights.sum()
+    mean = lambda value: (value * batch.weights).sum() / total_weight(batch)
     return jax.tree.map(mean, {"loss": loss} | metrics)

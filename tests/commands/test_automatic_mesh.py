@@ -67,6 +67,24 @@ def test_choose_meshes_refuses_numbers_that_do_not_fit(tiny_llama, monkeypatch):
         automatic_mesh.choose_meshes(config, tiny_llama[0].config, LORA, jax.devices())
 
 
+@pytest.mark.parametrize(
+    ("pairs", "batch", "expected"),
+    [(100, 24, 1), (12, 24, 1), (11, 24, 3), (4, 24, 3), (3, 24, 6), (0, 24, 12), (1, 7, 7), (None, 24, 1)],
+)
+def test_accumulation_from_the_memory(pairs, batch, expected, tiny_llama):
+    """As few microbatches as fit, of equal size, and shared by all devices where the batch can be."""
+    model, mesh, config = tiny_llama[0].config, make_mesh(2, 1, 1, devices=jax.devices()[:2]), options.defaults()
+    config.dtype, config.train.batch, config.train.accumulate = "float32", batch, 0
+    tokens = config.prompt.max_tokens + 2 * config.train.max_response
+    if pairs is not None:  # of a device
+        needs = automatic_mesh.weight_bytes(model, 4) + automatic_mesh.adapter_bytes(model, LORA)
+        needs += automatic_mesh.training_bytes(model, 4, pairs, tokens, config.train.remat)
+        config.mesh.memory_gb = 1.0001 * needs / automatic_mesh._HEADROOM / 1e9
+    assert automatic_mesh.accumulation(config, model, LORA, mesh) == expected
+    config.train.accumulate = 2
+    assert automatic_mesh.accumulation(config, model, LORA, mesh) == 2
+
+
 def test_weights_are_loaded_once_and_move_between_meshes(config_of, monkeypatch, capsys):
     """Decoding in tensor, training in fsdp, and decoding again: the same scores, the same weights to the bit."""
     monkeypatch.setattr(automatic_mesh, "make_mesh", make_mesh)

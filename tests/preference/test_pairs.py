@@ -8,7 +8,7 @@ from conftest import write_lines
 from roserag_jax.errors import UserError
 from roserag_jax.preference import pairs
 from roserag_jax.rag.prompts import prompt_tokens
-from roserag_jax.training.pair_loader import tokenize
+from roserag_jax.training.pair_loader import Pairs
 
 TURNS = (
     "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a>' }}{{ m.content }}</u>{% endfor %}"
@@ -63,7 +63,7 @@ def test_prompt_tokens_of_pairs_are_trls(row, template, adds_bos, tmp_path):
         pytest.skip("conversations need a template")
     tokenizer = byte_tokenizer(template, adds_bos)
     found = pairs.read_pairs(write_lines(tmp_path / "p.jsonl", row), tokenizer)
-    (pair,), _ = tokenize(tokenizer, tokenizer.eos_token_id, found, 64)
+    (pair,) = Pairs(tokenizer, tokenizer.eos_token_id, list(found), 64)
     if adds_bos:  # which ORPO does for every tokenizer that has one, and DPO as the tokenizer does
         assert list(pair.prompt) == of_orpo(tokenizer, row)
         assert pair.prompt.count(tokenizer.bos_token_id) == 1

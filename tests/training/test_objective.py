@@ -13,27 +13,27 @@ from flax import nnx
 from roserag_jax.hub import loading, model_files, peft_adapter
 from roserag_jax.models.lora import LoRAParam
 from roserag_jax.training.objective import Objective, pair_losses, summed_logprobs
-from roserag_jax.training.pair_loader import Stream, tokenize
+from roserag_jax.training.pair_loader import Pairs, Stream
 
 torch = pytest.importorskip("torch")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _gradient(graph, without, objective, adapter, base, batch, shared_prefix):
+def _gradient(graph, without, objective, adapter, base, batch):
     def loss(adapter):
         reference = nnx.merge(without, base) if objective.spec.reference else None
         model = nnx.merge(graph, adapter, base)
-        losses, _ = pair_losses(model, batch, objective, shared_prefix=shared_prefix, reference=reference)
+        losses, _ = pair_losses(model, batch, objective, reference=reference)
         return (losses * batch.weights).sum() / batch.weights.sum()
 
     return jax.value_and_grad(loss)(adapter)
 
 
-def gradient(model, batch, objective, shared_prefix=None):
+def gradient(model, batch, objective):
     """Adapter gradient of the mean loss over the real rows, by path."""
     graph, adapter, base = nnx.split(model, LoRAParam, ...)
     without = nnx.split(loading.assemble(model.config, base))[0]
-    value, grads = _gradient(graph, without, objective, adapter, base, batch, shared_prefix)
+    value, grads = _gradient(graph, without, objective, adapter, base, batch)
     return float(value), {path: np.asarray(v.get_value()) for path, v in nnx.to_flat_state(grads)}
 
 
@@ -130,7 +130,7 @@ def test_objective_equals_trl_trainers(loss, span, smollm_tokenizer, one_device,
     expected = trainer.compute_loss(trainer.model.train(), dict(fed))
     expected.backward()
 
-    pairs, _ = tokenize(smollm_tokenizer, smollm_tokenizer.eos_token_id, ROWS, 64)
+    pairs = Pairs(smollm_tokenizer, smollm_tokenizer.eos_token_id, ROWS, 64)
     for side, at in (("chosen", 0), ("rejected", len(ROWS))):
         for i, pair in enumerate(pairs):
             ids, length = [*pair.prompt, *getattr(pair, side)], len(getattr(pair, side))
@@ -144,7 +144,7 @@ def test_objective_equals_trl_trainers(loss, span, smollm_tokenizer, one_device,
     assert len(stream.shared_prefix) > 32
     base = loading.load_base(opened, jnp.dtype("float32"), one_device)
     model = loading.assemble(opened.config, base, LORA, state)
-    value, found = gradient(model, stream.collate(0), Objective(loss, 0.3, sft_span=span), stream.shared_prefix)
+    value, found = gradient(model, stream.collate(0), Objective(loss, 0.3, sft_span=span))
     np.testing.assert_allclose(value, expected.item(), atol=1e-5)
     assert_same_gradient(found, trainer.model)
 
@@ -156,7 +156,7 @@ def test_loss_and_gradient_ignore_padding_order_and_remat(tiny_llama, one_device
     prefix = np.random.default_rng(0).integers(3, 131, 40).tolist()
     stream = Stream([pair._replace(prompt=prefix + pair.prompt) for pair in PAIRS], batch=8, pad_id=0)
     without_prefix = stream.collate(0)
-    assert stream.shared_prefix.tolist() == prefix and without_prefix.prompt.shape[1] == 32
+    assert without_prefix.shared_prefix.tolist() == prefix and without_prefix.prompt.shape[1] == 32
     stream.shared_prefix = stream.shared_prefix[:0]
     batch = stream.collate(0)
     objective = Objective("orpo", 0.3, sft_span="prompt+response", remat="none")
@@ -172,8 +172,7 @@ def test_loss_and_gradient_ignore_padding_order_and_remat(tiny_llama, one_device
     sums = jax.jit(lambda b: summed_logprobs(model, b)[0])
     np.testing.assert_allclose(sums(swapped)[:, ::-1], sums(batch), atol=1e-4)
     for other, remat in [(batch, "layer"), (reversed_rows, "dots"), (without_prefix, "none")]:
-        shared_prefix = np.array(prefix) if other is without_prefix else None
-        again = gradient(model, other, dataclasses.replace(objective, remat=remat), shared_prefix)
+        again = gradient(model, other, dataclasses.replace(objective, remat=remat))
         np.testing.assert_allclose(again[0], value, atol=1e-5)
         for path, grad in expected.items():
             np.testing.assert_allclose(again[1][path], grad, atol=2e-6)
