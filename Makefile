@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-slow test-compat test-launch test-plan test-processes test-browser lint clean
+.PHONY: quickstart test test-slow test-compat test-launch test-plan test-plan-gpu test-processes test-browser lint clean
 
 quickstart: $(VENV)/.core
 	$(BIN)/python -m roserag_jax.train --config configs/quickstart.py
@@ -32,6 +32,14 @@ test-plan: $(VENV)/.test .libtpu/.installed
 
 .libtpu/.installed:
 	$(PIP) install -q --target .libtpu libtpu==0.0.42.1
+	touch $@
+
+# The same for GPUs, with what compiles of the CUDA plug-in.
+test-plan-gpu: $(VENV)/.test .cuda/.installed
+	PYTHONPATH="$(CURDIR)/.cuda" $(BIN)/python -m pytest -n 0 -q tests/commands/test_plan.py
+
+.cuda/.installed:
+	$(PIP) install -q --no-deps --target .cuda jax-cuda12-pjrt==0.10.2 jax-cuda12-plugin==0.10.2 nvidia-cuda-nvcc-cu12==12.9.86
 	touch $@
 
 # Whole runs of several processes with faults; minutes.
@@ -67,4 +75,4 @@ $(VENV)/.test: $(VENV)/.core
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-compat .venv-launch .libtpu *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-compat .venv-launch .libtpu .cuda *.egg-info .pytest_cache .ruff_cache

@@ -189,9 +189,9 @@ def run_fits(args) -> None:
             except UserError as error:
                 rows.append([folder.rstrip("/").rpartition("/")[2], name, str(error), "", "", ""])
                 continue
-            slot = automatic_mesh.decoder_capacity(config, meshes.decoding.size).slot_bytes(model, 2, args.prompt)
+            capacity = automatic_mesh.decoder_capacity(config, meshes.decoding.size)
+            slot = capacity.slot_bytes(model, 2, args.prompt, meshes.decoding.shape["tensor"])
             pairs = automatic_mesh.most_pairs(
-                weights,
                 model,
                 LORA,
                 2,

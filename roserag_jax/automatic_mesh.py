@@ -8,7 +8,9 @@ arithmetic hides. Both meshes are of the same devices, except that each of sever
 The sizes are estimates from the shapes; `roserag plan` compiles the programs and says what they really take.
 """
 
-from collections.abc import Sequence
+import bisect
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,7 +113,7 @@ def _for_decoding(config, model, local: Sequence[Any], memory: float | None) -> 
         devices=len(local),
         memory=memory,
         slots=capacity.slots,
-        slot_bytes=capacity.slot_bytes(model, itemsize, config.prompt.max_tokens),
+        slot_bytes=functools.partial(capacity.slot_bytes, model, itemsize, config.prompt.max_tokens),
         copies=2 if prefers_unstacked_layers(replicated) else 1,
         quantized=bool(config.base_dtype),
     )
@@ -146,6 +148,31 @@ def training_bytes(config: ModelConfig, itemsize: int, pairs: int, tokens: int, 
     return int(saved + cached + layer * every + 3 * 4 * 256 * c.vocab_size)  # and a block of logits
 
 
+def training_needs(
+    config: ModelConfig,
+    lora: LoRAConfig,
+    itemsize: int,
+    *,
+    pairs: int,
+    tokens: int,
+    remat: str,
+    split: int = 1,
+    quantized: bool = False,
+) -> int:
+    """Bytes of a device that trains on `pairs` pairs of `tokens` tokens at a time.
+
+    Args:
+      split: devices that weights and adapter are split over. Each then holds two layers and a table gathered.
+    """
+    weights, held = weight_bytes(config, itemsize, quantized), adapter_bytes(config, lora)
+    gathered = 0
+    if split > 1:
+        table = itemsize * config.vocab_size * config.embed_dim
+        layers = weights - table * (1 if config.tie_embeddings else 2)
+        gathered = table + 2 * layers // config.num_layers
+    return (weights + held) // split + gathered + training_bytes(config, itemsize, pairs, tokens, remat)
+
+
 def for_training(
     config: ModelConfig,
     lora: LoRAConfig,
@@ -165,11 +192,20 @@ def for_training(
       pairs: of a microbatch.
       tokens: of a pair, prompt and both responses.
     """
-    needs = weight_bytes(config, itemsize, quantized) + adapter_bytes(config, lora)
-    needs += training_bytes(config, itemsize, -(-pairs // devices), tokens, remat)
+    bytes_of = functools.partial(
+        training_needs,
+        config,
+        lora,
+        itemsize,
+        pairs=-(-pairs // devices),
+        tokens=tokens,
+        remat=remat,
+        quantized=quantized,
+    )
+    needs = bytes_of()
     if devices == 1 or memory is None or needs <= _HEADROOM * memory:
         return Choice({"data": devices, "fsdp": 1, "tensor": 1}, _why(needs, memory, "replicated"))
-    return Choice({"data": 1, "fsdp": devices, "tensor": 1}, _why(needs, memory, "split"))
+    return Choice({"data": 1, "fsdp": devices, "tensor": 1}, _why(bytes_of(split=devices), memory, "split"))
 
 
 def for_decoding(
@@ -179,7 +215,7 @@ def for_decoding(
     devices: int,
     memory: float | None,
     slots: int,
-    slot_bytes: int,
+    slot_bytes: Callable[[int], int],
     copies: int = 1,
     quantized: bool = False,
 ) -> Choice:
@@ -188,11 +224,12 @@ def for_decoding(
     Args:
       devices: of one process; each decodes by itself.
       slots: questions at a time.
+      slot_bytes: bytes of one of them on each of so many devices as split heads and vocabulary.
       copies: of the weights that decoding holds.
     """
     weights = copies * weight_bytes(config, itemsize, quantized)
     for tensor in (t for t in range(1, devices + 1) if devices % t == 0):
-        needs = weights / tensor + -(-slots // (devices // tensor)) * slot_bytes
+        needs = weights / tensor + -(-slots // (devices // tensor)) * slot_bytes(tensor)
         if memory is None or needs <= _HEADROOM * memory:
             break
     how = "replicated" if tensor == 1 else f"split over {tensor} devices"
@@ -208,7 +245,6 @@ def most_questions(weights: int, mesh: Mesh, memory: float, slot_bytes: int) -> 
 
 
 def most_pairs(
-    weights: int,
     config: ModelConfig,
     lora: LoRAConfig,
     itemsize: int,
@@ -217,13 +253,21 @@ def most_pairs(
     memory: float,
     tokens: int,
     remat: str,
+    quantized: bool = False,
 ) -> int:
     """How many pairs of `tokens` tokens in a microbatch the memory of a mesh's devices should hold beside weights."""
-    split = mesh.size // mesh.shape["data"]
-    free = _HEADROOM * memory - (weights + adapter_bytes(config, lora)) / split
-    bytes_of = lambda pairs: training_bytes(config, itemsize, pairs, tokens, remat)
-    each = bytes_of(2) - bytes_of(1)
-    return max(0, int((free - bytes_of(0)) // each)) * mesh.size // mesh.shape["tensor"]
+    needs = functools.partial(
+        training_needs,
+        config,
+        lora,
+        itemsize,
+        tokens=tokens,
+        remat=remat,
+        split=mesh.size // mesh.shape["data"],
+        quantized=quantized,
+    )
+    pairs = bisect.bisect_right(range(1, 1 << 20), _HEADROOM * memory, key=lambda pairs: needs(pairs=pairs))
+    return pairs * mesh.size // mesh.shape["tensor"]
 
 
 def accumulation(config: ConfigDict, model: ModelConfig, lora: LoRAConfig, mesh: Mesh) -> int:

@@ -1,12 +1,14 @@
 """Compile a run's programs for other hardware, and print the memory and time that they take there.
 
-    python -m roserag_jax.plan --config configs/gemma2b.py --topology v5e:2x4 [--slices 2]
+    python -m roserag_jax.plan --config configs/gemma2b.py --topology v5e:2x4 [--slices 2] [--largest]
+    python -m roserag_jax.plan --config configs/gemma2b.py --topology gpu:h100x8
 
-Needs the extra `plan` (libtpu) and minutes, but no accelerator and no weights: of the model only `config.json` is read,
-so `config.model` may be a folder with that file alone. Prints the meshes that the run would have on these devices
-(`config.mesh`, by default chosen from the sizes), how many questions and pairs should fit on them, and for the prefill
-of prompts, a decode step, scoring and a training step: memory per device and whether it fits, collectives, FLOPs and
-bytes, the roofline time and what bounds it, and how long it took to compile.
+Needs the extra `plan` (libtpu), or for GPUs the CUDA plug-in, and minutes, but no accelerator and no weights: of the
+model only `config.json` is read, so `config.model` may be a folder with that file alone. Prints the meshes that the run
+would have on these devices (`config.mesh`, by default chosen from the sizes), how many questions and pairs should fit
+on them, and for the prefill of prompts, a decode step, scoring and a training step: memory per device and whether it
+fits, collectives, FLOPs and bytes, the roofline time and what bounds it, and how long it took to compile. With
+`--largest` the most questions and pairs that fit are found by compiling, in some three to five programs each.
 
 Shapes are the largest of the configuration: prompts of `prompt.max_tokens`, responses of `train.max_response`. The
 roofline takes the chip's published rates and no latencies; a real step takes longer. Several processes decode each by
@@ -23,12 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from roserag_jax import automatic_mesh, cli
 from roserag_jax.distributed import hardware
 from roserag_jax.distributed.collectives import count_collectives
 from roserag_jax.distributed.hardware import Chip
+from roserag_jax.distributed.mesh import prefers_unstacked_layers
 from roserag_jax.distributed.sharding import devices, sharding, state_shardings
 from roserag_jax.errors import UserError, first_line
 from roserag_jax.hub import loading, model_files
@@ -44,9 +47,12 @@ from roserag_jax.training.train_step import TrainStep, adamw
 
 _ARGUMENTS = flags.FlagValues()  # of this command alone
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "chips to compile for, as in v5e:2x4 or v5p:2x2x2", flag_values=_ARGUMENTS
+    "topology", None, "devices to compile for, as in v5e:2x4, v5p:2x2x2 or gpu:h100x8", flag_values=_ARGUMENTS
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "how many slices of them", flag_values=_ARGUMENTS)
+_SLICES = flags.DEFINE_integer("slices", 1, "how many slices (of GPUs, machines) of them", flag_values=_ARGUMENTS)
+_LARGEST = flags.DEFINE_boolean(
+    "largest", False, "find by compiling how many questions and pairs fit", flag_values=_ARGUMENTS
+)
 _PROGRAMS = flags.DEFINE_list(
     "programs", ["prefill", "decode", "score", "train"], "which to compile", flag_values=_ARGUMENTS
 )
@@ -88,18 +94,50 @@ class Plan:
 
     def limits(self, memory: float) -> str:
         """Describe how many questions and pairs the memory of a device should hold, estimated."""
-        c, itemsize, train = self.model_config, self.dtype.itemsize, self.config.train
-        decoding, training = self.meshes.decoding, self.meshes.training
-        slot = self.capacity.slot_bytes(c, itemsize, self.prompt_length)
-        questions = automatic_mesh.most_questions(self.weights, decoding, memory, slot)
-        tokens = self.prompt_length + 2 * train.max_response
-        pairs = automatic_mesh.most_pairs(
-            self.weights, c, self.lora, itemsize, training, memory=memory, tokens=tokens, remat=train.remat
-        )
+        questions, pairs = (self._estimate(name, memory)[0] for name in ("decode", "train"))
         return (
             f"estimated to fit: {questions} questions x {self.capacity.branches} samples at a time "
             f"(generate.batch), {pairs} pairs in a microbatch (train.batch / train.accumulate)"
         )
+
+    def _estimate(self, name: str, memory: float) -> tuple[int, float]:
+        """How many questions ('decode') or pairs ('train') should fit, and the bytes of one more on a device."""
+        c, itemsize, train = self.model_config, self.dtype.itemsize, self.config.train
+        if name == "decode":
+            mesh = self.meshes.decoding
+            slot = self.capacity.slot_bytes(c, itemsize, self.prompt_length, mesh.shape["tensor"])
+            return automatic_mesh.most_questions(self.weights, mesh, memory, slot), slot
+        sizes = {"tokens": self.prompt_length + 2 * train.max_response, "remat": train.remat}
+        network = c, self.lora, itemsize
+        pairs = automatic_mesh.most_pairs(
+            *network, self.meshes.training, memory=memory, quantized=self.quantized, **sizes
+        )
+        one, two = (automatic_mesh.training_needs(*network, pairs=n, **sizes) for n in (100, 101))
+        return pairs, two - one
+
+    def largest(self, name: str, chip: Chip, memory: float) -> str:
+        """Find by compiling the most questions ('decode') or pairs of a microbatch ('train') that fit."""
+        mesh = self.meshes.decoding if name == "decode" else self.meshes.training
+        make = self._decode if name == "decode" else self._train
+        X, (count, each) = devices("batch", mesh), self._estimate(name, memory)
+        tried, count = {}, max(1, count // X)  # of each device: does it fit
+        while count > 0 and count not in tried:
+            row = measure(make(mesh, count * X), chip, memory)
+            tried[count] = row["fits"]
+            used = _size(row["total"]) if "total" in row else row["refused"]
+            print(f"{row['work']}: {'fits' if row['fits'] else 'does not fit'}, {used}", flush=True)
+            low = max((n for n, fits in tried.items() if fits), default=0)
+            high = min((n for n, fits in tried.items() if not fits), default=None)
+            spare = int((memory - row["total"]) / each) if "total" in row else -1 - count // 16
+            if high is None:
+                count += max(1, spare)
+            elif low == 0:
+                count += min(-1, spare)
+            elif high - low > max(1, low // 20):
+                count = low + max(1, min(spare, high - low - 1)) if row["fits"] else (low + high) // 2
+        low, high = low * X, high * X if high else None
+        what = f"questions x {self.capacity.branches} samples" if name == "decode" else "pairs in a microbatch"
+        return f"fit by compiling: {low} {what}" + (f", and not {high}" if high else "")
 
     def programs(self) -> list[Program]:
         """The programs that were asked for."""
@@ -158,17 +196,28 @@ class Plan:
         """Bytes of weights that all devices read: once by each group that has all of them."""
         return self.weights * devices("batch", mesh)
 
-    def _decode(self, mesh) -> Program:
+    def _decode(self, mesh, questions: int | None = None) -> Program:
         c, capacity, X = self.model_config, self.capacity, devices("batch", mesh)
-        B, N, S, M = -(-capacity.slots // X) * X, capacity.branches, capacity.max_new_tokens, capacity.suffix_length
+        B, N = -(-(questions or capacity.slots) // X) * X, capacity.branches
+        S, M = capacity.max_new_tokens, capacity.suffix_length
         network, weights = self._network(mesh)
-        prompts = self._prompts(mesh, B)
+        prompts, layers = self._prompts(mesh, B), None
         array = lambda *shape, dtype=np.int32: self._array(mesh, shape, dtype)
         heads, axes = (c.num_layers, B, c.num_kv_heads, N), (None, *kv_cache.SUFFIX_AXES)
-        state = DecodeState(
-            cache=SuffixCache(
+        caches = (
+            (prompts.k, prompts.v),
+            (
                 self._array(mesh, (*heads, c.head_dim, M), self.dtype, axes),
                 self._array(mesh, (*heads, M, c.head_dim), self.dtype, axes),
+            ),
+        )
+        if prefers_unstacked_layers(mesh):
+            caches = tuple(tuple((_of_layer(array),) * c.num_layers for array in cache) for cache in caches)
+            layers = (tuple(map(_of_layer, jax.tree.leaves(network.state(weights)["layers"]))),) * c.num_layers
+        prefix, suffix = caches
+        state = DecodeState(
+            cache=SuffixCache(
+                *suffix,
                 array(B, N, M),
                 array(B, N, M, dtype=bool),
                 jax.ShapeDtypeStruct((), np.int32),
@@ -191,9 +240,7 @@ class Plan:
         )
         stop_mask = jax.ShapeDtypeStruct((2, c.vocab_size), bool)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        lower = lambda: decode_step.decode_chunk.lower(
-            network, weights, None, (prompts.k, prompts.v), state, params, stop_mask, key
-        )
+        lower = lambda: decode_step.decode_chunk.lower(network, weights, layers, prefix, state, params, stop_mask, key)
         flops = self._forward(B * N, self.prompt_length + M / 2) + 2 * B * N * c.vocab_size * c.embed_dim
         read = self._weights_read(mesh) + self._cache_bytes(B * (self.prompt_length + N * M / 2))
         return Program("decode step", f"{B} questions x {N} samples", mesh, lower, flops, read)
@@ -209,7 +256,7 @@ class Plan:
         work = f"{X} prompts x {SCORED} responses of {S}"
         return Program("scoring", work, mesh, lower, flops, self._weights_read(mesh))
 
-    def _train(self, mesh) -> Program:
+    def _train(self, mesh, pairs: int | None = None) -> Program:
         train, c = self.config.train, self.model_config
         accumulate = automatic_mesh.accumulation(self.config, c, self.lora, mesh)
         model = loading.abstract_model(c, self.lora, self.dtype, self.quantized)
@@ -220,7 +267,8 @@ class Plan:
             optimizer=adamw(train.learning_rate, steps=1000, warmup=train.warmup),
             accumulate=accumulate,
         )
-        B, P, S = train.batch, bucket(self.prompt_length), bucket(train.max_response)
+        B = pairs * train.accumulate if pairs else train.batch
+        P, S = bucket(self.prompt_length), bucket(train.max_response)
         batch = Batch(
             prompt=np.zeros((B, P), np.int32),
             prompt_lengths=np.full(B, P, np.int32),
@@ -235,9 +283,20 @@ class Plan:
         return Program("training step", work, mesh, lambda: step.lower(batch), step.flops(batch), read)
 
 
-def measure(program: Program, chip: Chip) -> dict:
-    """Compile a program and return what it takes, by name; times in seconds, sizes in bytes, of one device."""
-    n, start = program.mesh.size, time.monotonic()
+def _of_layer(stacked: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape of one layer of an array that is stacked over layers."""
+    mesh, (_, *spec) = stacked.sharding.mesh, stacked.sharding.spec
+    where = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype, sharding=where)
+
+
+def measure(program: Program, chip: Chip, memory: float) -> dict:
+    """Compile a program and return what it takes, by name; times in seconds, sizes in bytes, of one device.
+
+    Args:
+      memory: bytes that it may take. The compiler refuses what does not fit on a TPU.
+    """
+    n, start, cpu = program.mesh.size, time.monotonic(), time.process_time()
     row = {"program": program.name, "work": program.work, "mesh": dict(program.mesh.shape), "chip": chip.name}
     try:
         with jax.set_mesh(program.mesh):
@@ -245,14 +304,19 @@ def measure(program: Program, chip: Chip) -> dict:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
             raise
-        return row | {"refused": first_line(error)[:300]}
-    seconds, memory = time.monotonic() - start, compiled.memory_analysis()
+        return row | {"refused": first_line(error)[:300], "fits": False}
+    seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu
+    found = compiled.memory_analysis()
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    total = found.argument_size_in_bytes + found.temp_size_in_bytes + results
     traffic = count_collectives(compiled.as_text())
     wire = sum(kind.bytes for kind in traffic.values())
     return row | {
-        "arguments": memory.argument_size_in_bytes,
-        "temporary": memory.temp_size_in_bytes,
-        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "arguments": found.argument_size_in_bytes,
+        "temporary": found.temp_size_in_bytes,
+        "results": results,
+        "total": total,
+        "fits": total <= memory,
         "collectives": {kind: tuple(each) for kind, each in sorted(traffic.items())},
         "flops": program.flops / n,
         "read": program.bytes / n,
@@ -263,28 +327,30 @@ def measure(program: Program, chip: Chip) -> dict:
             "wire": wire / chip.links,
         },
         "compile_seconds": seconds,
+        "compile_cpu_seconds": cpu_seconds,
+        "code": found.generated_code_size_in_bytes,
     }
 
 
-def describe(row: dict, chip: Chip) -> str:
+def describe(row: dict, memory: float) -> str:
     """Describe what `measure` found in a few lines."""
     title = f"{row['program']} ({row['work']})"
     if "refused" in row:
         return f"{title}: DOES NOT FIT. {row['refused']}"
-    total, times = row["arguments"] + row["temporary"] + row["results"], row["times"]
-    fits = "fits" if total < chip.memory else "DOES NOT FIT"
+    times, fits = row["times"], "fits" if row["fits"] else "DOES NOT FIT"
     bound = max(times, key=times.get)
     sent = ", ".join(f"{kind} {count} x, {_size(size)}" for kind, (count, size) in row["collectives"].items())
     lines = [
         title,
-        f"memory per device  {_size(total)} of {_size(chip.memory)} ({fits}): arguments "
+        f"memory per device  {_size(row['total'])} of {_size(memory)} ({fits}): arguments "
         f"{_size(row['arguments'])}, temporary {_size(row['temporary'])}, results {_size(row['results'])}",
         f"collectives        {sent or 'none'}",
         f"per device         {row['flops'] / 1e9:.4g} GFLOPs, at least {_size(row['read'])} read, "
         f"{_size(row['sent'])} sent",
         f"roofline           {1e3 * times[bound]:.3g} ms, bound by {bound} "
         f"({', '.join(f'{kind} {1e3 * t:.3g}' for kind, t in times.items())})",
-        f"compiled in        {row['compile_seconds']:.0f} s",
+        f"compiled in        {row['compile_seconds']:.0f} s ({row['compile_cpu_seconds']:.0f} of a CPU) to "
+        f"{_size(row['code'])}",
     ]
     return "\n  ".join(lines)
 
@@ -310,10 +376,15 @@ def run(config) -> None:
         raise UserError(f"--topology={_TOPOLOGY.value}: the rates of a {found[0].device_kind!r} are not known.")
     plan = Plan(config, found)
     print(f"{config.model} in {config.dtype} on {len(found)} x {chip.name}: weights {plan.weights / 1e9:.2f} GB")
-    print(f"{plan.meshes.why}\n{plan.limits(config.mesh.memory_gb * 1e9 or chip.memory)}", flush=True)
+    memory = config.mesh.memory_gb * 1e9 or chip.memory
+    print(f"{plan.meshes.why}\n{plan.limits(memory)}", flush=True)
+    if _LARGEST.value:
+        for name in [name for name in ("decode", "train") if name in _PROGRAMS.value]:
+            print(plan.largest(name, chip, memory), flush=True)
+        return
     for program in plan.programs():
-        row = measure(program, chip)
-        print(describe(row, chip), flush=True)
+        row = measure(program, chip, memory)
+        print(describe(row, memory), flush=True)
         if _ROWS.value:
             with open(_ROWS.value, "a", encoding="utf-8") as file:
                 about = {"model": config.model, "topology": _TOPOLOGY.value, "slices": _SLICES.value}

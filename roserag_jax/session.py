@@ -181,7 +181,7 @@ class Session:
             return wanted or on_cpu
         itemsize, groups = self.dtype.itemsize, mesh.size // mesh.shape["tensor"]
         weights = automatic_mesh.weight_bytes(self.source.config, itemsize, bool(config.base_dtype))
-        each = capacity.slot_bytes(self.source.config, itemsize, prompt_length)
+        each = capacity.slot_bytes(self.source.config, itemsize, prompt_length, mesh.shape["tensor"])
         fits = automatic_mesh.most_questions(weights, mesh, memory, each)
         return max(groups, min(fits, _MOST_SLOTS * groups))
 

@@ -108,18 +108,31 @@ class DecoderCapacity:
         tokens = max(prefix - 1 + new for prefix, new in self.request_shapes)
         return max(-(-tokens // 16) * 16, bucket(longest))
 
-    def slot_bytes(self, config: ModelConfig, itemsize: int, prompt_length: int) -> int:
-        """Bytes that one slot takes, weights aside, as the program compiled for a TPU v5e allocates them.
+    def slot_bytes(self, config: ModelConfig, itemsize: int, prompt_length: int, tensor: int = 1) -> int:
+        """Bytes that one slot takes on a device, weights aside, as the program compiled for a TPU v5e allocates them.
 
         These are the caches; the values of the branches once more, for a chunk of steps holds them in a second layout;
         and four arrays of the branches' logits. With small heads the suffix cache is padded to tiles of 128.
+
+        Args:
+          tensor: devices that heads and vocabulary are split over.
         """
         tiled = self.suffix_length if config.head_dim >= 128 else -(-self.suffix_length // 128) * 128
-        token = config.num_layers * config.num_kv_heads * config.head_dim * itemsize  # keys, or values
+        token = self._token_bytes(config, itemsize, tensor)
         working = token * self.branches * (3 * tiled - 2 * self.suffix_length)
-        return self.cache_bytes(config, itemsize, prompt_length) + working + 4 * 4 * self.branches * config.vocab_size
+        logits = 4 * self.branches * _split(config.vocab_size, tensor)
+        return self.cache_bytes(config, itemsize, prompt_length, tensor) + working + 4 * logits
 
-    def cache_bytes(self, config: ModelConfig, itemsize: int, prompt_length: int) -> int:
-        """Bytes of one slot's caches: keys and values of the prompt and of the branches."""
-        token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-        return token * (bucket(prompt_length) + self.branches * self.suffix_length)
+    def cache_bytes(self, config: ModelConfig, itemsize: int, prompt_length: int, tensor: int = 1) -> int:
+        """Bytes of one slot's caches on a device: keys and values of the prompt and of the branches."""
+        tokens = bucket(prompt_length) + self.branches * self.suffix_length
+        return 2 * self._token_bytes(config, itemsize, tensor) * tokens
+
+    def _token_bytes(self, config: ModelConfig, itemsize: int, tensor: int) -> int:
+        """Bytes of a token's keys, or of its values."""
+        return config.num_layers * _split(config.num_kv_heads, tensor) * config.head_dim * itemsize
+
+
+def _split(size: int, devices: int) -> int:
+    """What each of `devices` has of a dimension, which is replicated where they do not divide it."""
+    return size if size % devices else size // devices

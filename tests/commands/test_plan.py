@@ -1,18 +1,30 @@
-"""`plan`: the mesh that suits, and the programs of a run compiled for TPUs that are not there (with libtpu)."""
+"""`plan`: the mesh that suits, and programs compiled for TPUs and GPUs that are not there.
+
+They need libtpu and the CUDA plug-in (`make test-plan`, `make test-plan-gpu`).
+"""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from roserag_jax import automatic_mesh
 from roserag_jax.distributed import hardware
 from roserag_jax.distributed.collectives import count_collectives
+from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.distributed.sharding import sharding
+from roserag_jax.models.attention import prompt_attention
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig
+
+needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (the extra 'plan')")
+cuda_plugin = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 V5E = hardware._CHIPS["TPU v5 lite"].memory
 GEMMA_2B = {"num_layers": 26, "embed_dim": 2304, "num_heads": 8, "num_kv_heads": 4, "head_dim": 256, "mlp_dim": 9216}
@@ -55,7 +67,7 @@ def test_weights_are_replicated_where_they_fit_and_split_where_not():
     assert training(gemma, 12 * 8, 8).sizes == {"data": 1, "fsdp": 8, "tensor": 1}
     assert training(llama, 8, 8).sizes == {"data": 1, "fsdp": 8, "tensor": 1}
     decode = lambda config, slots, each, devices=8: automatic_mesh.for_decoding(
-        config, 2, devices=devices, memory=V5E, slots=slots, slot_bytes=each
+        config, 2, devices=devices, memory=V5E, slots=slots, slot_bytes=lambda tensor: each // tensor
     )
     assert decode(gemma, 64, 300e6).sizes == {"data": 8, "fsdp": 1, "tensor": 1}
     assert decode(gemma, 1024, 300e6, devices=4).sizes["tensor"] == 4  # does not fit; split as far as it goes
@@ -65,7 +77,7 @@ def test_weights_are_replicated_where_they_fit_and_split_where_not():
 
 def test_unknown_memory_replicates():
     gemma = model(GEMMA_2B, 256000, True)
-    choice = automatic_mesh.for_decoding(gemma, 2, devices=4, memory=None, slots=8, slot_bytes=1)
+    choice = automatic_mesh.for_decoding(gemma, 2, devices=4, memory=None, slots=8, slot_bytes=lambda tensor: 1)
     assert choice.sizes == {"data": 4, "fsdp": 1, "tensor": 1}
 
 
@@ -100,7 +112,7 @@ def plan(model_folder, *arguments):
     return subprocess.run(line, capture_output=True, text=True, timeout=600, env={**os.environ})
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (the extra 'plan')")
+@needs_libtpu
 def test_programs_are_compiled_for_tpus(model_folder, tmp_path):
     done = plan(model_folder, "--topology=v5e:2x2", "--programs=decode,train", f"--rows={tmp_path / 'rows.jsonl'}")
     assert done.returncode == 0, done.stderr
@@ -116,7 +128,52 @@ def test_programs_are_compiled_for_tpus(model_folder, tmp_path):
     assert "all-gather" in done.stdout.split("decode step")[1]  # the weights, for each token
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (the extra 'plan')")
+@needs_libtpu
+def test_largest_batch_is_found_by_compiling(model_folder):
+    """From an estimate that leaves room free, up to the last count that fits; the next one was seen not to."""
+    arguments = "--topology=v5e:2x2", "--largest", "--programs=train", "--config.mesh.memory_gb=0.02"
+    done = plan(model_folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    tried = dict(re.findall(r"^(\d+) pairs of .*: (fits|does not fit), ", done.stdout, re.MULTILINE))
+    largest, refused = map(int, re.search(r"fit by compiling: (\d+) pairs .*, and not (\d+)", done.stdout).groups())
+    assert tried[str(largest)] == "fits" and tried[str(refused)] == "does not fit" and refused == largest + 4
+
+
+@needs_libtpu
+@pytest.mark.parametrize(("topology", "head_size", "softcap"), [
+    ("v4:2x2x1", 128, None), ("v6e:2x2", 128, None), ("v4:2x2x1", 256, 50.0), ("v6e:2x2", 64, None)
+])  # fmt: skip
+def test_attention_kernel_compiles_for_every_tpu(topology, head_size, softcap):
+    """Forward and backward with grouped heads and a sliding window, over two prompts and two heads' devices."""
+    mesh = make_mesh(2, 1, 2, devices=hardware.topology(topology))
+    array = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding(shape, axes, mesh))
+    q = array((2, 512, 4, head_size), "batch", None, "heads", None)
+    k = array((2, 2, head_size, 512), "batch", "heads", None, None)
+    v = array((2, 2, 512, head_size), "batch", "heads", None, None)
+    window = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding((), (), mesh))
+
+    def total(q, k, v, window):
+        out = prompt_attention(q, k, v, window=window, sliding_window=256, softcap=softcap)
+        return out.astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, k, v, window).compile().as_text()
+    # With a window and without, each forward and backward to the queries and to the keys and values.
+    assert compiled.count("tpu_custom_call") >= 6 and not count_collectives(compiled)
+
+
+@pytest.mark.skipif(not cuda_plugin, reason="the CUDA plug-in is not installed")
+def test_programs_are_compiled_for_gpus(model_folder):
+    done = plan(model_folder, "--topology=gpu:h100x4", "--programs=prefill,decode,score,train")
+    assert done.returncode == 0, done.stderr
+    assert "on 4 x H100" in done.stdout and done.stdout.count("(fits)") == 4
+    decode, train = done.stdout.split("decode step")[1].split("training step")
+    assert "all-gather" not in decode and "all-reduce" in train
+    done = plan(model_folder, "--topology=gpu:h100x4", "--slices=2", "--programs=train", *FSDP)
+    assert done.returncode == 0 and "fsdp=8" in done.stdout and "all-gather" in done.stdout, done.stderr
+
+
+@needs_libtpu
 def test_unknown_topology_is_one_line(model_folder):
     done = plan(model_folder, "--topology=v5e:3x77")
     assert done.returncode == 2 and "error: --topology=v5e:3x77: " in done.stderr and "Traceback" not in done.stderr
@@ -125,7 +182,11 @@ def test_unknown_topology_is_one_line(model_folder):
 def test_what_is_missing_is_one_line(model_folder):
     done = plan(model_folder)
     assert done.returncode == 2 and "error: --topology is needed" in done.stderr
-    done = plan(model_folder, "--topology=gpu:h100x8")
-    assert done.returncode == 2 and "only TPUs can be compiled for without being there" in done.stderr
+    for unknown in ("gpu:h100", "gpu:h100x0", "gpu:abacusx8"):
+        done = plan(model_folder, f"--topology={unknown}")
+        assert done.returncode == 2 and "not gpu:KINDxCOUNT with one of the kinds a100, h100, h200" in done.stderr
+    if not cuda_plugin:
+        done = plan(model_folder, "--topology=gpu:h100x8")
+        assert done.returncode == 2 and "error: --topology=gpu:h100x8: the CUDA plug-in is needed" in done.stderr
     done = plan(model_folder, "--topology=v5e:2x2", "--programs=dance")
     assert done.returncode == 2 and "error: --programs: ['dance'] unknown" in done.stderr
