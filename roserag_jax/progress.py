@@ -21,6 +21,7 @@ from roserag_jax.rates import clock
 from roserag_jax.workdir import Workdir, append, is_remote, to_json, write_atomic
 
 STATUS, STAGES = "progress.json", "stages.jsonl"
+_ERASE = "\x1b[K"  # what a longer line has left behind the cursor
 _LINE_SECONDS = 30  # between lines where there is no terminal
 _STATUS_SECONDS = 2  # between writes of the file
 
@@ -66,13 +67,22 @@ class Progress:
         if not (self.terminal or done == self.total or now - self.shown >= _LINE_SECONDS):
             return
         self.shown = now
-        line = describe(self._status())
-        end = "\n" if done == self.total or not self.terminal else ""
-        self._print(f"{chr(13) if self.terminal else ''}{line}{'; ' + note if note else ''}{end}")
+        self._line(describe(self._status()) + ("; " + note if note else ""), stays=done == self.total)
 
     def phase(self, note: str) -> None:
         """Print what is being done now, inside a long batch."""
-        self._print(f"{chr(13) if self.terminal else ''}{self.label}: {note}{'' if self.terminal else chr(10)}")
+        self._line(f"{self.label}: {note}")
+
+    def _line(self, text: str, stays: bool = False) -> None:
+        """Print a line; on a terminal the next one takes its place unless it `stays`, so it must not wrap there."""
+        if not self.terminal:
+            self._print(f"{text}\n")
+            return
+        try:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        except OSError:
+            columns = 80
+        self._print(f"\r{text if stays else text[: columns - 1]}{_ERASE}{chr(10) if stays else ''}")
 
     def _print(self, text: str) -> None:
         if not self.quiet:

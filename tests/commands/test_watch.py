@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pty
 import subprocess
 import sys
 import time
@@ -53,6 +54,25 @@ def test_progress_estimates_from_the_first_that_is_finished(workdir, capsys, mon
     first, second = capsys.readouterr().err.splitlines()[1:]
     assert first == "evaluate base: 9/48 questions, 0.021/s, 0:48 elapsed, ETA ?"
     assert second == "evaluate base: 29/48 questions, 0.24/s, 1:28 elapsed, ETA 0:38"
+
+
+def test_progress_redraws_one_line_of_a_terminal(workdir):
+    """In a terminal of 40 columns: no line wraps, none leaves its tail behind, and the last stays whole."""
+    code = (
+        "import fcntl, struct, sys, termios\nfrom roserag_jax.progress import Progress\n"
+        "fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack('HHHH', 9, 40, 0, 0))\n"
+        "progress = Progress('generate', 3, 'questions')\n"
+        "progress.update(1, 'a note that is longer than the line')\nprogress.phase('compiling')\n"
+        "progress.update(3, 'end')"
+    )
+    master, terminal = pty.openpty()
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], stderr=terminal, check=True, timeout=100)
+    os.close(terminal)
+    first, second, last = os.read(master, 9999).decode().split("\r", 3)[1:]
+    assert first.startswith("generate: 1/3 questions, ") and len(first.removesuffix("\x1b[K")) == 39
+    assert second == "generate: compiling\x1b[K"
+    assert last.startswith("generate: 3/3 questions, ") and last.endswith("ETA 0:00; end\x1b[K\r\n")
+    os.close(master)
 
 
 def test_watch_shows_the_stage_and_the_last_accepted_rationale_as_text(workdir):
