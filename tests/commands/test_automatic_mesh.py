@@ -69,7 +69,7 @@ def test_choose_meshes_refuses_numbers_that_do_not_fit(tiny_llama, monkeypatch):
 
 @pytest.mark.parametrize(
     ("pairs", "batch", "expected"),
-    [(100, 24, 1), (12, 24, 1), (11, 24, 3), (4, 24, 3), (3, 24, 6), (0, 24, 12), (1, 7, 7), (None, 24, 1)],
+    [(100, 24, 1), (12, 24, 1), (11, 24, 2), (4, 24, 3), (3, 24, 4), (0, 24, 12), (1, 7, 7), (None, 24, 1)],
 )
 def test_accumulation_from_the_memory(pairs, batch, expected, tiny_llama):
     """As few microbatches as fit, of equal size, and shared by all devices where the batch can be."""
