@@ -281,7 +281,6 @@ def accumulation(config: ConfigDict, model: ModelConfig, lora: LoRAConfig, mesh:
         return train.accumulate or 1
     itemsize = jnp.dtype(config.dtype).itemsize
     fits = most_pairs(
-        weight_bytes(model, itemsize, bool(config.base_dtype)),
         model,
         lora,
         itemsize,
@@ -289,6 +288,7 @@ def accumulation(config: ConfigDict, model: ModelConfig, lora: LoRAConfig, mesh:
         memory=memory,
         tokens=config.prompt.max_tokens + 2 * train.max_response,
         remat=train.remat,
+        quantized=bool(config.base_dtype),
     )
     equal = [count for count in range(1, train.batch + 1) if train.batch % count == 0]
     shared = [count for count in equal if train.batch // count % sharding.devices("batch", mesh) == 0] or equal

@@ -267,7 +267,7 @@ class Plan:
             optimizer=adamw(train.learning_rate, steps=1000, warmup=train.warmup),
             accumulate=accumulate,
         )
-        B = pairs * train.accumulate if pairs else train.batch
+        B = pairs * accumulate if pairs else train.batch
         P, S = bucket(self.prompt_length), bucket(train.max_response)
         batch = Batch(
             prompt=np.zeros((B, P), np.int32),

@@ -77,8 +77,8 @@ def test_accumulation_from_the_memory(pairs, batch, expected, tiny_llama):
     config.dtype, config.train.batch, config.train.accumulate = "float32", batch, 0
     tokens = config.prompt.max_tokens + 2 * config.train.max_response
     if pairs is not None:  # of a device
-        needs = automatic_mesh.weight_bytes(model, 4) + automatic_mesh.adapter_bytes(model, LORA)
-        needs += automatic_mesh.training_bytes(model, 4, pairs, tokens, config.train.remat)
+        sizes = {"pairs": pairs, "tokens": tokens, "remat": config.train.remat}
+        needs = automatic_mesh.training_needs(model, LORA, 4, **sizes)
         config.mesh.memory_gb = 1.0001 * needs / automatic_mesh._HEADROOM / 1e9
     assert automatic_mesh.accumulation(config, model, LORA, mesh) == expected
     config.train.accumulate = 2
