@@ -200,7 +200,8 @@ def compare(args) -> dict:
         known = Known(sentences, index, home / "dense", "dense", settings.normalized)
         table["dense_encoding"] = known.rates
         dense = by_vectors("dense", known, home / "dense")
-        add("hybrid of bm25 and dense", Fusion([bm25, dense], 100))
+        for candidates in (max(args.candidates), 100):
+            add(f"hybrid of bm25 and dense, {candidates} of each", Fusion([bm25, dense], candidates))
         encoded, name = index, "colbert-0"
         if not args.whole:
             found = {

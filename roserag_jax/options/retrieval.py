@@ -77,10 +77,10 @@ RETRIEVE = {
         at_least=0,
     ),
     "candidates": Option(
-        100,
-        "number of passages of a question that bm25 hands on to be ordered, or that each fused retriever finds; for "
-        + registry.users("candidates"),
-        at_least=1,
+        0,
+        "number of passages of a question that bm25 hands on to be ordered, or that each fused retriever finds; 0 is "
+        f"{registry.RERANKED} for rerank and {registry.FUSED} for hybrid",
+        at_least=0,
     ),
     "fused": Option((), "retrievers that 'hybrid' fuses, two or more", check=_fused),
     "k": Option(10, "number of passages that a retriever returns for a question", at_least=1),

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 POOLINGS = ("mean", "cls")  # of a sentence encoder
 BITS = (1, 2, 4)  # of a dimension of compressed vectors
+# Passages of a question that are ordered, or that each fused retriever finds. Of HotPotQA's gold passages BM25 has 91%
+# among the first 30 and 94% among 100, which a CPU encodes for three times as long; fusion finds more at little cost.
+RERANKED, FUSED = 30, 100
 
 
 class Retriever(Protocol):
@@ -115,13 +118,14 @@ def _bm25(config):
 def _reranker(config) -> Retriever:
     from roserag_jax.retrieval.combined import Reranker
 
-    return Reranker(_bm25(config), _colbert(config), config.retrieve.candidates)
+    return Reranker(_bm25(config), _colbert(config), config.retrieve.candidates or RERANKED)
 
 
 def _fusion(config) -> Retriever:
     from roserag_jax.retrieval.combined import Fusion
 
-    return Fusion([RETRIEVERS[name].build(config) for name in config.retrieve.fused], config.retrieve.candidates)
+    fused = [RETRIEVERS[name].build(config) for name in config.retrieve.fused]
+    return Fusion(fused, config.retrieve.candidates or FUSED)
 
 
 def _cache(config) -> Retriever:
