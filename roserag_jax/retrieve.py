@@ -196,7 +196,8 @@ def run(config) -> None:
     if _SERVE.value is not None:
         _serve(config, _SERVE.value)
         return
-    options.validate(config)
+    # Only to write questions is there a need for a model.
+    options.validate(config, model=questions.DOCUMENTS in (config.data.train, config.data.eval))
     workdir = Workdir(config.workdir)
     options.require_files(config, "data.train", "data.eval")
     with workdir.lock():

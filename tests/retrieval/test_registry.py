@@ -145,6 +145,17 @@ def test_retrieve_with_vectors_is_made_again_where_the_encoder_changes(config, b
         retrieve.make(config, work, ("eval",))
 
 
+def test_retrieve_needs_no_model(config, tmp_path):
+    config = _without(config, "colbert", "dense", "candidates")
+    config.retrieve.retriever, config.workdir, config.model = "bm25", str(tmp_path), ""
+    rows = [{"id": query, "question": query, "golden_answers": ["x"]} for query in QUERIES]
+    config.data.train = config.data.eval = write_lines(tmp_path / "q.jsonl", *rows)
+    result = run_command("retrieve", config)
+    assert result.returncode == 0, result.stderr
+    found = [row["contexts"] for row in Workdir(config.workdir).rows("retrieved.jsonl")]
+    assert texts(found) == texts(RETRIEVERS["bm25"].build(config).search(QUERIES, 5))
+
+
 @pytest.mark.slow
 def test_index_command_builds_vectors(config):
     config = _without(config, "dense", "candidates")
@@ -181,7 +192,7 @@ def test_two_processes_build_the_vectors_of_one(config, tmp_path):
     """Killed and started again, two processes write the files of a single one, byte for byte."""
     config = _without(config, "dense", "candidates")
     rng = np.random.default_rng(0)
-    rows = [{"id": str(i), "title": "", "text": " ".join(rng.choice(WORDS, rng.integers(4, 30)))} for i in range(9000)]
+    rows = [{"id": str(i), "title": "", "text": " ".join(rng.choice(WORDS, rng.integers(1, 5)))} for i in range(9000)]
     config.retrieve.corpus = write_lines(tmp_path / "c.jsonl", *rows)
     config.retrieve.retriever, config.retrieve.bits = "colbert", 2
 
