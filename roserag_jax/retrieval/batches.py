@@ -1,7 +1,8 @@
 """Batches of texts for an encoder: of similar length, padded to a few sizes, so that few programs are compiled."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -53,6 +54,23 @@ def batches(texts: Sequence[Sequence[int]], padding: int, devices: int, batch_to
             row[: len(texts[place])] = texts[place]
         yield Batch(places, tokens)
         start += len(places)
+
+
+class WordPieces:
+    """Cuts texts into word pieces, at most so many, in any number of threads.
+
+    The tokenizer keeps the length of its last call, which another thread's texts would be cut to.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer, self._lock = tokenizer, threading.Lock()
+
+    def __call__(self, texts: Sequence[str], length: int) -> list[list[int]]:
+        """The ids of each text, special tokens included."""
+        if not texts:
+            return []
+        with self._lock:
+            return self._tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
 
 
 class BatchEncoder:

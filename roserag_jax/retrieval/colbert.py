@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from roserag_jax.errors import UserError, quote
 from roserag_jax.hub import encoder
 from roserag_jax.hub.json_files import Fields, read_json_object
-from roserag_jax.retrieval.batches import BatchEncoder
+from roserag_jax.retrieval.batches import BatchEncoder, WordPieces
 
 PADDED = -9999.0  # the similarity of what is no piece of the passage
 _SIMILARITIES = {"cpu": 1 << 19}  # computed at once
@@ -109,7 +109,7 @@ class ColBERT:
         read = encoder.load_encoder(folder, mesh, dtype)
         weight = jnp.asarray(encoder.read_projection(read))
         self.tokenizer, self.settings, self.size = read.tokenizer, read_settings(folder), weight.shape[0]
-        self.encoder = BatchEncoder(read.bert, mesh, _project, weight)
+        self.encoder, self.word_pieces = BatchEncoder(read.bert, mesh, _project, weight), WordPieces(read.tokenizer)
         most = read.bert.config.max_positions
         if self.settings.query_length > most:
             raise UserError(f"{folder}: {self.settings.query_length} word pieces of a query, but {most} positions.")
@@ -130,10 +130,7 @@ class ColBERT:
 
     def _tokenize(self, texts: Sequence[str], length: int, marker: int) -> list[list[int]]:
         """Word pieces with the marker behind [CLS], at most `length` in all."""
-        if not texts:
-            return []
-        found = self.tokenizer(list(texts), truncation=True, max_length=length - 1)["input_ids"]
-        return [[ids[0], marker, *ids[1:]] for ids in found]
+        return [[ids[0], marker, *ids[1:]] for ids in self.word_pieces(texts, length - 1)]
 
     def encode_queries(self, queries: Sequence[str]) -> Float[np.ndarray, "Q W Z"]:
         """The vectors of queries, `query_length` of each."""

@@ -16,7 +16,7 @@ from roserag_jax.errors import UserError, quote
 from roserag_jax.hub import encoder
 from roserag_jax.hub.json_files import Fields, read_json_object
 from roserag_jax.rag.files import read_json
-from roserag_jax.retrieval.batches import BatchEncoder
+from roserag_jax.retrieval.batches import BatchEncoder, WordPieces
 from roserag_jax.retrieval.colbert import normalize
 
 
@@ -100,9 +100,9 @@ class SentenceEncoder:
 
     def __init__(self, folder: Path, mesh: Mesh, settings: Settings, dtype=jnp.float32):
         read = encoder.load_encoder(folder, mesh, dtype)
-        self.tokenizer, self.settings, self.size = read.tokenizer, settings, read.bert.config.embed_dim
+        self.word_pieces, self.settings, self.size = WordPieces(read.tokenizer), settings, read.bert.config.embed_dim
         self.length = min(settings.length, read.bert.config.max_positions)
-        self.pad_id = self.tokenizer.pad_token_id or 0
+        self.pad_id = read.tokenizer.pad_token_id or 0
         self.encoder = BatchEncoder(read.bert, mesh, self._pool)
 
     def _pool(
@@ -120,7 +120,7 @@ class SentenceEncoder:
         made = np.zeros((len(texts), self.size), np.float32)
         if not texts:
             return made
-        tokenized = self.tokenizer(list(texts), truncation=True, max_length=self.length)["input_ids"]
+        tokenized = self.word_pieces(texts, self.length)
         for places, rows in self.encoder.each(tokenized, self.pad_id):
             made[places] = rows[: len(places)]
         return made

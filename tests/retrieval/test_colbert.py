@@ -2,6 +2,7 @@
 
 import json
 import string
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
@@ -110,3 +111,12 @@ def test_colbert_names_what_is_wrong(colbert_folder, bert_folder, one_device, tm
             ColBERT(folder, one_device)
     (folder / "artifact.metadata").unlink()
     assert read_settings(folder) == ("[unused0]", "[unused1]", 32, 180, True, False)
+
+
+def test_queries_and_passages_are_cut_to_their_own_length_in_threads(colbert_folder):
+    """As a server's: a tokenizer keeps the length of its last call."""
+    colbert, text = ColBERT(colbert_folder[0], local_mesh()), "lon " * 60
+    cut = lambda length: len(colbert._tokenize([text] * 20, length, colbert.query_marker)[-1])
+    with ThreadPoolExecutor(8) as pool:
+        lengths = list(pool.map(cut, [16, 40, 16, 32] * 100))
+    assert lengths == [16, 40, 16, 32] * 100
