@@ -136,7 +136,7 @@ def run(config) -> None:
         )
         texts = {response.number: response.text for response in responses}
     for i, row in enumerate(rows):
-        rationale, answer, _ = answers.parse(texts[i], thinking[i])
+        rationale, answer, _ = answers.parse(texts[i], thinking[i], builder.answer_line)
         result = {"id": row["id"], "question": row["question"], "answer": answer, "rationale": rationale}
         result["passages"] = builder.shown(row)  # numbered as the rationale numbers them
         stdout.write(_as_text(result) if _QUESTIONS.value is None else cli.json_line(result, stdout))

@@ -9,6 +9,7 @@ five passages and three random ones, each with `metrics.json`, `predictions.json
 """
 
 import contextlib
+import itertools
 import json
 import re
 import statistics
@@ -22,6 +23,7 @@ from roserag_jax import cli, options, rates, retrieve
 from roserag_jax.ahead import in_order
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
+from roserag_jax.hub.encoder import encoder_fingerprint, resolve_encoder
 from roserag_jax.inference.requests import DecoderCapacity
 from roserag_jax.inference.respond import NumberedPrompt, respond
 from roserag_jax.inference.scheduler import length_classes
@@ -32,10 +34,24 @@ from roserag_jax.rag.chat import opens_thoughts
 from roserag_jax.rag.noise import Noise, parse
 from roserag_jax.rag.prompts import BUILDERS, Prompt, PromptBuilder, estimate_lengths
 from roserag_jax.report.comparison import summary
+from roserag_jax.retrieval.batches import local_mesh
+from roserag_jax.retrieval.bert_score import BertScore
 from roserag_jax.retrieval.bm25 import BM25
 from roserag_jax.retrieval.indexing import open_index
 from roserag_jax.session import Session, adapter_digest, adapter_folder, checked_adapter
-from roserag_jax.workdir import RETRIEVED, PartialResults, Recipe, RowFile, Workdir, resolve_path, to_json, to_jsonl
+from roserag_jax.workdir import (
+    RETRIEVED,
+    PartialResults,
+    Recipe,
+    RowFile,
+    Workdir,
+    from_jsonl,
+    resolve_path,
+    to_json,
+    to_jsonl,
+)
+
+_SIMILARITY = ("evaluate.similarity", "evaluate.encoder")
 
 
 def _ends_like_an_evaluation(name: str) -> bool:
@@ -85,6 +101,23 @@ def recipe(session: Session, workdir: Workdir, folder: epath.Path | None, passag
         corpus_names, corpus_inputs = corpus_recipe(config)
         names, inputs = [*names, "seed", *corpus_names], inputs | corpus_inputs
     return Recipe(options.subset(config, *names) | changed, inputs)
+
+
+def _with_similarity(config, answering: Recipe) -> Recipe:
+    """What an evaluation is made from: its answers' recipe, and the measures of similarity where there are any."""
+    inputs = {}
+    if name := config.evaluate.encoder:
+        inputs[f"config.evaluate.encoder={name}"] = encoder_fingerprint(name, "evaluate.encoder")
+    return Recipe(answering.options | options.subset(config, *_SIMILARITY), answering.inputs | inputs)
+
+
+def _is_answered(workdir: Workdir, name: str, answering: Recipe) -> bool:
+    """Whether a finished evaluation has the answers of this recipe, whatever they are measured by."""
+    if not (manifest := workdir.manifest(name)):
+        return False
+    inputs = {key: value for key, value in manifest["inputs"].items() if not key.startswith("config.evaluate.encoder")}
+    kept = {key: value for key, value in manifest["options"].items() if key not in _SIMILARITY}
+    return Recipe(kept, inputs).fingerprint() == answering.fingerprint()
 
 
 class ShownRows:
@@ -146,7 +179,7 @@ def _answer(
     clock = time.monotonic()
     for response in responses:
         row, prompt = answered.pop(response.number)
-        rationale, prediction, parsed = answers.parse(response.text, opens_thoughts(prompt.text))
+        rationale, prediction, parsed = answers.parse(response.text, opens_thoughts(prompt.text), builder.answer_line)
         now = time.monotonic()
         yield {
             "id": row["id"],
@@ -166,21 +199,37 @@ def _answer(
         clock = now
 
 
-def make(session: Session, workdir: Workdir, system: str, passages: int | None = None, noise: str = "none") -> dict:
+def make(
+    session: Session,
+    workdir: Workdir,
+    system: str,
+    passages: int | None = None,
+    noise: str = "none",
+    adapter: epath.Path | None = None,
+) -> dict:
     """Bring one evaluation up to date and return its metrics.
 
     Args:
       system: 'closed_book', 'base', 'adapter' or the name of one of `evaluate.adapters`.
       passages: K; None is `prompt.passages`.
       noise: a condition of `rag.noise`.
+      adapter: that of a system which the configuration does not name.
     """
     config, name = session.config, artifact(system, passages, noise)
     with processes.main_first():
         retrieve.make(config, workdir, ("eval",))
-    folder = adapter_folder(config, workdir) if system == "adapter" else systems(config).get(system)
+    folder = adapter or (adapter_folder(config, workdir) if system == "adapter" else systems(config).get(system))
     K = 0 if system == "closed_book" else passages or config.prompt.passages
-    wanted = recipe(session, workdir, folder, K, noise)
+    answering = recipe(session, workdir, folder, K, noise)
+    wanted = _with_similarity(config, answering)
     if workdir.is_up_to_date(name, wanted):
+        return json.loads((workdir / name / "metrics.json").read_text())
+    about = {"system": system, "passages": K, "noise": noise}
+    if _is_answered(workdir, name, answering):
+        print(f"{name}: its answers are kept and scored anew.")
+        with processes.main_first():
+            if processes.is_main():
+                _publish(config, workdir, name, wanted, _answered(workdir, name), about)
         return json.loads((workdir / name / "metrics.json").read_text())
     # The contexts of a row are all that its prompt shows; how many that may be is said by K and the noise.
     builder = PromptBuilder(session.tokenizer, **{**config.prompt, "passages": K and sys.maxsize})
@@ -193,7 +242,7 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
     label = name.removeprefix("eval/")
     ids = [each for each, *_ in file.notes]
     partial = PartialResults(
-        workdir, f"evaluate-{label}", wanted.fingerprint(), ids, lambda example: example["scores"]["em"]
+        workdir, f"evaluate-{label}", answering.fingerprint(), ids, lambda example: example["scores"]["em"]
     )
     progress = Progress(
         f"evaluate {label}",
@@ -225,7 +274,7 @@ def make(session: Session, workdir: Workdir, system: str, passages: int | None =
         print(f"{cut} of {len(ids)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
     with processes.main_first():
         if processes.is_main():
-            _publish(workdir, name, wanted, examples, {"system": system, "passages": K, "noise": noise})
+            _publish(config, workdir, name, wanted, examples, about)
             partial.clear()
     return json.loads((workdir / name / "metrics.json").read_text())
 
@@ -235,8 +284,35 @@ def rate_key(config, system: str, passages: int) -> str:
     return rates.key(config, "evaluate", passages=passages, adapter=system not in ("closed_book", "base"))
 
 
-def _publish(workdir: Workdir, name: str, wanted: Recipe, examples: list[dict], about: dict) -> None:
+def _answered(workdir: Workdir, name: str) -> list[dict]:
+    """The examples of a finished evaluation, without their similarity."""
+    seconds = json.loads((workdir / name / "metrics.json").read_text())["seconds_per_question"]
+    examples = from_jsonl((workdir / name / "examples.jsonl").read_text())
+    for example in examples:
+        example["seconds"] = seconds
+        example["scores"] = {key: value for key, value in example["scores"].items() if key not in metrics.SIMILARITY}
+    return examples
+
+
+def _add_similarity(config, examples: list[dict]) -> None:
+    """Add what `config.evaluate.similarity` names to the scores of examples."""
+    said = [(example["prediction"], example["golden_answers"]) for example in examples]
+    for name in config.evaluate.similarity:
+        if name == "rouge_l":
+            found = itertools.starmap(metrics.RougeL(), said)
+        else:
+            folder = resolve_encoder(config.evaluate.encoder, "evaluate.encoder")
+            measure = BertScore(folder, local_mesh())
+            found = measure(*zip(*said, strict=True))
+            if measure.cut:
+                print(f"Warning: {measure.cut} texts are over the encoder's {measure.length} word pieces and were cut.")
+        for example, value in zip(examples, found, strict=True):
+            example["scores"][name] = value
+
+
+def _publish(config, workdir: Workdir, name: str, wanted: Recipe, examples: list[dict], about: dict) -> None:
     """Write an evaluation from its examples."""
+    _add_similarity(config, examples)
     # Each is counted from when the one before was finished. Time is no function of the input: it stays out of the rows.
     seconds = statistics.fmean(example.pop("seconds") for example in examples)
     mean = lambda field: round(statistics.fmean(example[field] for example in examples), 1)
@@ -272,6 +348,8 @@ def check_questions(config) -> None:
       UserError: there is no such file, or they are synthetic while the training questions are user data.
     """
     options.require_files(config, "data.eval")
+    if "rouge_l" in config.evaluate.similarity:
+        metrics.RougeL()
     if questions.source(config, "eval") == "synthetic" and (config.data.train != "synthetic" or config.data.pairs):
         raise UserError(
             "config.data.eval='synthetic': the adapter would be evaluated on synthetic questions; name held-out "

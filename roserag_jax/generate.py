@@ -19,7 +19,7 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from roserag_jax import cli, options, rates, retrieve
+from roserag_jax import cli, options, rates, retrieve, rounds
 from roserag_jax.ahead import in_order
 from roserag_jax.distributed import processes
 from roserag_jax.errors import UserError
@@ -34,7 +34,7 @@ from roserag_jax.rag import answers
 from roserag_jax.rag.files import read_rows
 from roserag_jax.rag.prompts import BUILDERS, PromptBuilder, PromptSize, estimate_lengths
 from roserag_jax.report.tables import table
-from roserag_jax.session import Session
+from roserag_jax.session import Session, adapter_digest
 from roserag_jax.workdir import (
     CANDIDATES,
     RETRIEVED,
@@ -56,6 +56,8 @@ def recipe(session: Session, workdir: Workdir) -> Recipe:
     config = session.config
     names = [*Session.model_options, "seed", "prompt", "generate", "data.language", "evaluate.metric"]
     inputs = {RETRIEVED["train"]: workdir.verify(RETRIEVED["train"])} | session.model_inputs
+    if workdir.before is not None:
+        inputs["the adapter of the round before"] = adapter_digest(workdir.before)
     if config.generate.samples:
         inputs |= input_digest(config, "generate.samples")
     names += ["select.labels", "select.agreement"] * _votes(config)
@@ -153,14 +155,21 @@ class Questions:
         return QuestionInputs(row, plain, guided, reused, self.outside.get(row["id"], []))
 
 
-def generate_rows(session: Session, questions: Questions, numbers: Iterable[int]) -> Iterator[dict]:
-    """Generate the candidates of the questions with these numbers; yields each row as soon as it is finished."""
-    engine, tokenizer = session.decoding_session.engine(), session.tokenizer
+def generate_rows(
+    session: Session, questions: Questions, numbers: Iterable[int], adapter: epath.Path | None = None
+) -> Iterator[dict]:
+    """Generate the candidates of the questions with these numbers; yields each row as soon as it is finished.
+
+    Args:
+      adapter: of the model that samples and is measured; None is the base model.
+    """
+    engine, tokenizer = session.decoding_session.engine(adapter), session.tokenizer
     generator = candidates.CandidateGenerator(
         tokenizer,
         questions.sampling,
         shared_prefixes={source: engine.prefill_shared_prefix(tokens) for source, tokens in questions.shared.items()},
         stop_strings=questions.builder.stop,
+        answer_line=questions.builder.answer_line,
         measure=_measure(session.config),
     )
     built = in_order(questions.build, numbers, threads=BUILDERS, ahead=questions.capacity.slots)
@@ -173,6 +182,7 @@ def generate_rows(session: Session, questions: Questions, numbers: Iterable[int]
 def make(session: Session, workdir: Workdir) -> None:
     """Bring the candidates up to date."""
     config = session.config
+    labels.check_answer_line(config)
     with processes.main_first():
         retrieve.make(config, workdir, ("train",))
     wanted = recipe(session, workdir)
@@ -237,14 +247,14 @@ def _generate(
     questions = Questions(session, rows, builder, sampling) if len(rows) else None
     missing = {*partial.missing()}
     order = [i for i in questions.order if i in missing] if questions else []
-    queue = processes.SharedQueue(stage, order, questions.capacity.slots if questions else 1)
+    queue = processes.SharedQueue(f"{workdir.label}{stage}", order, questions.capacity.slots if questions else 1)
     if len(queue):
         capacity = questions.capacity
         progress.phase(f"{capacity.slots} questions at a time, {capacity.branches} rationales of each")
         counts = sum(partial.done.values(), collections.Counter())
         known = any(note.labeled for note in rows.notes)
         with processes.watched():
-            for row in generate_rows(session, questions, queue):
+            for row in generate_rows(session, questions, queue, workdir.before):
                 partial.add(row)
                 processes.step()
                 counts.update(partial.done[row["id"]])
@@ -292,8 +302,10 @@ def run(config) -> None:
     """The command."""
     workdir = Workdir(config.workdir)
     with workdir.lock():
-        make(Session(config), workdir)
-        print(f"Wrote {workdir / CANDIDATES}. Next: roserag_jax.select.")
+        rounds.arrange(workdir, config.train.rounds)
+        first = rounds.workdir_of(workdir, 1, config.train.rounds)
+        make(Session(config), first)
+        print(f"Wrote {first / CANDIDATES}. Next: roserag_jax.select.")
 
 
 if __name__ == "__main__":

@@ -38,16 +38,16 @@ class Progress:
     def __init__(
         self, label: str, total: int, unit: str, done: int = 0, *, workdir: Workdir | None = None, rate: str = ""
     ):
-        self.label, self.total, self.unit, self.rate = label, total, unit, rate
+        self.label, self.total, self.unit, self.rate = (workdir.label if workdir else "") + label, total, unit, rate
         self.first = self.done = done
         self.start = self.shown = time.monotonic()
         self.written, self.accepted, self.note = 0.0, "", ""
         self.running: tuple[int, float] | None = None  # how many were done when, as soon as any was
         self.terminal = sys.stderr.isatty()
         self.quiet = jax.process_index() != 0
-        self.folder = None if workdir is None or self.quiet or is_remote(workdir.path) else workdir.path
+        self.workdir = None if workdir is None or self.quiet or is_remote(workdir.path) else workdir
         if done:
-            self._print(f"{label}: resuming at {done} of {total} {unit}\n")
+            self._print(f"{self.label}: resuming at {done} of {total} {unit}\n")
         self._keep_time_of_stopped()
         self._write()
 
@@ -111,12 +111,12 @@ class Progress:
 
     def _write(self) -> None:
         self.written = time.monotonic()
-        if self.folder is not None:
-            write_atomic(self.folder / STATUS, to_json(self._status()))
+        if self.workdir is not None:
+            write_atomic(self.workdir / STATUS, to_json(self._status()))
 
     def _end(self) -> None:
         """Keep the stage's time, and its rate for the next run's estimate."""
-        if self.folder is None or self.done == self.first:
+        if self.workdir is None or self.done == self.first:
             return
         self._keep_time(self._status())
         if self.rate:
@@ -124,16 +124,16 @@ class Progress:
 
     def _keep_time_of_stopped(self) -> None:
         """Keep the time of a run that was stopped inside a stage: its last status says how far it came."""
-        if self.folder is None:
+        if self.workdir is None:
             return
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            before = json.loads((self.folder / STATUS).read_text())
+            before = json.loads((self.workdir / STATUS).read_text())
             if before["first"] < before["done"] < before["total"]:
                 self._keep_time(before)
 
     def _keep_time(self, status: dict) -> None:
         row = {name: status[name] for name in ("stage", "unit", "seconds", "command")}
-        append(self.folder / STAGES, to_json(row | {"done": status["done"] - status["first"]}))
+        append(self.workdir / STAGES, to_json(row | {"done": status["done"] - status["first"]}))
 
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere

@@ -10,7 +10,7 @@ agree on, a reward model (its rewards go to `rewards.jsonl`) or a file of scores
 
 import jax
 
-from roserag_jax import cli, generate, options
+from roserag_jax import cli, generate, options, rounds
 from roserag_jax.distributed import processes
 from roserag_jax.hub import model_files, tokenizer
 from roserag_jax.hub.reward_model import RewardModelFolder
@@ -77,7 +77,7 @@ def _make_rewards(session: Session, workdir: Workdir) -> None:
     partial = PartialResults(workdir, "reward", wanted.fingerprint(), [row["id"] for row in rows])
     progress = Progress("reward", len(rows), "questions", len(partial.done), workdir=workdir)
     # Each process has its share of what process 0 finds missing.
-    missing = processes.gather("rewards missing", partial.missing() if processes.is_main() else None)[0]
+    missing = processes.gather(f"{workdir.label}rewards missing", partial.missing() if processes.is_main() else None)[0]
     if missing := missing[jax.process_index() :: jax.process_count()]:
         # Its own tokenizer and chat template, and no demonstrations, which only show what a response looks like.
         builder = PromptBuilder(tokenizer.load_tokenizer(name), **{**config.prompt, "examples": 0})
@@ -124,8 +124,10 @@ def run(config) -> None:
     """The command."""
     workdir = Workdir(config.workdir)
     with workdir.lock():
-        make(Session(config), workdir)
-        print(f"Wrote {workdir / PAIRS}. Next: roserag_jax.train.")
+        rounds.arrange(workdir, config.train.rounds)
+        first = rounds.workdir_of(workdir, 1, config.train.rounds)
+        make(Session(config), first)
+        print(f"Wrote {first / PAIRS}. Next: roserag_jax.train.")
 
 
 if __name__ == "__main__":

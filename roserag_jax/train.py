@@ -4,7 +4,8 @@
 
 Retrieves, evaluates the base model, generates, selects, trains and evaluates the adapter. Writes `checkpoints/`,
 `adapter/` (PEFT), `metrics.jsonl`, `tensorboard/` and `report.html` in the workdir, beside what the other stages write.
-Stopped at any moment, the same command resumes and ends with the same adapter.
+With `config.train.rounds` of 2 and more, generate, select and train repeat with the adapter of the round before, the
+earlier rounds in `rounds/1` and so on. Stopped at any moment, the same command resumes and ends with the same adapter.
 """
 
 import contextlib
@@ -13,12 +14,14 @@ import shlex
 from importlib.util import find_spec
 
 import jax
+from etils import epath
 
-from roserag_jax import automatic_mesh, cli, evaluate, generate, options, rates, retrieve, select
+from roserag_jax import automatic_mesh, cli, evaluate, generate, options, rates, retrieve, rounds, select
 from roserag_jax.distributed import processes
 from roserag_jax.distributed.sharding import devices
 from roserag_jax.errors import UserError, first_line
 from roserag_jax.hub import loading, peft_adapter
+from roserag_jax.preference import labels
 from roserag_jax.report.comparison import comparison
 from roserag_jax.report.page import write_page
 from roserag_jax.report.tables import table
@@ -34,7 +37,8 @@ from roserag_jax.training.trainer import Trainer
 from roserag_jax.workdir import ADAPTER, CANDIDATES, PAIRS, RETRIEVED, Recipe, Workdir, is_remote
 
 _NO_INFLUENCE = tuple(
-    f"train.{name}" for name in "checkpoint_every keep_checkpoints evaluate remat nonfinite profile_steps wandb".split()
+    f"train.{name}"
+    for name in "rounds checkpoint_every keep_checkpoints evaluate remat nonfinite profile_steps wandb".split()
 )
 # What evaluations while training change: which checkpoint is the best, and so the adapter where that is kept.
 _EVALUATION = ("train.evaluate_every", "train.answer_questions")
@@ -44,11 +48,16 @@ def recipe(session: Session, workdir: Workdir) -> Recipe:
     """What the adapter is made from."""
     config = session.config
     inputs = {PAIRS: workdir.verify(PAIRS)} | session.model_inputs
-    if config.lora.start:
+    if workdir.before is not None:
+        inputs["the adapter of the round before"] = adapter_digest(workdir.before)
+    elif config.lora.start:
         inputs["config.lora.start"] = adapter_digest(checked_adapter(config.lora.start))
     names = [*Session.model_options, "seed", "lora", "train"]
     without = _NO_INFLUENCE + (_EVALUATION if config.train.keep == "latest" else ())
-    return Recipe(options.subset(config, *names, without=without), inputs)
+    found = options.subset(config, *names, without=without)
+    if config.train.held_out and config.train.rounds > 1:
+        found["train.held_out_of"] = "all questions"  # not of those with pairs, which differ from round to round
+    return Recipe(found, inputs)
 
 
 def make(session: Session, workdir: Workdir) -> None:
@@ -61,8 +70,8 @@ def make(session: Session, workdir: Workdir) -> None:
     training, held = _pairs(session, workdir)
     stream = Stream(training, batch=train.batch, pad_id=session.pad_id, epochs=train.epochs, seed=config.seed)
     processes.connect(session.mesh)
-    step = _train_step(session, stream)
-    _print_plan(session, stream, held, step.accumulate)
+    step = _train_step(session, stream, workdir.before or config.lora.start)
+    _print_plan(session, stream, held, step.accumulate, workdir.label)
 
     # The same run whichever of its checkpoints is wanted in the end.
     run_options = {k: v for k, v in wanted.options.items() if k not in ("train.keep", *_EVALUATION)}
@@ -128,7 +137,12 @@ def _pairs(session: Session, workdir: Workdir) -> tuple[Pairs, Pairs]:
         print(f"{lost} of {len(rows)} pairs have a response over {train.max_response} tokens and are left out.")
     if not len(pairs):
         raise UserError(f"config.train.max_response={train.max_response}: every pair has a longer response.")
-    training, held = hold_out(pairs.ids, train.held_out, config.seed)
+    every = workdir.row_file(RETRIEVED["train"], lambda row: row["id"]).notes if train.rounds > 1 else None
+    training, held = hold_out(pairs.ids, train.held_out, config.seed, every)
+    if train.held_out and not held:
+        raise UserError(
+            f"config.train.held_out={train.held_out}: no question that is held out in all rounds has a pair; raise it."
+        )
     if not training:
         raise UserError(f"config.train.held_out={train.held_out}: no pair is left to train on.")
     return pairs.subset(training), pairs.subset(held)
@@ -142,10 +156,10 @@ def _print_cut(pairs: Pairs, limit: int) -> None:
         print(f"{len(pairs.lost)} of the pairs read are over {limit} tokens without any passage and were left out.")
 
 
-def _train_step(session: Session, stream: Stream) -> TrainStep:
-    """The step of this configuration's network, with a new adapter or the one that training starts from."""
+def _train_step(session: Session, stream: Stream, start: epath.Path | str) -> TrainStep:
+    """The step of this configuration's network, with a new adapter or, where it is named, one to start from."""
     config, train = session.config, session.config.train
-    if start := config.lora.start:
+    if start:
         adapter = peft_adapter.load_adapter(checked_adapter(start), session.source.config, session.mesh)[1]
     else:
         key = jax.random.key(config.seed)
@@ -187,19 +201,20 @@ def _question_answering(session: Session, workdir: Workdir, held: Pairs) -> Ques
         [prompts[row["id"]] for row in rows],
         metric=config.evaluate.metric,
         language=config.data.language,
+        answer_line=config.prompt.answer_line,
         slots=config.evaluate.batch or 16,
         max_new_tokens=config.evaluate.max_tokens,
         stop_strings=config.prompt.stop,
     )
 
 
-def _print_plan(session: Session, stream: Stream, held: Pairs, accumulate: int) -> None:
+def _print_plan(session: Session, stream: Stream, held: Pairs, accumulate: int, label: str) -> None:
     """Print what will be trained, and warn where the mesh does not divide it."""
     train = session.config.train
     each = rates.seconds_each(rates.key(session.config, "train"))
     takes = f"; {rates.about(each * len(stream))} by the rate of an earlier run" if each else ""
     print(
-        f"train: {len(stream.places)} pairs, {len(stream)} steps of {train.batch}"
+        f"{label}train: {len(stream.places)} pairs, {len(stream)} steps of {train.batch}"
         + (f" in {accumulate} microbatches" if accumulate > 1 else "")
         + f", adapter rank {session.lora.rank}"
         + (f"; {len(held)} pairs held out" if held else "")
@@ -226,6 +241,7 @@ def _check(session: Session, workdir: Workdir) -> None:
             f"config.adapter={config.adapter!r}: train makes an adapter and evaluates that; leave it empty "
             "(config.lora.start names one that training starts from)."
         )
+    labels.check_answer_line(config)
     made_from = ["data.pairs"] if config.data.pairs else ["data.train", "generate.samples", "select.scores"]
     options.require_files(config, *made_from)
     if train.evaluate:
@@ -250,14 +266,16 @@ def outlook(config, workdir: Workdir) -> str:
         else None
     )
     stages.append(evaluation("base"))
-    if not config.data.pairs and workdir.manifest(CANDIDATES) is None:
-        stages.append(("generate", rows["train"], generate.rate_key(config, config.generate)))
-    if workdir.manifest(ADAPTER) is None:
-        stages.append(("select and train", _most_steps(config, workdir, rows["train"]), rates.key(config, "train")))
+    for each in _rounds(config, workdir):
+        if not config.data.pairs and each.manifest(CANDIDATES) is None:
+            stages.append((f"{each.label}generate", rows["train"], generate.rate_key(config, config.generate)))
+        if each.manifest(ADAPTER) is None:
+            steps = _most_steps(config, each, rows["train"])
+            stages.append((f"{each.label}select and train", steps, rates.key(config, "train")))
     stages = [*filter(None, [*stages, evaluation("adapter")])]
     if not stages:
         return "To do: nothing, unless something is out of date."
-    is_training = lambda name: name == "select and train"
+    is_training = lambda name: name.endswith("select and train")
     work = [name if is_training(name) else f"{name} ({count} questions)" for name, count, _ in stages]
     known = [(name, count * each) for name, count, rate in stages if count and (each := rates.seconds_each(rate))]
     takes = [f"{name} {'at most ' * is_training(name)}{rates.about(seconds)}" for name, seconds in known]
@@ -285,19 +303,30 @@ def _report(workdir: str) -> str:
         return f"Warning: no report was written ({why}). To try again: roserag report {shlex.quote(workdir)}"
 
 
+def _rounds(config, workdir: Workdir) -> list[Workdir]:
+    """The workdirs of the rounds, in order."""
+    count = config.train.rounds
+    return [rounds.workdir_of(workdir, number, count) for number in range(1, count + 1)]
+
+
 def run(config) -> None:
     """The command."""
     workdir, session = Workdir(config.workdir), Session(config)
     _check(session, workdir)
     with workdir.lock():
         results = {}
+        rounds.arrange(workdir, config.train.rounds)
         with processes.main_first():
             retrieve.make(config, workdir, ("train",) * (not config.data.pairs) + ("eval",) * config.train.evaluate)
         print(outlook(config, workdir))
         if config.train.evaluate:
             results["base"] = evaluate.make(session, workdir, "base")
-        make(session, workdir)
+        for each in _rounds(config, workdir):
+            make(session, each)
         if config.train.evaluate:
+            for number, each in enumerate(_rounds(config, workdir)[:-1], 1):
+                name = f"round{number}"
+                results[name] = evaluate.make(session, workdir, name, adapter=checked_adapter(each / ADAPTER))
             results["adapter"] = evaluate.make(session, workdir, "adapter")
             print(f"\n{table(*comparison(results))}\n")
         print(f"Adapter (PEFT):  {workdir / ADAPTER}")

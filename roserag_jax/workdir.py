@@ -33,11 +33,14 @@ QUESTIONS = {"train": "questions.jsonl", "eval": "questions_eval.jsonl"}
 VOTES, CANDIDATES, REWARDS = "votes.jsonl", "candidates.jsonl", "rewards.jsonl"
 PAIRS = "pairs.jsonl"
 ADAPTER = "adapter"
+ROUND_MARK = "round.json"  # in the folder of a round, `rounds/1` and so on
+# What a round shares with the run that it belongs to: the questions, their passages, and what `watch` reads.
+_OF_THE_RUN = (*QUESTIONS.values(), *RETRIEVED.values(), "progress.json", "stages.jsonl")
 
 # What else a run writes, so that what is in its way is found before any work.
 _FILES = (*QUESTIONS.values(), *RETRIEVED.values(), VOTES, CANDIDATES, REWARDS, PAIRS)
 _FILES += ("metrics.jsonl", "progress.json", "stages.jsonl", "report.html", ".lock")
-_FOLDERS = (ADAPTER, "eval", "checkpoints", "tensorboard", "profile", "merged", ".parts")
+_FOLDERS = (ADAPTER, "eval", "checkpoints", "tensorboard", "profile", "merged", "rounds", ".parts")
 
 
 class Recipe(NamedTuple):
@@ -168,6 +171,12 @@ def resolve_path(path: str) -> epath.Path:
 class Workdir:
     """Artifacts under one folder, local or remote (`gs://`).
 
+    That of a round before the last (`rounds`) lies in the folder of its run and uses the run's questions.
+
+    Attributes:
+      label: what the names of stages begin with in messages; 'round 2: ', or nothing where there is one round.
+      before: the adapter of the round before, which samples candidates and is trained on; None in the first round.
+
     Raises:
       UserError: its path is not UTF-8, which JSON and other libraries cannot name.
     """
@@ -176,9 +185,13 @@ class Workdir:
         self.path = resolve_path(path)  # Orbax wants it absolute
         if why := not_utf8(str(self.path)):
             raise UserError(f"config.workdir={ascii(str(self.path))}: {why}.")
+        is_round = self.path.parent.name == "rounds" and (self.path / ROUND_MARK).exists()
+        self._run_path = self.path.parent.parent if is_round else self.path
+        self.label = f"round {self.path.name}: " if is_round else ""
+        self.before: epath.Path | None = None
 
     def __truediv__(self, name: str) -> epath.Path:
-        return self.path / name
+        return (self._run_path if name in _OF_THE_RUN else self.path) / name
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -236,7 +249,7 @@ class Workdir:
         """
         if is_remote(self.path):
             return
-        for path in (self.path / name, self._manifest(name)) if is_file else (self.path / name,):
+        for path in (self / name, self._manifest(name)) if is_file else (self / name,):
             if os.path.lexists(path) and not (os.path.isfile(path) if is_file else os.path.isdir(path)):
                 found, expected = ("folder", "file") if is_file and os.path.isdir(path) else ("file", "folder")
                 if not os.path.exists(path):
@@ -246,7 +259,7 @@ class Workdir:
                 raise UserError(f"{path} cannot be written; change its permissions, or name another config.workdir.")
 
     def _manifest(self, name: str) -> epath.Path:
-        path = self.path / name
+        path = self / name
         return path / "manifest.json" if "." not in path.name else path.with_name(f"{path.name}.manifest.json")
 
     def manifest(self, name: str) -> dict | None:
@@ -265,7 +278,7 @@ class Workdir:
         """
         self._check_free(name, is_file="." in epath.Path(name).name)
         manifest = self.manifest(name)
-        if manifest is None or not (self.path / name).exists():
+        if manifest is None or not (self / name).exists():
             return False
         self.verify(name)  # what was changed by hand is not overwritten, whatever else has changed
         was, now = manifest["options"], _plain(recipe.options)
@@ -274,6 +287,7 @@ class Workdir:
         changes += [
             f"{key} has changed" for key, value in recipe.inputs.items() if manifest["inputs"].get(key) != value
         ]
+        changes += [f"{key} plays no part any more" for key in manifest["inputs"] if key not in recipe.inputs]
         if changes:
             more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
             print(f"{name} is out of date ({'; '.join(changes[:3])}{more}): rebuilding.")
@@ -287,7 +301,7 @@ class Workdir:
         Raises:
           UserError: the artifact is absent, or is not what its stage wrote.
         """
-        manifest, path = self.manifest(name), self.path / name
+        manifest, path = self.manifest(name), self / name
         if manifest is None or not path.exists():
             raise UserError(f"{path} is missing; run the stage that makes it (`train` runs them all).")
         verify_files(path, manifest)
@@ -298,7 +312,7 @@ class Workdir:
 
         Files of a former version that this one lacks are deleted; others, which are the user's, stay.
         """
-        path, manifest_file = self.path / name, self._manifest(name)
+        path, manifest_file = self / name, self._manifest(name)
         is_folder = isinstance(content, dict)
         # What the former version held, also where that was half replaced when the run ended.
         former_file = manifest_file.with_name(".former.json")
@@ -320,7 +334,7 @@ class Workdir:
 
     def publish_rows(self, name: str, recipe: Recipe, rows: Iterable[dict]) -> int:
         """Put a finished file of rows in place, written one row at a time; returns how many they are."""
-        path, count = self.path / name, 0
+        path, count = self / name, 0
         self._manifest(name).unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         # In a bucket a file is seen when it is whole.
@@ -337,7 +351,7 @@ class Workdir:
 
     def _describe(self, name: str, recipe: Recipe, files: tuple[str, ...], rows: int) -> None:
         """Write the manifest of an artifact, a folder's where it has files."""
-        path, is_folder = self.path / name, bool(files)
+        path, is_folder = self / name, bool(files)
         digests = {file: _file_digest(path / file) for file in files} if is_folder else {name: _file_digest(path)}
         manifest = {
             "artifact": name,
@@ -353,12 +367,12 @@ class Workdir:
     def rows(self, name: str) -> list[dict]:
         """The rows of a finished artifact, after checking it."""
         self.verify(name)
-        return from_jsonl((self.path / name).read_text())
+        return from_jsonl((self / name).read_text())
 
     def row_file(self, name: str, note: Callable[[dict], Any]) -> "RowFile":
         """The rows of a finished artifact, after checking it, to be read one by one; see `RowFile`."""
         self.verify(name)
-        return RowFile(self.path / name, note)
+        return RowFile(self / name, note)
 
 
 class RowFile(Sequence[dict]):

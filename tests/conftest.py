@@ -509,6 +509,21 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def reward_folder(model_folder, tmp_path_factory):
+    """A random reward model beside the random model's tokenizer, and its torch model."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.from_pretrained(model_folder, num_labels=1, pad_token_id=0)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    folder = tmp_path_factory.mktemp("reward")
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    return folder, model
+
+
+@pytest.fixture(scope="session")
 def config_of(alone, model_folder, tmp_path_factory):
     """A function: a small configuration in its own workdir, on the given questions."""
 

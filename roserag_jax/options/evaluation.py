@@ -3,6 +3,7 @@
 from roserag_jax.options.option import Faults, Option, together
 from roserag_jax.rag import noise
 from roserag_jax.rag.answers import METRICS
+from roserag_jax.rag.metrics import SIMILARITY
 
 
 def _systems(value) -> str | None:
@@ -18,6 +19,11 @@ def _folders(value) -> str | None:
 def _numbers_of_passages(value) -> str | None:
     good = all(isinstance(K, int) and K >= 1 for K in value)
     return None if good else "a tuple of numbers from 1; 'closed_book' is a system of its own"
+
+
+def _similarity(value) -> str | None:
+    good = set(value) <= {*SIMILARITY} and len(set(value)) == len(value)
+    return None if good else f"a tuple of {', '.join(map(repr, SIMILARITY))}, each once"
 
 
 def _noise_conditions(value) -> str | None:
@@ -52,6 +58,17 @@ EVALUATE = {
         + ", ".join(f"{metric.help} ({name})" for name, metric in METRICS.items()),
         (*METRICS,),
     ),
+    "similarity": Option(
+        (),
+        "measures of how similar an answer is to the golden ones, beside exact match and F1; for texts such as "
+        "summaries: "
+        + ", ".join(f"{title} ({name})" for name, title in SIMILARITY.items())
+        + "; a change of it does not answer the questions again",
+        check=_similarity,
+    ),
+    "encoder": Option(
+        "", "for similarity=bert_score: Hub id or folder of an encoder of the BERT family, also of a sentence encoder"
+    ),
     "max_tokens": Option(160, "most tokens of a response", at_least=1),
     "batch": Option(
         0,
@@ -69,6 +86,15 @@ def _metric_is_defined_for_the_language(config) -> Faults:
         yield "data.language", f"config.evaluate.metric={config.evaluate.metric} needs one of {', '.join(languages)}"
     if config.data.language and not languages:
         yield "data.language", f"config.evaluate.metric={config.evaluate.metric} has no languages; use mlqa or mkqa"
+
+
+@together
+def _similarity_by_an_encoder_names_it(config) -> Faults:
+    wanted = "bert_score" in config.evaluate.similarity
+    if wanted and not config.evaluate.encoder:
+        yield "evaluate.encoder", "config.evaluate.similarity has bert_score, which needs an encoder; name one"
+    if config.evaluate.encoder and not wanted:
+        yield "evaluate.encoder", "takes effect with 'bert_score' in config.evaluate.similarity only"
 
 
 @together

@@ -31,6 +31,11 @@ PROMPT = {
     "examples": Option(
         0, "number of few-shot demonstrations, at most 2; they help the smallest models", at_least=0, at_most=2
     ),
+    "answer_line": Option(
+        True,
+        "ask for a short answer on a line of its own; False is for texts that no short answer stands for, such as "
+        "summaries: the complete response is the answer then (select.labels=reward or scores)",
+    ),
     "max_tokens": Option(2048, "most tokens of a prompt; passages are cut to fit, the question never is", at_least=1),
     "stop": Option(
         (),

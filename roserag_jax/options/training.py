@@ -49,6 +49,12 @@ TRAIN = {
     "warmup": Option(0.1, "warm-up fraction of the steps", at_least=0, at_most=1),
     "weight_decay": Option(0.0, "weight decay of AdamW on the adapter", at_least=0),
     "clip": Option(1.0, "max gradient norm; a larger gradient is scaled down to it", above=0),
+    "rounds": Option(
+        1,
+        "rounds of generate, select and train; from the second on the adapter of the round before samples the "
+        "candidates and is trained on (epochs and learning rate are each round's)",
+        at_least=1,
+    ),
     "epochs": Option(2, "number of passes over the pairs", at_least=1),
     "batch": Option(
         8, "pairs per step; the mesh.data x mesh.fsdp devices take equal shares of each microbatch", at_least=1
@@ -109,6 +115,14 @@ def _hyperparameters_belong_to_the_loss(config) -> Faults:
     defaults = {name: option.default for name, option in TRAIN.items()}
     for name, why in losses.faults(config.train, defaults):
         yield f"train.{name}", why
+
+
+@together
+def _rounds_sample_anew(config) -> Faults:
+    if config.train.rounds > 1 and config.data.pairs:
+        yield "train.rounds", "pairs made elsewhere (config.data.pairs) are those of one round; set it to 1"
+    if config.train.rounds > 1 and config.select.labels == "scores":
+        yield "train.rounds", "config.select.labels=scores has the scores of one round's candidates; set it to 1"
 
 
 @together

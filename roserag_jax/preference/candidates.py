@@ -125,6 +125,7 @@ class CandidateGenerator:
       options: `config.generate`.
       shared_prefixes: what plain and what guided prompts begin with, by source, from `Engine.prefill_shared_prefix`.
       stop_strings: texts that end a response.
+      answer_line: whether prompts ask for an answer line; else a complete response is a candidate, without an answer.
       measure: whose exact match says that a candidate is correct.
     """
 
@@ -135,13 +136,14 @@ class CandidateGenerator:
         *,
         shared_prefixes: dict[str, SharedPrefix],
         stop_strings: tuple[str, ...] = (),
+        answer_line: bool = True,
         measure: answers.Measure = answers.HOTPOTQA,
     ):
         self.tokenizer, self.options, self.shared_prefixes = tokenizer, options, shared_prefixes
-        self.measure = measure
-        self.answer_is_sampled = options.answer == "sampled"
-        # Else the rationale is all that is wanted: the answer will be decoded on the plain prompt.
-        self.stop_strings = stop_strings if self.answer_is_sampled else (*stop_strings, ANSWER_PREFIX)
+        self.answer_line, self.measure = answer_line, measure
+        self.answer_is_decoded = answer_line and options.answer == "decoded"
+        # Then the rationale is all that is wanted of a sample: the answer will be decoded on the plain prompt.
+        self.stop_strings = (*stop_strings, ANSWER_PREFIX) if self.answer_is_decoded else stop_strings
 
     def task(self, question: QuestionInputs) -> Task:
         """Sample rationales, verify them on the plain prompt, and return the question's row of `candidates.jsonl`.
@@ -152,7 +154,7 @@ class CandidateGenerator:
           were cut, `count` how many samples said it, `correct` is None without golden answers, and `logprob` is the sum
           over the response's `tokens` tokens under the plain prompt, without the end-of-turn token.
         """
-        dropped = {"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0}
+        dropped = {"no whole sentence": 0, "repeated": 0, "too long": 0, "no answer": 0, "unfinished": 0}
         rationales = yield from self._sample_rationales(question, dropped)
         candidates = yield from self._verify(question, rationales, dropped)
         return {
@@ -182,20 +184,27 @@ class CandidateGenerator:
         rationales: dict[tuple[str, str], Rationale] = {}
         thinking = opens_thoughts(question.plain.text)
         for source, text, finished in texts:
-            rationale, answer = rationale_of(text, finished, thinking), ""
-            if self.answer_is_sampled:
-                _, answer, parsed = answers.parse(text, thinking)
-                if not (answer and parsed and finished):
-                    dropped["no answer"] += 1
-                    continue
-            if rationale is None:
-                dropped["no whole sentence"] += 1
+            rationale, answer, fault = self._read(text, finished, thinking)
+            if fault:
+                dropped[fault] += 1
             elif known := rationales.get((rationale, answer)):
                 dropped["repeated"] += 1
                 rationales[rationale, answer] = dataclasses.replace(known, count=known.count + 1)
             else:
                 rationales[rationale, answer] = Rationale(source, rationale, answer)
         return list(rationales.values())
+
+    def _read(self, text: str, finished: bool, thinking: bool) -> tuple[str, str, str]:
+        """The rationale and the answer of a sampled response, or why it can be no candidate."""
+        _, answer, parsed = answers.parse(text, thinking, self.answer_line)
+        if not self.answer_line:  # the complete text, which a cut would spoil
+            return answer, "", "" if parsed and finished else "no answer" if finished else "unfinished"
+        rationale = rationale_of(text, finished, thinking)
+        if not self.answer_is_decoded and not (answer and parsed and finished):
+            return "", "", "no answer"
+        if rationale is None:
+            return "", "", "no whole sentence"
+        return rationale, "" if self.answer_is_decoded else answer, ""
 
     def _sample(
         self, question: QuestionInputs, source: str, forced_prefix: list[int], prompt_length: int | None = None
@@ -225,42 +234,45 @@ class CandidateGenerator:
         """
         forced_prefixes, verified = [], []
         for rationale in rationales:
-            text = f"{rationale.text}{ANSWER_PREFIX} {rationale.answer}".strip("\n ")
+            text = self._response(rationale, rationale.answer).strip("\n ")
             tokens = response_tokens(self.tokenizer, text)
             if len(tokens) < max_forced_prefix(self.options):
                 forced_prefixes.append(question.plain.tokens[-1:] + tokens)
                 verified.append(rationale)
             else:  # only one that was generated elsewhere can be
                 dropped["too long"] += 1
-        limit = 0 if self.answer_is_sampled else self.options.answer_tokens
+        limit = self.options.answer_tokens if self.answer_is_decoded else 0
         completions = yield DecodeRequest(forced_prefixes, limit, use_extra_stop_ids=True)
 
         candidates = []
         for rationale, completion in zip(verified, completions, strict=True):
             answer = rationale.answer
-            if not self.answer_is_sampled:
+            if self.answer_is_decoded:
                 answer = self.tokenizer.decode(completion.tokens).strip()
                 if not answer or not completion.finished:
                     dropped["no answer"] += 1
                     continue
-            golden = question.row["golden_answers"]
+            golden = question.row["golden_answers"] if self.answer_line else []
             correct = bool(self.measure.exact_match(answer, golden)) if golden else None
-            candidates.append(_candidate(rationale, answer, completion, correct))
+            candidates.append(self._candidate(rationale, answer, completion, correct))
         return candidates
 
+    def _response(self, rationale: Rationale, answer: str) -> str:
+        """A rationale with its answer line, where there is one."""
+        return f"{rationale.text}{ANSWER_PREFIX} {answer}".lstrip("\n") if self.answer_line else rationale.text
 
-def _candidate(rationale: Rationale, answer: str, completion: Completion, correct: bool | None) -> dict:
-    """A candidate as a row of `candidates.jsonl` has it."""
-    return {
-        "response": f"{rationale.text}{ANSWER_PREFIX} {answer}".lstrip("\n"),
-        "rationale": rationale.text,
-        "answer": answer,
-        "source": rationale.source,
-        "count": rationale.count,
-        "correct": correct,
-        "logprob": round(float(completion.forced_logprobs.sum() + completion.logprobs.sum()), 4),
-        "tokens": len(completion.forced_logprobs) + len(completion.tokens),
-    }
+    def _candidate(self, rationale: Rationale, answer: str, completion: Completion, correct: bool | None) -> dict:
+        """A candidate as a row of `candidates.jsonl` has it."""
+        return {
+            "response": self._response(rationale, answer),
+            "rationale": rationale.text,
+            "answer": answer,
+            "source": rationale.source,
+            "count": rationale.count,
+            "correct": correct,
+            "logprob": round(float(completion.forced_logprobs.sum() + completion.logprobs.sum()), 4),
+            "tokens": len(completion.forced_logprobs) + len(completion.tokens),
+        }
 
 
 def newline_tokens(tokenizer) -> tuple[int, ...]:

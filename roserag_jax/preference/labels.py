@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from roserag_jax.errors import UserError
 from roserag_jax.rag import answers
 
 GOLD, VOTE = "gold", "vote"
@@ -59,6 +60,26 @@ def judge_by_reward(row: dict, options, measure: answers.Measure) -> list[dict]:
         return False if reward <= low else None
 
     return [{**c, "correct": verdict(reward)} for c, reward in zip(row["candidates"], rewards, strict=True)]
+
+
+def check_answer_line(config) -> None:
+    """Check that labels which compare answers get an answer line to compare.
+
+    Raises:
+      UserError: naming the option and what to do.
+    """
+    if config.prompt.answer_line or config.data.pairs:
+        return
+    if LABELS[config.select.labels].hint:
+        judges = " or ".join(name for name, source in LABELS.items() if not source.hint)
+        raise UserError(
+            f"config.select.labels={config.select.labels!r} compares short answers, and with "
+            f"config.prompt.answer_line=False there are none; judge the texts by {judges}."
+        )
+    if config.generate.answer == "sampled":
+        raise UserError(
+            "config.generate.answer='sampled': with config.prompt.answer_line=False there is no answer; leave it out."
+        )
 
 
 _OF_REWARDS = ("reward_threshold", "reward_margin", "reward_relative")
@@ -168,7 +189,8 @@ def reward_summary(rows: list[dict], options, measure: answers.Measure = answers
         f"  rewards: quartiles {low:.3g}/{middle:.3g}/{high:.3g}; {len(above)} above the threshold, {len(below)} below"
     )
     for name, side in (("above", above), ("below", below)):
-        right = [measure.exact_match(c["answer"], row["golden_answers"]) for row, c in side if row["golden_answers"]]
+        known = [(row["golden_answers"], c["answer"]) for row, c in side if row["golden_answers"] and c["answer"]]
+        right = [measure.exact_match(answer, golden) for golden, answer in known]
         if right:
             line += f"; {name}, {statistics.fmean(right):.0%} of {len(right)} have a golden answer"
     return line

@@ -95,6 +95,11 @@ def evidence(rationales: list[str], golden_answers: list[str], passages: list[di
     return [_content_words(rationale, golden) & read for rationale in rationales]
 
 
+def hinted_answers(row: dict, options) -> list[str]:
+    """The golden answers that a guided prompt of this row shows; none where labels are no answers."""
+    return row["golden_answers"] if LABELS[options.labels].hint else []
+
+
 def _content_words(text: str, golden: set[str]) -> set[str]:
     """Words that say what a text is about.
 
@@ -190,12 +195,12 @@ def outcome(row: dict, shown: list[dict], options, measure: answers.Measure = an
         guided, plain = ([c for c in candidates if c["source"] == source] for source in ("guided", "plain"))
         reason = "" if guided and plain else "one source only" if candidates else "no candidate"
         return Outcome(candidates, guided, plain, reason)
-    golden = row["golden_answers"]
+    hinted = hinted_answers(row, options)
     correct = [c for c in candidates if c["correct"]]
     wrong = [c for c in candidates if c["correct"] is False]
     right, reason = correct, ""
     if options.evidence and shown:
-        read = evidence([c["rationale"] for c in correct], golden, shown)
+        read = evidence([c["rationale"] for c in correct], hinted, shown)
         right = [c for c, words_read in zip(correct, read, strict=True) if len(words_read) >= options.evidence]
     if not candidates:
         reason = "no candidate"
@@ -203,7 +208,7 @@ def outcome(row: dict, shown: list[dict], options, measure: answers.Measure = an
         reason = "no reward"
     elif not wrong:
         reason = "all correct"
-    elif right and options.supported and not is_supported(golden, shown):
+    elif right and options.supported and not is_supported(hinted, shown):
         reason = "no support"
     elif not right:
         reason = "no evidence" if correct else "none correct"

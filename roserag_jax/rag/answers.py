@@ -173,7 +173,7 @@ def yes_no_accuracy(prediction: str, golden: list[str]) -> float | None:
     return float(yes_no(prediction) == yes_no(golden[0]))
 
 
-def parse(response: str, thinking: bool = False) -> tuple[str, str, bool]:
+def parse(response: str, thinking: bool = False, answer_line: bool = True) -> tuple[str, str, bool]:
     """Split a response into `(rationale, answer, parsed)` at its first line or sentence that begins with 'Answer:'.
 
     Without one `parsed` is False, the rationale is the complete response and the answer its last line, so that a
@@ -182,9 +182,13 @@ def parse(response: str, thinking: bool = False) -> tuple[str, str, bool]:
 
     Args:
       thinking: whether the prompt ended inside a block of thoughts.
+      answer_line: False if the prompt asks for no answer line: the answer is the complete response then, without a
+        rationale, and parsed if there is any.
     """
     _, end, behind = response.rpartition(THINK_END)
     response = "" if thinking and not end else _INVISIBLE.sub("", behind.partition(THINK_START)[0])
+    if not answer_line:
+        return "", response.strip(), bool(response.strip())
     found = _ANSWER.search(response)
     if found and found.group(1).strip():
         return response[: found.start()].strip(), _clean(found.group(1)), True

@@ -5,8 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from roserag_jax.errors import UserError
 from roserag_jax.rag import answers
+from roserag_jax.rag.words import words
 
+# What an evaluation is measured by, and how tables call it: exact match and F1 always, similarity where it is wanted.
+SIMILARITY = {"rouge_l": "ROUGE-L", "bert_score": "BERTScore"}
+MEASURES = {"em": "EM", "f1": "F1", **SIMILARITY}
 _AT_ONCE = 10**6  # values drawn at a time, which bounds the memory
 
 
@@ -29,6 +34,36 @@ def score_row(row: dict, prediction: str, parsed: bool, measure: answers.Measure
         "gold_passages": "unknown" if None in flags else str(sum(flags)),
         "retrieval": score_retrieval(row) if row.get("contexts") else None,
     }
+
+
+class RougeL:
+    """ROUGE-L of Google's rouge-score, over the words of any language: its own tokenizer knows ASCII alone.
+
+    Raises:
+      UserError: rouge-score is not installed.
+    """
+
+    def __init__(self):
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError as error:
+            raise UserError(
+                "config.evaluate.similarity has rouge_l, which needs rouge-score: pip install -e '.[summaries]'."
+            ) from error
+        self._scorer = RougeScorer(["rougeL"], tokenizer=self)
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text; what rouge-score asks of a tokenizer."""
+        return words(text)
+
+    def __call__(self, prediction: str, golden: Sequence[str]) -> float:
+        """F-measure of the longest common subsequence of words, the best over the golden answers."""
+        return float(self._scorer.score_multi(golden, prediction)["rougeL"].fmeasure)
+
+
+def measures_of(scores: dict) -> dict[str, str]:
+    """The measures that scores or metrics hold, by name, with their titles."""
+    return {name: title for name, title in MEASURES.items() if name in scores}
 
 
 def gold_count(row: dict) -> int | None:
@@ -68,11 +103,12 @@ def interval(values: Sequence[float] | np.ndarray, draws: int = 2000, seed: int 
 
 
 def summarize(scores: list[dict]) -> dict:
-    """Means in percent, intervals of EM and F1, EM and F1 of each group, and accuracy on yes/no questions if any."""
+    """Means in percent, those of `MEASURES` with intervals and by group, and accuracy on yes/no questions if any."""
+    measures = measures_of(scores[0])
     percent = lambda name, rows=scores: round(100 * float(np.mean([row[name] for row in rows])), 2)
-    result = {"questions": len(scores)} | {name: percent(name) for name in ("em", "f1", "contains", "parsed")}
+    result = {"questions": len(scores)} | {name: percent(name) for name in (*measures, "contains", "parsed")}
     result["unparsed"] = sum(not row["parsed"] for row in scores)
-    for name in ("em", "f1"):
+    for name in measures:
         low, high = interval([row[name] for row in scores])
         result[f"{name}_interval"] = [round(100 * low, 2), round(100 * high, 2)]
     if closed := [row for row in scores if row["accuracy"] is not None]:
@@ -90,7 +126,7 @@ def summarize(scores: list[dict]) -> dict:
         for row in scores:
             groups[row[key]].append(row)
         result[f"by_{key}"] = {
-            group: {"questions": len(rows), "em": percent("em", rows), "f1": percent("f1", rows)}
+            group: {"questions": len(rows)} | {name: percent(name, rows) for name in measures}
             for group, rows in sorted(groups.items())
         }
     return result

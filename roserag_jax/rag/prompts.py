@@ -22,6 +22,9 @@ INSTRUCTION = (
 )
 # Used where there are no passages at all (closed book).
 INSTRUCTION_CLOSED = 'Reason in at most four sentences. Then write "Answer:" and only the short answer.'
+# Used where the complete response is the answer; how long it should be is for the question to say.
+INSTRUCTION_TEXT = "Answer with what the relevant passages say, and nothing else."
+INSTRUCTION_TEXT_CLOSED = "Answer with what you know."
 HINT = "The answer is {answer}. "
 # Few-shot demonstrations for small models, which follow an example better than an instruction. The one with a yes/no
 # answer comes first: the model takes its output format from the last.
@@ -87,6 +90,7 @@ class PromptBuilder:
       examples: how many few-shot demonstrations come first.
       stop: stop strings of responses to these prompts; kept for the caller that decodes them.
       template_arguments: variables of the chat template, on top of `TEMPLATE_ARGUMENTS`.
+      answer_line: whether the response ends with a line that has the short answer; else all of it is the answer.
       order: 'best_first' shows the contexts as they are ranked; 'best_last' puts the first right before the question.
     """
 
@@ -98,12 +102,13 @@ class PromptBuilder:
         max_tokens: int,
         passages: int,
         examples: int = 0,
+        answer_line: bool = True,
         stop: tuple[str, ...] = (),
         order: str = "best_first",
         template_arguments: Mapping | None = None,
     ):
         self.tokenizer, self.max_tokens, self.passages, self.stop = tokenizer, max_tokens, passages, tuple(stop)
-        self.step = self.STEPS[order]
+        self.answer_line, self.step = answer_line, self.STEPS[order]
         self.examples = EXAMPLES[len(EXAMPLES) - examples :]
         self.template_arguments = dict(template_arguments or {})
         self._marks = TurnMarks(tokenizer, self.template_arguments)
@@ -192,13 +197,18 @@ class PromptBuilder:
             spans.append((len(text), len(text) + len(passage)))
             text += f"{passage}\n"
         hint = HINT.format(answer=self.neutral(row["golden_answers"][0])) if guided else ""
-        instruction = INSTRUCTION if self.passages else INSTRUCTION_CLOSED
-        text += "\n" * bool(passages) + f"Question: {self.neutral(row['question'])}\n{hint}{instruction}"
+        text += "\n" * bool(passages) + f"Question: {self.neutral(row['question'])}\n{hint}{self._instruction()}"
         return text, spans
+
+    def _instruction(self) -> str:
+        if self.answer_line:
+            return INSTRUCTION if self.passages else INSTRUCTION_CLOSED
+        return INSTRUCTION_TEXT if self.passages else INSTRUCTION_TEXT_CLOSED
 
     def _render(self, passages: list[str], row: dict, guided: bool) -> Prompt:
         turns = []
         for example, response in self.examples:
+            response = response if self.answer_line else response.partition(ANSWER_PREFIX)[0]
             # A demonstration shows all of its passages, or none in a closed book, and then does not name any.
             shown = self._passages(example["contexts"] if self.passages else [])
             turns.append({"role": "user", "content": self._content(shown, example, guided)[0]})

@@ -21,7 +21,6 @@ from roserag_jax.workdir import from_jsonl
 
 # Of the passages shown: whether the retriever or the reader failed.
 _RETRIEVAL = {"recall": "recall@K", "reciprocal_rank": "MRR", "answer_recall": "answer recall"}
-_DRAWN = {"em": "EM", "f1": "F1"}
 
 
 def load(folder: epath.Path) -> dict[str, dict]:
@@ -59,7 +58,10 @@ def _is_result(result: dict) -> bool:
     numbers = [
         result[name] for name in "questions em f1 contains parsed passages prompt_tokens response_tokens".split()
     ]
-    numbers += [result["seconds_per_question"], *(edge for m in _DRAWN for edge in _edges(result[f"{m}_interval"]))]
+    numbers += [
+        result["seconds_per_question"],
+        *(value for m in metrics.measures_of(result) for value in (result[m], *_edges(result[f"{m}_interval"]))),
+    ]
     numbers += [yes_no["accuracy"], *_edges(yes_no["accuracy_interval"])] if yes_no is not None else []
     numbers += [value for name, value in retrieval.items() if name in _RETRIEVAL]
     groups = [group for key in ("type", "gold_passages") for group in result[f"by_{key}"].values()]
@@ -86,13 +88,14 @@ def comparison(results: dict[str, dict]) -> Table:
     """A table of systems: scores in percent with their intervals, and tokens and time per question."""
     closed = results.get("closed_book")
     yes_no = any("yes_no" in result for result in results.values())
-    header = ["system", "EM  [95%]", "F1  [95%]", "contains"] + ["yes/no  [95%]"] * yes_no
+    measures = measured(results)
+    header = ["system", *(f"{title}  [95%]" for title in measures.values()), "contains"] + ["yes/no  [95%]"] * yes_no
     retrieval = [name for name in _RETRIEVAL if any(name in r.get("retrieval", {}) for r in results.values())]
     header += [_RETRIEVAL[name] for name in retrieval]
     header += ["distraction"] * bool(closed) + ["answer line", "tokens in+out", "s/question", "questions"]
     rows = []
     for name, result in results.items():
-        cells = [*(_interval(result, metric) for metric in _DRAWN), f"{result['contains']:.1f}"]
+        cells = [*(_interval(result, m) if m in result else "" for m in measures), f"{result['contains']:.1f}"]
         if yes_no:
             cells.append(_interval(result["yes_no"], "accuracy") if "yes_no" in result else "")
         for name_of_score in retrieval:
@@ -107,6 +110,12 @@ def comparison(results: dict[str, dict]) -> Table:
     return Table(header, rows)
 
 
+def measured(*of: dict[str, dict]) -> dict[str, str]:
+    """The measures, with their titles, that an evaluation in each of some groups of metrics has."""
+    held = [{name for result in results.values() for name in metrics.measures_of(result)} for results in of]
+    return {name: title for name, title in metrics.MEASURES.items() if all(name in names for names in held)}
+
+
 def breakdown(results: dict[str, dict], key: str) -> Table:
     """EM by group, with the number of questions of each: by question 'type' or by 'gold_passages' shown."""
     groups = sorted({group for result in results.values() for group in result[f"by_{key}"]})
@@ -117,7 +126,7 @@ def breakdown(results: dict[str, dict], key: str) -> Table:
 
 
 class Comparison(NamedTuple):
-    """A paired test of two evaluations, `name` minus `other`, by 'em' or 'f1', as `metrics.paired` has it."""
+    """A paired test of two evaluations, `name` minus `other`, by one of `metrics.MEASURES`; see `metrics.paired`."""
 
     name: str
     other: str
@@ -151,7 +160,7 @@ def paired_tests(
         mine, theirs = scores(name), scores(other)
         if set(mine) != set(theirs):
             raise UserError(f"{name} and {other} are of different questions; evaluate them again.")
-        for metric in _DRAWN:
+        for metric in measured({name: result}, {other: results[other]}):
             test = metrics.paired([mine[i][metric] for i in mine], [theirs[i][metric] for i in mine])
             found.append(Comparison(name, other, metric, test))
     return found
@@ -162,7 +171,7 @@ def paired(tests: list[Comparison]) -> Table:
     rows = []
     for name, other, metric, test in tests:
         changed = [str(test["better"]), str(test["worse"])]
-        rows.append([f"{name} - {other}", _DRAWN[metric], difference(test), *changed, f"{test['p']:.3f}"])
+        rows.append([f"{name} - {other}", metrics.MEASURES[metric], difference(test), *changed, f"{test['p']:.3f}"])
     return Table(["paired", "score", "difference  [95%]", "better", "worse", "p"], rows)
 
 

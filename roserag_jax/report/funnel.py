@@ -16,6 +16,7 @@ _DROPPED = {
     "repeated": "said what another sample of the question said",
     "too long": "longer than config.generate.max_tokens allows",
     "no answer": "led to no answer, or to one without an end",
+    "unfinished": "ran into config.generate.max_tokens, and a cut would spoil it",
 }
 # What to do about it, where there is something.
 ADVICE = {

@@ -1,6 +1,7 @@
 """The report's summary: the verdict in two sentences, the scores, and what the run was made of."""
 
 import contextlib
+import dataclasses
 import math
 import statistics
 from typing import Any
@@ -8,14 +9,15 @@ from typing import Any
 from roserag_jax import options
 from roserag_jax.errors import UserError
 from roserag_jax.preference.selection import length_warning
+from roserag_jax.rag.metrics import MEASURES
 from roserag_jax.report import comparison
 from roserag_jax.report.confidence import em_after_five, loss_without_em
 from roserag_jax.report.runs import Run
+from roserag_jax.report.several import made
 from roserag_jax.report.tables import Table
 from roserag_jax.report.verdict import overfitting
 
 SURE = 0.05  # a smaller p tells two systems apart
-METRICS = {"em": "EM", "f1": "F1"}
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -28,6 +30,7 @@ def summary(run: Run) -> dict[str, Any]:
         "scores": comparison.comparison(run.metrics) if run.metrics else None,
         "tests": comparison.paired(tests) if tests else None,
         "fault": fault,
+        "rounds": rounds(run),
         "facts": facts(run),
         "stages": stages(run),
         "commands": list(dict.fromkeys(stage["command"] for stage in run.stages if stage.get("command"))),
@@ -59,13 +62,13 @@ def _result(run: Run, tests: list[comparison.Comparison]) -> str:
     sure = {metric: test.test for metric, test in of.items() if test.test["p"] < SURE}
     sides = {found["difference"] > 0 for found in sure.values()}
     if len(sides) == 1:
-        by = f" by {METRICS[min(sure)]}" if len(sure) < len(of) else ""
+        by = f" by {MEASURES[min(sure)]}" if len(sure) < len(of) else ""
         found = f"{one} is {'better' if sides.pop() else 'worse'} than {other}{by}"
     else:
         found = f"{one} and {other} cannot be told apart"
     scores = [run.metrics[name] for name in (first, of["em"].other)]
     figures = [
-        f"{METRICS[metric]} {scores[0][metric]:.1f} against {scores[1][metric]:.1f}, "
+        f"{MEASURES[metric]} {scores[0][metric]:.1f} against {scores[1][metric]:.1f}, "
         f"{comparison.difference(test.test)} points, {_p(test.test['p'])}"
         for metric, test in of.items()
     ]
@@ -149,6 +152,14 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return found
 
 
+def rounds(run: Run) -> Table | None:
+    """What each round made; None where there is one."""
+    if not run.rounds:
+        return None
+    last = dataclasses.replace(run, name=f"round {len(run.rounds) + 1}")
+    return made([*run.rounds, last])
+
+
 def stages(run: Run) -> Table | None:
     """Time and tokens of each stage; None where nothing is known."""
     seconds: dict[str, float] = {}
@@ -158,7 +169,14 @@ def stages(run: Run) -> Table | None:
     if run.candidates:
         found = [candidate for row in run.candidates for candidate in row["candidates"]]
         tokens = f"{sum(c['tokens'] for c in found):,} in {len(found):,} candidates"
-        rows.append(["generate", f"{len(run.candidates):,} questions", _clock(seconds.get("generate")), tokens])
+        rows.append(
+            [
+                "generate",
+                f"{len(run.candidates):,} questions",
+                _clock(seconds.get(f"{run.workdir.label}generate")),
+                tokens,
+            ]
+        )
     if run.steps:
         batch = run.config.train.batch
         if run.has_adapter and run.pairs:  # the last batch of an epoch may be a small one

@@ -15,10 +15,9 @@ from etils import epath
 
 from roserag_jax import cli
 from roserag_jax.errors import UserError, first_line
+from roserag_jax.rag.metrics import MEASURES
 from roserag_jax.rag.noise import CONDITIONS, parse
 from roserag_jax.report.comparison import load
-
-_LABELS = {"em": "EM (%)", "f1": "F1 (%)"}
 
 
 def curves(results: dict[str, dict], over: str, noise: str = "none", passages: int = 0) -> tuple[list, dict]:
@@ -65,6 +64,7 @@ def draw(results: dict[str, dict], output: Path, over: str, metric: str = "em", 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("Plots need matplotlib: pip install -e '.[report]'.") from error
+    results = {name: result for name, result in results.items() if metric in result}
     axis, lines = curves(results, over, **which)
     places = axis if over == "passages" else list(range(len(axis)))
     figure = Figure(figsize=(6.4, 4), layout="constrained")
@@ -82,7 +82,7 @@ def draw(results: dict[str, dict], output: Path, over: str, metric: str = "em", 
     axes.set_xticks(places, [str(value).replace("_", " ") for value in axis], rotation=0 if over == "passages" else 30)
     questions = {result["questions"] for line in lines.values() for result in line.values()}
     axes.set_xlabel({"passages": "passages shown (K)", "noise": "noise"}[over])
-    axes.set_ylabel(f"{_LABELS[metric]}, {'/'.join(map(str, sorted(questions)))} questions")
+    axes.set_ylabel(f"{MEASURES[metric]} (%), {'/'.join(map(str, sorted(questions)))} questions")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=4, frameon=False)  # inside it would lie over the bars
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="the eval folder of a workdir")
     parser.add_argument("--over", choices=("passages", "noise"), default="passages")
-    parser.add_argument("--metric", choices=tuple(_LABELS), default="em")
+    parser.add_argument("--metric", choices=tuple(MEASURES), default="em")
     parser.add_argument("--noise", default="none", help="the condition that curves over passages are of")
     parser.add_argument("--passages", type=int, default=0, help="K of the curves over noise")
     parser.add_argument("--output", required=True, help="a file that ends in .svg or .png")

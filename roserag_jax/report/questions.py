@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from roserag_jax.preference.selection import confidence, evidence
+from roserag_jax.preference.selection import confidence, evidence, hinted_answers
 from roserag_jax.rag.metrics import score_retrieval
 from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.report.funnel import ADVICE, explain, outcome_of
@@ -45,7 +45,7 @@ def _question(run: Run, row: dict) -> dict[str, Any]:
     chosen, rejected = ({pair[side] for pair in pairs} for side in ("chosen", "rejected"))
     found = run.outcomes[row["id"]]
     shown, right = run.shown(row["id"]), [id(c) for c in found.right]
-    read = evidence([c["rationale"] for c in found.candidates], row["golden_answers"], shown)
+    read = evidence([c["rationale"] for c in found.candidates], hinted_answers(row, run.config.select), shown)
     candidates = [
         {
             "rationale": c["rationale"],

@@ -13,11 +13,12 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from roserag_jax import options
+from roserag_jax import options, rounds
 from roserag_jax.errors import UserError, first_line
 from roserag_jax.preference.labels import with_rewards
 from roserag_jax.preference.selection import Outcome, outcome
 from roserag_jax.rag import answers
+from roserag_jax.rag.metrics import measures_of
 from roserag_jax.report import comparison
 from roserag_jax.training.log import is_evaluation, is_number, read_rows
 from roserag_jax.workdir import (
@@ -48,6 +49,7 @@ class Run:
       examples: their questions with answers and scores, by name.
       options: those that the artifacts were made with, by dotted name.
       stages: what `progress` recorded of finished stages: time and command.
+      rounds: the earlier ones, where training had several; the run itself is the last.
       notes: what is absent, under way or damaged, as sentences.
     """
 
@@ -63,6 +65,7 @@ class Run:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     stages: list[dict] = dataclasses.field(default_factory=list)
     has_adapter: bool = False
+    rounds: list["Run"] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
@@ -129,9 +132,20 @@ def read_run(path: str) -> Run:
     _read_evaluations(run)
     run.stages = _stages(workdir)
     _add_rewards(run)
-    if not (run.retrieved or run.candidates or run.pairs or run.steps or run.metrics or run.has_adapter):
+    _read_rounds(run)
+    if not (run.retrieved or run.candidates or run.pairs or run.steps or run.metrics or run.has_adapter or run.rounds):
         raise UserError(f"{path} holds nothing of a run: no retrieved.jsonl, candidates.jsonl, eval/ or other.")
     return run
+
+
+def _read_rounds(run: Run) -> None:
+    for number in rounds.earlier(run.workdir):
+        run.workdir.label = f"round {number + 1}: "
+        with contextlib.suppress(UserError):  # of a round that has not begun
+            found = read_run(str(run.workdir / f"rounds/{number}"))
+            found.name = f"round {number}"
+            run.rounds.append(found)
+            run.notes += [f"Round {number}: {note}" for note in found.notes]
 
 
 def _is_question(row: dict) -> bool:
@@ -162,7 +176,7 @@ def _is_pair(row: dict) -> bool:
 
 
 def _is_example(row: dict) -> bool:
-    scores = all(is_number(row["scores"][name]) for name in ("em", "f1"))
+    scores = all(is_number(row["scores"][name]) for name in {"em", "f1", *measures_of(row["scores"])})
     return scores and _has_texts(row, "id", "question", "prediction", "response") and _is_texts(row["golden_answers"])
 
 

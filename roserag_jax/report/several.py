@@ -6,7 +6,6 @@ from typing import Any
 from roserag_jax.rag import metrics
 from roserag_jax.report import comparison
 from roserag_jax.report.curves import curves
-from roserag_jax.report.overview import METRICS
 from roserag_jax.report.runs import Run
 from roserag_jax.report.systems import intervals
 from roserag_jax.report.tables import Table
@@ -22,8 +21,8 @@ def comparison_of(runs: list[Run]) -> dict[str, Any] | None:
     results = {f"{run.name}: {name}": result for run in runs for name, result in run.metrics.items() if times[name] > 1}
     return {
         "options": _differing(runs),
-        "made": _made(runs),
-        "intervals": [intervals(title, results, metric) for metric, title in METRICS.items()] if results else [],
+        "made": made(runs),
+        "intervals": [intervals(title, results, metric) for metric, title in comparison.measured(results).items()],
         "tests": _tests(runs),
         "charts": _charts(runs),
     }
@@ -41,7 +40,7 @@ def _differing(runs: list[Run]) -> Table:
     return Table(["option", *(run.name for run in runs)], rows)
 
 
-def _made(runs: list[Run]) -> Table:
+def made(runs: list[Run]) -> Table:
     """What each run made of its questions."""
     rows = []
     for run in runs:
@@ -66,7 +65,7 @@ def _tests(runs: list[Run]) -> Table:
             ids = [i for i in theirs if i in mine]
             if not ids or all(mine[i] == theirs[i] for i in ids):
                 continue
-            for metric, title in METRICS.items():
+            for metric, title in comparison.measured({name: run.metrics[name]}, {name: first.metrics[name]}).items():
                 test = metrics.paired([mine[i][metric] for i in ids], [theirs[i][metric] for i in ids])
                 changed = [comparison.difference(test), str(test["better"]), str(test["worse"]), f"{test['p']:.3f}"]
                 rows.append([f"{name}: {run.name} - {first.name}", title, *changed, str(len(ids))])

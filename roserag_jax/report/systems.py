@@ -3,8 +3,8 @@
 from typing import Any
 
 from roserag_jax.errors import UserError
+from roserag_jax.rag.metrics import SIMILARITY
 from roserag_jax.report import comparison, plot
-from roserag_jax.report.overview import METRICS
 from roserag_jax.report.questions import sample
 from roserag_jax.report.runs import Run
 
@@ -15,7 +15,9 @@ def evaluation(run: Run) -> dict[str, Any] | None:
         return None
     found = [comparison.breakdown(run.metrics, key) for key in ("type", "gold_passages")]
     return {
-        "intervals": [intervals(title, run.metrics, metric) for metric, title in METRICS.items()],
+        "intervals": [
+            intervals(title, run.metrics, metric) for metric, title in comparison.measured(run.metrics).items()
+        ],
         "charts": [chart for over in ("passages", "noise") for chart in _curves(run.metrics, over)],
         "tables": [table for table in found if len(table.header) > 2],
     }
@@ -23,36 +25,44 @@ def evaluation(run: Run) -> dict[str, Any] | None:
 
 def intervals(title: str, results: dict[str, dict], metric: str) -> dict[str, Any]:
     """A chart of scores with their intervals, a row for each evaluation."""
-    rows = [[name, result[metric], *result[f"{metric}_interval"]] for name, result in results.items()]
+    having = {name: result for name, result in results.items() if metric in result}
+    rows = [[name, result[metric], *result[f"{metric}_interval"]] for name, result in having.items()]
     return {"title": f"{title} with 95% intervals", "x": "percent", "rows": rows}
 
 
 def _curves(results: dict[str, dict], over: str) -> list[dict[str, Any]]:
-    """Charts of EM and F1 over the number of passages or over noise; none where there is one value only."""
+    """Charts of each measure over the number of passages or over noise; none where there is one value only."""
     try:
         axis, lines = plot.curves(results, over)
     except (UserError, ValueError):
         return []
     places = axis if over == "passages" else list(range(len(axis)))
     charts = []
-    for metric, title in METRICS.items():
+    for metric, title in comparison.measured(results).items():
         series = [
             {
                 "name": system,
                 "points": [
                     [place, line[value][metric], *line[value][f"{metric}_interval"]]
                     for place, value in zip(places, axis, strict=True)
-                    if value in line
+                    if metric in line.get(value, ())
                 ],
             }
             for system, line in lines.items()
         ]
-        if closed := results.get("closed_book"):
+        if metric in (closed := results.get("closed_book", {})):
             series.append({"name": "closed_book", "points": [[place, closed[metric]] for place in places]})
         chart = {"title": f"{title} over {over}", "y": "percent", "note": "Bars are 95% intervals.", "series": series}
         names = None if over == "passages" else [value.replace("_", " ") for value in axis]
         charts.append(chart | {"x": {"passages": "passages shown (K)", "noise": "noise"}[over], "names": names})
     return charts
+
+
+def _said(row: dict) -> list:
+    """EM, F1 and text of a response, and what else it is measured by, with titles."""
+    scores = row["scores"]
+    others = [[title, scores[name]] for name, title in SIMILARITY.items() if name in scores]
+    return [scores["em"], scores["f1"], row["response"], others]
 
 
 def differences(run: Run, most: int) -> dict[str, Any]:
@@ -70,7 +80,7 @@ def differences(run: Run, most: int) -> dict[str, Any]:
     said: dict[str, dict[str, Any]] = {}
     for name in run.metrics:
         rows = {row["id"]: row for row in run.examples[name] if row["id"] in ids}
-        said[name] = {i: [row["scores"]["em"], row["scores"]["f1"], row["response"]] for i, row in rows.items()}
+        said[name] = {i: _said(row) for i, row in rows.items()}
     return {
         "rows": [
             {

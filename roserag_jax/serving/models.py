@@ -250,7 +250,7 @@ class Models:
                     tell(i, new)
                 extra = _timings(arrived, generation.started, count)
                 if model.retrieves:
-                    rationale, answer, _ = answers.parse(text.text, prompt.thinking)
+                    rationale, answer, _ = answers.parse(text.text, prompt.thinking, self.builder.answer_line)
                     extra |= {"rationale": rationale, "answer": answer}
                 tell(i, Finish("stop" if stopped or outcome.finished else "length", count, extra))
             except Exception as error:  # it must not end the decoder

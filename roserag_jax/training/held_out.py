@@ -35,6 +35,7 @@ class QuestionAnswering:
       prompts: the prompts as tokens.
       metric: how answers are compared, as `config.evaluate.metric`.
       language: of the answers.
+      answer_line: whether the prompts ask for one.
       limits: of the responses, as `inference.respond` takes them.
     """
 
@@ -47,9 +48,10 @@ class QuestionAnswering:
         *,
         metric: str,
         language: str,
+        answer_line: bool = True,
         **limits,
     ):
-        self.engine_of, self.tokenizer = engine_of, tokenizer
+        self.engine_of, self.tokenizer, self.answer_line = engine_of, tokenizer, answer_line
         self.rows, self.prompts, self.limits = rows, prompts, limits
         self.compare = answers.Measure(metric, language)
         kind = f"{metric} in {language}" if language else metric
@@ -61,7 +63,7 @@ class QuestionAnswering:
         scores = []
         for response in respond_to_all(self.engine_of(adapter), self.tokenizer, self.prompts, **self.limits):
             row = self.rows[response.number]
-            _, *answer = answers.parse(response.text, opens_thoughts(row["prompt"]))
+            _, *answer = answers.parse(response.text, opens_thoughts(row["prompt"]), self.answer_line)
             scores.append(metrics.score_row(row, *answer, self.compare))
         return {name: 100 * float(np.mean([each[name] for each in scores])) for name in ("em", "f1")}
 

@@ -111,12 +111,18 @@ class Pairs(Sequence[Pair | None]):
         return result
 
 
-def hold_out(ids: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def hold_out(
+    ids: Sequence[str], fraction: float, seed: int, questions: Sequence[str] | None = None
+) -> tuple[list[int], list[int]]:
     """Places of the pairs to train on and of those held out, by question: the lowest by hash, at least one if
     `fraction` > 0.
+
+    Args:
+      questions: those to hold a fraction of out, whether they have pairs or not, so that it is the same ones in all
+        rounds; None is those of the pairs.
     """
     rank = lambda name: (zlib.crc32(f"{seed}/{name}".encode()), name)
-    names = sorted({*ids}, key=rank)
+    names = sorted({*(ids if questions is None else questions)}, key=rank)
     held = set(names[: max(1, round(fraction * len(names)))] if fraction else [])
     places = range(len(ids))
     return [i for i in places if ids[i] not in held], [i for i in places if ids[i] in held]

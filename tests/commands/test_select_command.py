@@ -25,21 +25,6 @@ def test_select_without_any_pair_is_an_error(config_of):
         select.run(config_of())
 
 
-@pytest.fixture(scope="module")
-def reward_folder(model_folder, tmp_path_factory):
-    """A random reward model beside the random model's tokenizer, and its torch model."""
-    torch = pytest.importorskip("torch")
-    import transformers
-
-    torch.manual_seed(1)
-    config = transformers.AutoConfig.from_pretrained(model_folder, num_labels=1, pad_token_id=0)
-    model = transformers.LlamaForSequenceClassification(config).eval()
-    folder = tmp_path_factory.mktemp("reward")
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
-    return folder, model
-
-
 def test_select_by_rewards(finished, config_of, questions, reward_folder, tmp_path, capsys):
     """A reward model's rewards are transformers'; a file of the same scores selects the same pairs."""
     import torch

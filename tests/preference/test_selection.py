@@ -61,6 +61,15 @@ def test_select_never_chooses_a_restated_hint():
         chosen_and_rejected([HINTED, WRONG])
 
 
+def test_evidence_counts_every_word_where_no_answer_was_shown():
+    """With rewards as labels no prompt has a hint: what golden answers say too was read in the passages."""
+    text = "The cabin stands beside the river."
+    summary = candidate(text, "", -20.0) | {"reward": 1.0}
+    other = candidate("No idea.", "", -10.0) | {"reward": -1.0}
+    golden = ["The cabin of 1850 stands beside the river Kennebec in Bath, Maine."]
+    assert chosen_and_rejected([summary, other], golden, labels="scores")[0] == [(text, "No idea.")]
+
+
 def test_select_leaves_out_unsupported_answers():
     """`select.supported`: what leads to such an answer came from the hint. Yes and no stand nowhere and are kept."""
     assert selection.is_supported(["Oslo", "bath"], PASSAGES) and selection.is_supported(["Yes"], PASSAGES)

@@ -180,3 +180,11 @@ def test_metric_and_language_are_options():
     config.evaluate.metric, config.data.language = "hotpotqa", "de"
     with pytest.raises(UserError, match="hotpotqa has no languages"):
         options.validate(config)
+
+
+def test_parse_without_an_answer_line_takes_the_complete_response():
+    """Thoughts aside; a line that looks like an answer line is text as any other."""
+    text = "The mill burned.\nAnswer: it was rebuilt."
+    assert answers.parse(f"<think>Hm.</think>\n{text}\n", answer_line=False) == ("", text, True)
+    assert answers.parse(f"Hm.</think>{text}", thinking=True, answer_line=False) == ("", text, True)
+    assert answers.parse("Hm.", thinking=True, answer_line=False) == ("", "", False)

@@ -95,3 +95,28 @@ def test_gold_count_knows_what_was_not_found():
         and metrics.gold_count({"contexts": flagged, "gold_count": 2}) == 2
     )
     assert metrics.gold_count({"contexts": [*flagged, {}]}) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "golden", "expected"),
+    [
+        ("the cat sat on the mat", ["the cat lay on a mat"], 2 / 3),  # 4 of 6 words in order, on both sides
+        ("Ein Mann ging nach Köln.", ["Der Mann ging nach KÖLN", "Nichts"], 0.8),  # 4 of 5
+        ("北京是首都", ["北京是中国的首都"], 10 / 13),  # 5 of 5 and 5 of 8 characters
+        ("القَاهِرة عاصمة", ["القاهرة هي عاصمة مصر"], 2 / 3),  # 2 of 2 and 2 of 4, vowel signs aside
+        ("", ["nothing"], 0.0),
+        ("...", ["..."], 0.0),
+    ],
+)
+def test_rouge_l_counts_words_of_any_language(said, golden, expected):
+    assert metrics.RougeL()(said, golden) == pytest.approx(expected)
+
+
+def test_rouge_l_of_english_is_that_of_rouge_score():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    theirs, rng = RougeScorer(["rougeL"]), np.random.default_rng(0)
+    text = lambda: " ".join(rng.choice(["the", "mill", "Burns", "in", "1901", "again."], rng.integers(1, 12)))
+    for _ in range(40):
+        said, golden = text(), [text(), text()]
+        assert metrics.RougeL()(said, golden) == theirs.score_multi(golden, said)["rougeL"].fmeasure

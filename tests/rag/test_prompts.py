@@ -44,6 +44,16 @@ def test_prompt_over_the_limit_is_cut_in_its_passages(smollm_tokenizer):
     assert PromptBuilder(smollm_tokenizer, 2000, 4, 2).plain(ROW).text.count("Answer: ") == 2
 
 
+def test_prompt_without_an_answer_line_asks_for_a_text(smollm_tokenizer):
+    """Neither the instruction nor a demonstration speaks of one; all else is the same."""
+    for passages in (0, 2):
+        with_line, without = (PromptBuilder(smollm_tokenizer, 2000, passages, 2, answer_line=a) for a in (True, False))
+        text = without.plain(ROW).text
+        assert "Answer:" not in text and "short" not in text and "at most" not in text
+        assert ("relevant passages" in text) == bool(passages) and "is a town in Lower Vale." in text
+        assert with_line.plain(ROW).text.count("Answer:") == 4 + 1 and "Who wrote it?" in text
+
+
 def test_prompt_order_puts_the_best_passage_first_or_last(smollm_tokenizer):
     """The shown passages are the same, numbered as they stand; demonstrations, which name theirs, keep their order."""
 

@@ -14,8 +14,8 @@ function differencesTable(data) {
     wrong: (one, two) => !one && !two, all: () => true,
   };
   const said = (row, letter, name) => completion(row, `${letter}, ${name}`, ...row.said[name]);
-  const completion = (row, label, em, f1, response) => element("td", { class: "said", role: "cell", "data-label": label },
-    element("span", { class: `badge ${em ? "good" : "bad"}` }, em ? "right" : "wrong"), " ", element("small", {}, `F1 ${score(100 * f1)}`), "\n", marked(response, row.answers, []));
+  const completion = (row, label, em, f1, response, others) => element("td", { class: "said", role: "cell", "data-label": label },
+    element("span", { class: `badge ${em ? "good" : "bad"}` }, em ? "right" : "wrong"), " ", element("small", {}, [["F1", f1], ...others].map(([title, value]) => `${title} ${score(100 * value)}`).join(", ")), "\n", marked(response, row.answers, []));
   const pages = new Pages("differences", 10, (page) => byId("differences-table").replaceChildren(
     page.length ? element("div", { class: "scroll", role: "group", tabindex: 0, "aria-label": "Questions with both completions" },
       element("table", { class: "text", role: "table" },
