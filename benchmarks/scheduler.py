@@ -3,12 +3,14 @@
     python -m benchmarks.scheduler --slots 64 --branches 4 --tasks 512
 
 Each task prefills a prompt and decodes its branches to limits that differ from task to task, so that slots finish at
-all times. Prints one JSON object: new tokens per second of the fastest run, and how many steps of all slots it would
-take if no slot was ever idle.
+all times. Prints one JSON object: new tokens per second of the fastest run, how many steps of all slots it would take
+if no slot was ever idle, and new tokens per CPU second of the thread that schedules, in a run where it is one: what it
+could hand out if the devices took no time.
 """
 
 import argparse
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +72,13 @@ def main() -> None:
 
     tokens, seconds = args.branches * sum(limits), common.fastest(run, args.repeats)
     steps = sum(limits) / args.slots
+    engine.decoder_threads = 1  # so that it is this thread that schedules
+    run()
+    start = time.thread_time()
+    run()
+    of_host = tokens / (time.thread_time() - start)
     result = {"tokens_per_s": round(tokens / seconds), "seconds": round(seconds, 3), "steps": steps}
+    result["tokens_per_host_cpu_s"] = round(of_host)
     print(json.dumps(result | vars(args)))
 
 

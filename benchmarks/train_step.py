@@ -130,17 +130,20 @@ def trl_steps(model, pairs: list[Pair], steps: int, device: str = "cpu") -> tupl
             f"{side}_labels": labels,
         }
     seconds, first = [], None
-    for _ in range(steps + 1):
-        start = time.monotonic()
-        loss, metrics = bare.get_batch_loss_metrics(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        seconds.append(time.monotonic() - start)
-        first = first or {name: float(value) for name, value in metrics.items()}
+    try:
+        for _ in range(steps + 1):
+            start = time.monotonic()
+            loss, metrics = bare.get_batch_loss_metrics(model, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            seconds.append(time.monotonic() - start)
+            first = first or {name: float(value) for name, value in metrics.items()}
+    finally:
+        model.unload()  # the caller's network is then as it was, also where memory does not suffice
     return seconds[1:], {"log_odds_ratio": first["log_odds_chosen"]}
 
 
