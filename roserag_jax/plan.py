@@ -120,19 +120,20 @@ class Plan:
         mesh = self.meshes.decoding if name == "decode" else self.meshes.training
         make = self._decode if name == "decode" else self._train
         X, (count, each) = devices("batch", mesh), self._estimate(name, memory)
-        tried, count = {}, max(1, count // X)  # of each device: does it fit
+        tried, totals, count = {}, {}, max(1, count // X)  # of each device: does it fit, and the bytes that it takes
         while count > 0 and count not in tried:
             row = measure(make(mesh, count * X), chip, memory)
-            tried[count] = row["fits"]
-            used = _size(row["total"]) if "total" in row else row["refused"]
+            tried[count], used = row["fits"], row.get("refused")
+            if "total" in row:
+                totals[count], used = row["total"], _size(row["total"])
             print(f"{row['work']}: {'fits' if row['fits'] else 'does not fit'}, {used}", flush=True)
             low = max((n for n, fits in tried.items() if fits), default=0)
             high = min((n for n, fits in tried.items() if not fits), default=None)
-            spare = int((memory - row["total"]) / each) if "total" in row else -1 - count // 16
+            spare = _spare(count, totals, memory, each) if count in totals else -1 - count // 16
             if high is None:
                 count += max(1, spare)
             elif low == 0:
-                count += min(-1, spare)
+                count = max(1, count + min(-1, spare))
             elif high - low > max(1, low // 20):
                 count = low + max(1, min(spare, high - low - 1)) if row["fits"] else (low + high) // 2
         low, high = low * X, high * X if high else None
@@ -281,6 +282,19 @@ class Plan:
         read = passes * self._weights_read(mesh)
         work = f"{B} pairs of {P} + 2 x {S} tokens"
         return Program("training step", work, mesh, lambda: step.lower(batch), step.flops(batch), read)
+
+
+def _spare(count: int, totals: dict[int, int], memory: float, each: float) -> int:
+    """How many more than `count` should fit, at most as many again; negative where fewer should.
+
+    Args:
+      totals: bytes of the counts that were compiled.
+      each: bytes of one more, before two counts have shown it.
+    """
+    if len(totals) > 1:
+        (few, less), (most, more) = min(totals.items()), max(totals.items())
+        each = max(1, (more - less) / (most - few))
+    return min(int((memory - totals[count]) / each), count)
 
 
 def _of_layer(stacked: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
