@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support.runs import write_run
 
+from roserag_jax.errors import UserError
 from roserag_jax.report import __main__ as report
 from roserag_jax.report import page, runs
 from roserag_jax.workdir import from_jsonl, to_jsonl
@@ -226,6 +227,5 @@ def test_report_command_says_where_the_page_is_and_what_it_lacks(workdir, tmp_pa
         ([workdir, "--output", tmp_path / "file/page.html"], "file"),
     ):
         monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(UserError, match=re.escape(why)):
             report.main()
-        assert ended.value.code == 2 and why in capsys.readouterr().err
