@@ -1,4 +1,4 @@
-"""The training stream: pairs, tokenized as they are needed, in batches whose order is a pure function of the step.
+"""The training stream: pairs, tokenized by Grain as they are needed, in an order that is a pure function of the step.
 
 Axes: B pairs of a batch, N = 2 branches (chosen, rejected), C shared-prefix tokens, P prompt tokens, S branch tokens.
 """
@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import grain
 import numpy as np
 
 from roserag_jax.ahead import in_order
@@ -200,13 +201,15 @@ class Stream:
             first = 0
 
     def _batches(self, step: int) -> Iterator[list[Pair]]:
-        """The pairs of each step from `step` on, read ahead in threads."""
-        places = (i for window, _ in self._windows(step) for i in window)
-        pairs = in_order(self._pairs.__getitem__, places, threads=_THREADS, ahead=2 * _WINDOW * self.batch)
+        """The pairs of each step from `step` on, read ahead by Grain's workers."""
+        places = [i for window, _ in self._windows(step) for i in window]
+        workers = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _WINDOW * self.batch)
+        # In tuples, for Grain leaves out what is None.
+        read = grain.MapDataset.source(places).map(lambda i: (i, self._pairs[i]))
+        pairs = iter(read.to_iter_dataset(workers))
         skipped = step % self._steps % _WINDOW
         for window, order in self._windows(step):
-            read = list(zip(window, itertools.islice(pairs, len(window)), strict=True))
-            yield from batch_window(read, order, self.batch)[skipped:]
+            yield from batch_window(list(itertools.islice(pairs, len(window))), order, self.batch)[skipped:]
             skipped = 0
 
     def rows(self, step: int) -> list[Pair]:
