@@ -21,7 +21,8 @@ from roserag_jax.errors import first_line, shorten
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LATIN = ["cp1252", "cp1250", "cp1254", "cp1257"]  # Western, Central European, Turkish, Baltic
-MAX_BYTES = 1 << 30  # of one document, also of what a .docx decompresses to
+MAX_BYTES = 1 << 30  # of one document
+MAX_DOCX_TEXT = 64 << 20  # bytes of the XML in a .docx, some thousands of pages: it is parsed as a whole
 
 
 _LOCK = ".lock"  # what a workdir and an index hold while they are written, and keep
@@ -173,8 +174,9 @@ def _docx(data: bytes) -> Iterator[Paragraph]:
     import mammoth
 
     with zipfile.ZipFile(io.BytesIO(data)) as parts:
-        if sum(part.file_size for part in parts.infolist()) > MAX_BYTES:
-            raise Unreadable(f"decompresses to over {MAX_BYTES >> 20} MiB")
+        texts = [part.file_size for part in parts.infolist() if part.filename.lower().endswith((".xml", ".rels"))]
+        if sum(texts) > MAX_DOCX_TEXT:
+            raise Unreadable(f"its text decompresses to over {MAX_DOCX_TEXT >> 20} MiB")
     ignore_images = mammoth.images.img_element(lambda image: {"src": ""})
     made = mammoth.convert_to_html(io.BytesIO(data), convert_image=ignore_images)
     yield from _html(f'<meta charset="utf-8"><body>{made.value}</body>'.encode())

@@ -82,6 +82,8 @@ class Trainer:
         rate = matmul_rate(self.step.mesh, jax.tree.leaves(self.step.base)[0].dtype)
         first = self.done + 2
         traced = range(first, min(first + self.profile_steps, len(self.stream)))
+        if self.profile_steps and not traced:
+            print("config.train.profile_steps: no step is traced; two warm up, and fewer than three are left.")
         self._evaluate_if_due()
         clock = time.monotonic()
         for number, batch in enumerate(self.stream.start(self.done), self.done):

@@ -36,6 +36,11 @@ def test_export_and_adapter_load_elsewhere(finished, model_folder):
     with pytest.raises(UserError, match="was not made by this command"):
         export.run(elsewhere)
     assert digest(model_folder) == before
+    (work / "merged/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds what this command did not write .notes.txt.: move that away"):
+        export.run(finished)
+    assert digest(work / "merged/model.safetensors") == weights and (work / "merged/notes.txt").read_text() == "mine"
+    (work / "merged/notes.txt").unlink()
     base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     # In float64 the files are compared, not torch's order of summation.
     adapted = peft.PeftModel.from_pretrained(base, work / "adapter").eval().double()
