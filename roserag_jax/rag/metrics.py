@@ -78,7 +78,7 @@ def score_retrieval(row: dict) -> dict:
     Returns:
       `recall`, the fraction of its gold passages that are shown, and `reciprocal_rank`, one over the place of the first
       of them, both None where gold passages are not known or there are none; `answer_recall`, 1.0 if a passage contains
-      a golden answer, None for a yes/no question.
+      a golden answer, None for a yes/no question and one without golden answers.
     """
     golden, total = row["golden_answers"], row.get("gold_count")
     places = [place for place, c in enumerate(row["contexts"], 1) if c.get("is_supporting")]
@@ -86,7 +86,7 @@ def score_retrieval(row: dict) -> dict:
     return {
         "recall": len(places) / max(total, len(places)) if total else None,
         "reciprocal_rank": (1 / places[0] if places else 0.0) if total else None,
-        "answer_recall": None if answers.is_yes_no(golden[0]) else float(answered),
+        "answer_recall": float(answered) if golden and not answers.is_yes_no(golden[0]) else None,
     }
 
 

@@ -78,7 +78,7 @@ def _question(run: Run, row: dict) -> dict[str, Any]:
 def _held(golden_answers: list[str], shown: list[dict]) -> dict[str, bool]:
     """Whether a passage shown holds a golden answer; nothing where that says nothing, as of yes and no."""
     found = score_retrieval({"golden_answers": golden_answers, "contexts": shown})["answer_recall"] if shown else None
-    return {} if found is None or not golden_answers else {"held": bool(found)}
+    return {} if found is None else {"held": bool(found)}
 
 
 def _passages(run: Run, row: dict, shown: list[dict]) -> list[dict[str, Any]]:

@@ -81,6 +81,7 @@ def test_score_retrieval_tells_the_retriever_from_the_reader():
     assert missed["retrieval"] == {"recall": 0.0, "reciprocal_rank": 0.0, "answer_recall": 0.0}
     yes = metrics.score_row({**row, "golden_answers": ["yes"], "gold_count": None}, "yes", True)
     assert yes["retrieval"] == {"recall": None, "reciprocal_rank": None, "answer_recall": None}
+    assert metrics.score_retrieval({**row, "golden_answers": []})["answer_recall"] is None
     closed_book = metrics.score_row({"golden_answers": ["Ada"], "contexts": []}, "Ada", True)
     assert closed_book["retrieval"] is None
     summary = metrics.summarize([found, missed, yes, closed_book])

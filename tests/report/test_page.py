@@ -50,6 +50,19 @@ def test_page_says_why_a_question_has_no_pair(workdir):
     assert first["candidates"][0]["cites"] == ["museum"] and first["dropped"] == {"repeated": 1}
 
 
+def test_page_of_a_question_without_golden_answers_shows_its_candidates(workdir, tmp_path):
+    """As labels other than golden answers leave it: no majority of its samples, or a text that a reward judges."""
+    path = shutil.copytree(workdir, tmp_path / "run") / "candidates.jsonl"
+    rows = from_jsonl(path.read_text())
+    for row in rows[:2]:
+        row["golden_answers"] = []
+        row["candidates"] = [candidate | {"correct": None} for candidate in row["candidates"]]
+    path.write_text(to_jsonl(rows))
+    found = data_of(page.page([runs.read_run(str(tmp_path / "run"))]), "lists")["questions"]["rows"]
+    assert [(row["answers"], "held" in row) for row in found[:3]] == [([], False), ([], False), (["Ada Lund"], True)]
+    assert all(row["candidates"] for row in found[:3])
+
+
 def test_page_tells_systems_apart_in_two_sentences(workdir):
     """The verdict follows the paired test; the table of differences has both completions."""
     text = page.write_page([str(workdir)]).read_text()
