@@ -6,7 +6,8 @@ The model writes questions with short answers about passages of the corpus, and 
 passage, that it answers right from the passage (`questions.right` of `questions.answers` samples) and not without it,
 that repeat no other and do not point at "the passage". Writes `questions.jsonl` and `questions_eval.jsonl` in the
 workdir, rows of `{id, question, golden_answers, contexts: [{title, text, is_supporting}], metadata}`; the two share no
-document. `train --config.data.train=documents` does this first. Stopped, it resumes.
+document. What was not kept is in `questions_rejected.jsonl`: `{id, kind, why, question, answer, written_from}`.
+`train --config.data.train=documents` does this first. Stopped, it resumes.
 """
 
 import collections
@@ -27,7 +28,7 @@ from roserag_jax.rag.written_questions import UNANSWERABLE, Attempt, Split, Writ
 from roserag_jax.retrieval.bm25 import context
 from roserag_jax.retrieval.indexing import open_index
 from roserag_jax.session import Session
-from roserag_jax.workdir import QUESTIONS, PartialResults, Recipe, Workdir, to_jsonl
+from roserag_jax.workdir import QUESTIONS, REJECTED, PartialResults, Recipe, Workdir, to_jsonl
 
 _PASSAGES_PER_QUESTION = 20  # passages of a large corpus that are looked at
 _WORDS_ALIKE = 64  # words of a passage by which others like it are found
@@ -79,14 +80,16 @@ def make(session: Session, workdir: Workdir) -> None:
     writing = _Writing(session, partial, progress)
     known: list[set[str]] = []
     written = {part: writing.until(tried[part], targets[part], known) for part in targets if targets[part]}
+    rejected = [row for found in written.values() for row in found.dropped]
+    workdir.publish(REJECTED, wanted, to_jsonl(rejected), len(rejected))
     if not written["train"].rows:
         raise UserError(
             f"config.retrieve.corpus={config.retrieve.corpus}: none of the questions written about it passed "
-            f"({_reasons(written['train'].dropped)}); use a larger model, more config.questions.rounds, or less strict "
-            "config.questions.right."
+            f"({_reasons(written['train'])}); they are in {workdir / REJECTED}. Use a larger model, more "
+            "config.questions.rounds, or less strict config.questions.right."
         )
     for part, name in QUESTIONS.items():
-        found = written.get(part, Written([], collections.Counter()))
+        found = written.get(part, Written([], []))
         rows = [
             _question(row, index, split, part, max(config.retrieve.k, config.prompt.passages)) for row in found.rows
         ]
@@ -132,7 +135,7 @@ class _Writing:
         return found
 
     def _report(self, found: Written) -> None:
-        reasons = found.dropped.most_common(1)
+        reasons = found.reasons.most_common(1)
         note = f"{len(self.partial.done)} attempts"
         self.progress.update(
             self.before + len(found.rows), note + (f", most dropped: {reasons[0][0]}" if reasons else "")
@@ -195,8 +198,8 @@ def _question(row: dict, index, split: Split, part: str, k: int) -> dict:
     }
 
 
-def _reasons(dropped: collections.Counter) -> str:
-    return ", ".join(f"{n} {reason}" for reason, n in dropped.most_common() if n) or "nothing was written"
+def _reasons(found: Written) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in found.reasons.most_common()) or "nothing was written"
 
 
 def _summary(found: Written, target: int) -> str:
@@ -204,7 +207,7 @@ def _summary(found: Written, target: int) -> str:
     few = f" of {target} wanted" if len(found.rows) < target else ""
     lines = [f"{len(found.rows)} questions{few} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"]
     if found.dropped:
-        lines.append(f"  not kept: {_reasons(found.dropped)}")
+        lines.append(f"  not kept: {_reasons(found)}")
     return "\n".join(lines)
 
 
@@ -217,6 +220,7 @@ def run(config) -> None:
     with workdir.lock():
         make(Session(config), workdir)
         print(f"Wrote {workdir / QUESTIONS['train']} and {workdir / QUESTIONS['eval']}: read some of them.")
+        print(f"What was not kept, and why: {workdir / REJECTED}.")
         print("Next: roserag_jax.train --config.data.train=documents with the same options.")
 
 

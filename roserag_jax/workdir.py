@@ -30,15 +30,16 @@ from roserag_jax.options.option import not_utf8
 # The artifacts by name; those of evaluations are in `eval/`.
 RETRIEVED = {"train": "retrieved.jsonl", "eval": "retrieved_eval.jsonl"}
 QUESTIONS = {"train": "questions.jsonl", "eval": "questions_eval.jsonl"}
+REJECTED = "questions_rejected.jsonl"
 VOTES, CANDIDATES, REWARDS = "votes.jsonl", "candidates.jsonl", "rewards.jsonl"
 PAIRS = "pairs.jsonl"
 ADAPTER = "adapter"
 ROUND_MARK = "round.json"  # in the folder of a round, `rounds/1` and so on
 # What a round shares with the run that it belongs to: the questions, their passages, and what `watch` reads.
-_OF_THE_RUN = (*QUESTIONS.values(), *RETRIEVED.values(), "progress.json", "stages.jsonl")
+_OF_THE_RUN = (*QUESTIONS.values(), REJECTED, *RETRIEVED.values(), "progress.json", "stages.jsonl")
 
 # What else a run writes, so that what is in its way is found before any work.
-_FILES = (*QUESTIONS.values(), *RETRIEVED.values(), VOTES, CANDIDATES, REWARDS, PAIRS)
+_FILES = (*QUESTIONS.values(), REJECTED, *RETRIEVED.values(), VOTES, CANDIDATES, REWARDS, PAIRS)
 _FILES += ("metrics.jsonl", "progress.json", "stages.jsonl", "report.html", ".lock")
 _FOLDERS = (ADAPTER, "eval", "checkpoints", "tensorboard", "profile", "merged", "rounds", ".parts")
 

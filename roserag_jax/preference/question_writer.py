@@ -4,7 +4,6 @@ A question is kept when the model, shown its passages, answers it right several 
 passage does not: then it can be answered, and only by reading.
 """
 
-import collections
 import dataclasses
 import os
 import random
@@ -19,6 +18,7 @@ from roserag_jax.rag.written_questions import Attempt, compose, fault, is_phrase
 
 _PASSAGE_SHARE = 4  # a passage may take that part of the longest prompt, so that two fit beside the examples
 _MOST_CHECKED = 2  # proposals of an attempt that are answered
+_SHARED_STEP = 64  # tokens; the worked examples are shared up to a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,17 @@ class _Limits:
     prompt: int
     question: int
     answer: int
+
+
+def _drop(dropped: list[dict], why: str, question: str = "", answer: str = "") -> None:
+    """Note a question that is not kept."""
+    dropped.append({"why": why, "question": question, "answer": answer})
+
+
+def _read(text: str) -> tuple[str, str]:
+    """The question and the answer that a model wrote; where there is no question, all that it wrote."""
+    question, answer = read_question(text)
+    return question or text.strip(), answer
 
 
 class QuestionWriter:
@@ -47,10 +58,14 @@ class QuestionWriter:
         self._shared: dict[str, SharedPrefix] = {}
 
     def prefill_examples(self, engine: Engine) -> None:
-        """Prefill the worked examples, which all prompts of a kind begin with, once."""
+        """Prefill the worked examples, which all prompts of a kind begin with, once.
+
+        Lengths are rounded down: those of several kinds are then the same, and each would be compiled.
+        """
         for name, turns in written_questions.TURNS.items():
             both = [self._tokens(turns("A", "B")), self._tokens(turns("1", "2"))]
-            self._shared[name] = engine.prefill_shared_prefix(os.path.commonprefix(both))
+            common = os.path.commonprefix(both)
+            self._shared[name] = engine.prefill_shared_prefix(common[: len(common) // _SHARED_STEP * _SHARED_STEP])
 
     @property
     def prompt_length(self) -> int:
@@ -66,34 +81,34 @@ class QuestionWriter:
         """Write questions for one attempt, and check them until one passes.
 
         Returns:
-          `{id, kind, question, answer, passages, dropped: {reason: count}}`, with `question` '' where none passes.
+          `{id, kind, question, answer, passages, dropped: [{why, question, answer}]}`, with an empty `question` where
+          none passes.
         """
-        dropped: collections.Counter[str] = collections.Counter()
+        dropped: list[dict] = []
         row = {"id": attempt.id, "kind": attempt.kind, "question": "", "answer": "", "passages": attempt.passages}
         propose = self._two_hop if attempt.kind == "two_hop" else self._one_hop
         proposals, checked = (yield from propose(attempt, dropped)), 0
         for question, answer in proposals:
             if checked == _MOST_CHECKED:
-                dropped["not tried"] += 1
+                _drop(dropped, "not tried", question, answer)
                 continue
             checked += 1
             if why := (yield from self._check(attempt, question, answer, dropped)):
-                dropped[why] += 1
+                _drop(dropped, why, question, answer)
                 continue
             row |= {"question": question, "answer": answer}
             break
-        return row | {"dropped": dict(dropped)}
+        return row | {"dropped": dropped}
 
-    def _one_hop(self, attempt: Attempt, dropped: collections.Counter):
+    def _one_hop(self, attempt: Attempt, dropped: list[dict]):
         """Propose questions about a passage; returns those without a fault as (question, answer), each once."""
         (passage,) = attempt.passages
         kind = "yes_no" if attempt.kind == "yes_no" else "free"
         texts = yield from self._sample(kind, (self._text(passage), attempt.answer), attempt.id, 0, dropped)
-        read = [read_question(text) for text in texts]
-        found = [(question, attempt.answer or answer) for question, answer in read]
+        found = [(question, attempt.answer or answer) for question, answer in map(_read, texts)]
         return self._without_fault(found, attempt.passages, attempt.kind, dropped)
 
-    def _two_hop(self, attempt: Attempt, dropped: collections.Counter):
+    def _two_hop(self, attempt: Attempt, dropped: list[dict]):
         """Propose questions that need both passages.
 
         One question is written about the name in the passage with the answer, one on the other passage whose answer is
@@ -101,51 +116,55 @@ class QuestionWriter:
         """
         passage, other = attempt.passages
         texts = yield from self._sample("about", (self._text(passage), attempt.name), attempt.id, 0, dropped)
-        asked = self._without_fault(map(read_question, texts), [passage], "one_hop", dropped)
+        asked = self._without_fault(map(_read, texts), [passage], "one_hop", dropped)
         about = [(question, answer) for question, answer in asked if contains(question, attempt.name)]
-        dropped["no two hops"] += len(asked) - len(about)
+        for question, answer in asked:
+            if (question, answer) not in about:
+                _drop(dropped, "no two hops", question, answer)
         if not about:
             return []
         texts = yield from self._sample("for", (self._text(other), attempt.name), attempt.id, 1, dropped)
-        leading = [(read_question(text)[0], attempt.name) for text in texts]
+        leading = [(_read(text)[0], attempt.name) for text in texts]
         leading = self._without_fault(leading, [other], "one_hop", dropped)
         lead = yield from self._first_answered(attempt, leading, other, dropped)
         if not lead:
             return []
         texts = yield from self._sample("phrase", (lead, ""), attempt.id, 2, dropped)
-        written = dict.fromkeys(map(read_phrase, texts))
-        phrases = [phrase for phrase in written if is_phrase_of(phrase, lead)]
-        dropped["no two hops"] += len(written) - len(phrases)
-        composed = [
-            ("" if answers.is_answered_by(other, [a]) else compose(q, attempt.name, phrase), a)
-            for q, a in about
-            for phrase in phrases
-        ]
-        dropped["no two hops"] += sum(not q for q, _ in composed)
-        return self._without_fault([pair for pair in composed if pair[0]], attempt.passages, "two_hop", dropped)
+        composed = []
+        for phrase in dict.fromkeys(map(read_phrase, texts)):
+            if not is_phrase_of(phrase, lead):
+                _drop(dropped, "no two hops", phrase, attempt.name)
+                continue
+            for question, answer in about:
+                answered = answers.is_answered_by(other, [answer])
+                if both := "" if answered else compose(question, attempt.name, phrase):
+                    composed.append((both, answer))
+                else:
+                    _drop(dropped, "no two hops", f"{question} ({attempt.name}: {phrase})", answer)
+        return self._without_fault(composed, attempt.passages, "two_hop", dropped)
 
-    def _first_answered(self, attempt: Attempt, proposals, passage: dict, dropped: collections.Counter):
+    def _first_answered(self, attempt: Attempt, proposals, passage: dict, dropped: list[dict]):
         """The first question that is answered right from its passage; '' if none of the first few is."""
         for question, answer in proposals[:_MOST_CHECKED]:
             right = yield from self._count_right(attempt, question, answer, [passage], 1, dropped)
             if right >= self.options.right:
                 return question
-            dropped["not answered from the passage"] += 1
+            _drop(dropped, "not answered from the passage", question, answer)
         return ""
 
-    def _without_fault(self, proposals, passages, kind: str, dropped: collections.Counter):
+    def _without_fault(self, proposals, passages, kind: str, dropped: list[dict]):
         """Proposals that nothing is wrong with, each once; the others are counted by reason."""
         kept: dict[str, str] = {}
         for question, answer in proposals:
             if why := fault(question, answer, passages, kind):
-                dropped[why] += 1
+                _drop(dropped, why, question, answer)
             elif question in kept:
-                dropped["written twice"] += 1
+                _drop(dropped, "written twice", question, answer)
             else:
                 kept[question] = answer
         return list(kept.items())
 
-    def _check(self, attempt: Attempt, question: str, answer: str, dropped: collections.Counter):
+    def _check(self, attempt: Attempt, question: str, answer: str, dropped: list[dict]):
         """Answer a question from its passages, from one of two alone, and from none; returns what is wrong, or ''."""
         need, count = self.options.right, len(attempt.passages)
         closed = yield from self._count_right(attempt, question, answer, [], 0, dropped)
@@ -191,11 +210,11 @@ class QuestionWriter:
     def _tokens(self, turns: list[dict]) -> list[int]:
         return prompt_tokens(self.tokenizer, written_questions.render(self.tokenizer, turns, self._arguments))
 
-    def _sample(self, kind: str, arguments: tuple[str, str], name: str, step: int, dropped: collections.Counter):
+    def _sample(self, kind: str, arguments: tuple[str, str], name: str, step: int, dropped: list[dict]):
         """Sample texts behind a prompt of `written_questions.TURNS`; none, which is counted, where it is too long."""
         prompt = self._tokens(written_questions.TURNS[kind](*arguments))
         if len(prompt) > self._limits.prompt:
-            dropped["prompt over config.prompt.max_tokens"] += 1
+            _drop(dropped, "prompt over config.prompt.max_tokens")
             return []
         yield PrefillRequest(prompt, self._shared[kind].of(prompt))
         is_answer = kind in ("read", "closed")

@@ -163,6 +163,11 @@ _POINTS = re.compile(
 _PRONOUN = re.compile(
     r"\b(?:he|she|it|they|him|her|his|hers|its|their|them|this|these|those|who else)\b", re.IGNORECASE
 )
+# How a question begins that yes and no do not answer; English only.
+_ASKS_FOR = re.compile(
+    r"(?:(?:in|on|at|by|to|of|for|from|with|under)\s+)?(?:who|whom|whose|what|which|where|when|why|how)\b",
+    re.IGNORECASE,
+)
 _MOST_WORDS, _MOST_ANSWER_WORDS = 40, 10
 
 
@@ -186,7 +191,7 @@ def fault(question: str, answer: str, passages: list[dict], kind: str = "one_hop
     if known and not any(contains(question, name) for name in known) or not known and _PRONOUN.search(question):
         return "names nothing"
     if kind == "yes_no":
-        return "" if answers.is_yes_no(answer) else "not yes or no"
+        return "" if answers.is_yes_no(answer) and not _ASKS_FOR.match(question) else "not yes or no"
     if answers.is_yes_no(answer):
         return "answer is yes or no"
     if len(words(answer)) > _MOST_ANSWER_WORDS:
@@ -347,31 +352,41 @@ def _bridge(attempt: Attempt, search, similar, rng: random.Random) -> Attempt | 
 
 
 class Written(NamedTuple):
-    """Questions that were kept, and how many proposals and questions were not, by reason."""
+    """Questions that were kept, and those that were not: `{id, kind, why, question, answer, written_from}`."""
 
     rows: list[dict]
-    dropped: collections.Counter
+    dropped: list[dict]
+
+    @property
+    def reasons(self) -> collections.Counter:
+        """How many were not kept, by reason."""
+        return collections.Counter(row["why"] for row in self.dropped)
 
 
 def keep(rows: list[dict], target: int, kinds: tuple[str, ...], known: list[set[str]], even: bool) -> Written:
     """The questions to keep of the results of attempts, in their order.
 
     Args:
-      rows: `{id, kind, question, answer, passages, dropped: {reason: count}}`; `question` is '' where none passed.
+      rows: `{id, kind, question, answer, passages, dropped: [{why, question, answer}]}` of each attempt; those with a
+        `question` passed.
       target: how many are wanted.
       known: the words of questions that these must not repeat; those kept are added.
       even: whether no kind may have more than its share.
     """
-    kept, dropped, of_kind = [], collections.Counter(), collections.Counter()
+    kept, dropped, of_kind = [], [], collections.Counter()
     share = -(-target // len(kinds))
     for row in rows:
-        dropped.update(row["dropped"])
-        if not row["question"] or len(kept) >= target or (even and of_kind[row["kind"]] >= share):
-            continue
-        if is_near_duplicate(row["question"], known):
-            dropped["near-duplicate"] += 1
-            continue
-        kept.append(row)
-        of_kind[row["kind"]] += 1
-        known.append(set(words(row["question"])))
+        if len(kept) >= target:
+            break
+        if even and of_kind[row["kind"]] >= share:
+            continue  # nor is counted what was dropped: how many more were tried depends on how many at a time
+        found = list(row["dropped"])
+        if row["question"] and is_near_duplicate(row["question"], known):
+            found.append({"why": "near-duplicate", "question": row["question"], "answer": row["answer"]})
+        elif row["question"]:
+            kept.append(row)
+            of_kind[row["kind"]] += 1
+            known.append(set(words(row["question"])))
+        titles = [passage["title"] for passage in row["passages"]]
+        dropped += [{"id": row["id"], "kind": row["kind"], **each, "written_from": titles} for each in found]
     return Written(kept, dropped)

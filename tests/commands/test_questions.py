@@ -133,6 +133,9 @@ def test_questions_are_written_checked_and_split_by_document(with_reader, capsys
             assert re.fullmatch(r"In which region is the town where .* was born\?", row["question"])
         if kind == "unanswerable":
             assert answer == "not stated in the passages"
+    rejected = work.rows("questions_rejected.jsonl")
+    said = {(row["why"], row["question"], row["answer"]) for row in rejected if row["written_from"]}
+    assert ("no question", "I would rather not.", "") in said
     out = capsys.readouterr().out
     assert "21 questions" in out and "not kept:" in out and "no question" in out and "Next: roserag_jax.train" in out
     questions.run(config)
@@ -164,7 +167,7 @@ def test_questions_resume_with_the_attempts_that_are_left(with_reader, tmp_path)
 
     again = with_reader(Counting(), workdir=resumed.workdir)
     questions.run(again)
-    for name in ("questions.jsonl", "questions_eval.jsonl"):
+    for name in ("questions.jsonl", "questions_eval.jsonl", "questions_rejected.jsonl"):
         assert (Workdir(again.workdir) / name).read_text() == (Workdir(whole.workdir) / name).read_text()
     assert counted
 
@@ -191,3 +194,6 @@ def test_questions_that_need_no_passage_are_dropped(with_reader, capsys):
     knowing = with_reader(reader, **{"questions.kinds": ("yes_no",), "questions.count": 10, "questions.rounds": 1})
     with pytest.raises(UserError, match=r"none of the questions .* answered without the passage"):
         questions.run(knowing)
+    assert {row["why"] for row in Workdir(knowing.workdir).rows("questions_rejected.jsonl")} >= {
+        "answered without the passage"
+    }

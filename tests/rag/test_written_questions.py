@@ -57,9 +57,20 @@ def test_fault_takes_the_title_for_a_name():
     assert fault("How many people live in the town?", "22000", [passage]) == "names nothing"
 
 
-def test_fault_of_yes_no_questions():
-    assert fault("Was Ada Berg a botanist?", "yes", [PASSAGE], "yes_no") == ""
-    assert fault("Was Ada Berg a botanist?", "botanist", [PASSAGE], "yes_no") == "not yes or no"
+@pytest.mark.parametrize(
+    ("question", "answer", "expected"),
+    [
+        ("Was Ada Berg a botanist?", "yes", ""),
+        ("War Ada Berg Botanikerin?", "yes", ""),
+        ("Was Ada Berg a botanist?", "botanist", "not yes or no"),
+        ("What was Ada Berg?", "yes", "not yes or no"),
+        ("In which year was Ada Berg born?", "no", "not yes or no"),
+        ("How tall was Ada Berg?", "no", "not yes or no"),
+    ],
+)
+def test_fault_of_yes_no_questions(question, answer, expected):
+    """Neither answered otherwise, nor asking for something else."""
+    assert fault(question, answer, [PASSAGE], "yes_no") == expected
 
 
 def test_names_are_capitalized_words_that_do_not_only_begin_sentences():
@@ -154,8 +165,10 @@ def test_phrase_stands_for_an_answer_and_names_nothing_new(phrase, question, goo
 
 
 def test_keep_gives_each_kind_its_share_and_repeats_no_question():
-    row = lambda kind, question, **dropped: {"kind": kind, "question": question, "dropped": dropped}
-    rows = [row("one_hop", f"Who founded museum number {i}?", no_answer=1) for i in "abcd"]
+    no_answer = {"why": "no answer", "question": "Who?", "answer": ""}
+    about = {"id": "q", "answer": "Ada", "passages": [{"title": "Tern Museum", "text": ""}]}
+    row = lambda kind, question, *dropped: about | {"kind": kind, "question": question, "dropped": dropped}
+    rows = [row("one_hop", f"Who founded museum number {i}?", no_answer) for i in "abcd"]
     rows += [
         row("yes_no", "Is it so for museum number x?"),
         row("yes_no", "Is it so for museum number x ?"),
@@ -164,6 +177,14 @@ def test_keep_gives_each_kind_its_share_and_repeats_no_question():
     known = [set(words("Who founded museum number a?"))]
     found = written_questions.keep(rows, 4, ("one_hop", "yes_no"), known, even=True)
     assert [r["question"][-2] for r in found.rows] == ["b", "c", "x"]
-    assert found.dropped == {"no_answer": 4, "near-duplicate": 2}
+    assert found.reasons == {"no answer": 3, "near-duplicate": 2}  # the fourth was not needed
+    assert found.dropped[1] == {
+        "id": "q",
+        "kind": "one_hop",
+        "why": "near-duplicate",
+        "question": "Who founded museum number a?",
+        "answer": "Ada",
+        "written_from": ["Tern Museum"],
+    }
     known = known[:1]
     assert len(written_questions.keep(rows, 4, ("one_hop", "yes_no"), known, even=False).rows) == 4
