@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from roserag_jax import generate, options, rounds, train
 from roserag_jax.errors import UserError
 from roserag_jax.report.page import page
 from roserag_jax.report.runs import read_run
-from roserag_jax.session import adapter_digest
+from roserag_jax.session import Session, adapter_digest
+from roserag_jax.training.pair_loader import Pairs, Stream
 from roserag_jax.training.train_step import TrainStep
 from roserag_jax.watch import finished_stages
 from roserag_jax.workdir import PartialResults, Recipe, Workdir, digest, to_jsonl
@@ -46,6 +48,35 @@ def test_second_round_samples_and_trains_with_the_adapter_of_the_first(two_round
     text = page([read_run(two_rounds.workdir)])
     assert "<h3>Rounds</h3>" in text and "round 2" in text
     assert read_run(str(first.path)).outcomes
+
+
+def test_second_round_starts_from_the_adapter_of_the_first_as_peft_does(two_rounds, model_folder):
+    """The log-probabilities of its first step are those of transformers with that adapter, not the base model's."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    import transformers
+
+    session, work, options = Session(two_rounds), Workdir(two_rounds.workdir), two_rounds.train
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    # In float64, so that what differs is not torch's order of summation.
+    adapted = peft.PeftModel.from_pretrained(base, work / "rounds/1/adapter").eval().double()
+
+    def mean_logprob(prompt, response):
+        tokens = torch.tensor([[*prompt, *response]])
+        with torch.no_grad():
+            logits = adapted(tokens).logits[0, len(prompt) - 1 : -1]
+        return float(torch.log_softmax(logits, -1).gather(1, tokens[0, len(prompt) :, None]).mean())
+
+    pairs = Pairs(session.tokenizer, session.turn_end, work.rows("pairs.jsonl"), options.max_response)
+    stream = Stream(pairs, batch=options.batch, pad_id=session.pad_id, epochs=options.epochs, seed=two_rounds.seed)
+    of_step = lambda: np.mean(
+        [[mean_logprob(p.prompt, response) for response in (p.chosen, p.rejected)] for p in stream.rows(0)], axis=0
+    )
+    row = json.loads((work / "metrics.jsonl").read_text().splitlines()[0])
+    found = [row["chosen_logprob"], row["rejected_logprob"]]
+    assert row["step"] == 1
+    np.testing.assert_allclose(found, of_step(), rtol=1e-4)
+    with adapted.disable_adapter():
+        assert np.abs(found - of_step()).max() > 1e-2
 
 
 @pytest.mark.parametrize("stage", [pytest.param("generate", marks=pytest.mark.slow), "train"])
