@@ -176,14 +176,13 @@ class Plan:
         return 2 * tokens * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize
 
     def _prompts(self, mesh, count: int) -> PrefixCache:
-        c, P = self.model_config, bucket(self.prompt_length)
-        heads = (c.num_layers, count, c.num_kv_heads)
-        axes = (None, *kv_cache.PREFIX_AXES)
-        return PrefixCache(
-            self._array(mesh, (*heads, c.head_dim, P), self.dtype, axes),
-            self._array(mesh, (*heads, P, c.head_dim), self.dtype, axes),
-            self._array(mesh, (count,), np.int32),
-        )
+        shapes = kv_cache.prefix_shapes(self.model_config, count, bucket(self.prompt_length), mesh)
+        return PrefixCache(*self._stacked(mesh, shapes, kv_cache.PREFIX_AXES), self._array(mesh, (count,), np.int32))
+
+    def _stacked(self, mesh, shapes, axes) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Caches of all layers, from the shapes of one layer's."""
+        L = self.model_config.num_layers
+        return tuple(self._array(mesh, (L, *shape), self.dtype, (None, *axes)) for shape in shapes)
 
     def _prefill(self, mesh) -> Program:
         X, P = devices("batch", mesh), bucket(self.prompt_length)
@@ -204,14 +203,8 @@ class Plan:
         network, weights = self._network(mesh)
         prompts, layers = self._prompts(mesh, B), None
         array = lambda *shape, dtype=np.int32: self._array(mesh, shape, dtype)
-        heads, axes = (c.num_layers, B, c.num_kv_heads, N), (None, *kv_cache.SUFFIX_AXES)
-        caches = (
-            (prompts.k, prompts.v),
-            (
-                self._array(mesh, (*heads, c.head_dim, M), self.dtype, axes),
-                self._array(mesh, (*heads, M, c.head_dim), self.dtype, axes),
-            ),
-        )
+        suffix_shapes = kv_cache.suffix_shapes(c, B, N, M, mesh)
+        caches = (prompts.k, prompts.v), self._stacked(mesh, suffix_shapes, kv_cache.SUFFIX_AXES)
         if prefers_unstacked_layers(mesh):
             caches = tuple(tuple((_of_layer(array),) * c.num_layers for array in cache) for cache in caches)
             layers = (tuple(map(_of_layer, jax.tree.leaves(network.state(weights)["layers"]))),) * c.num_layers

@@ -19,8 +19,19 @@ RULES = {
 
 
 def devices(name: str | None, mesh) -> int:
-    """How many devices of a mesh a logical axis is sharded over."""
-    return math.prod(mesh.shape[axis] for axis in RULES.get(name, ()))
+    """How many devices of a mesh a logical axis is sharded over; of an empty mesh, one."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in RULES.get(name, ()))
+
+
+def held_kv_heads(heads: int, kv_heads: int, split: int) -> int:
+    """How many key/value heads are held by `split` devices that query heads are split over, copies counted.
+
+    Each is held as often as it takes to give every device those of its own queries, and no others. Devices that do not
+    divide the query heads hold all of them, which is no copy here.
+    """
+    sharing = heads // kv_heads
+    copies = (n for n in range(1, sharing + 1) if sharing % n == 0 and kv_heads * n % split == 0)
+    return kv_heads * next(copies, 1)
 
 
 def partition_spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh) -> PartitionSpec:

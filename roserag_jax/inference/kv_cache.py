@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from roserag_jax.distributed.sharding import partition_spec, sharding
+from roserag_jax.distributed.sharding import devices, held_kv_heads, partition_spec, sharding
 from roserag_jax.models.cache import unstack
 from roserag_jax.models.config import ModelConfig
 
@@ -22,10 +22,20 @@ PREFIX_AXES = ("batch", "heads", None, None)
 SUFFIX_AXES = ("batch", "heads", None, None, None)
 
 
+def prefix_shapes(config: ModelConfig, slots: int, length: int, mesh: Mesh) -> tuple[tuple, tuple]:
+    """Shapes of a layer's keys [B K h P] and values [B K P h] of the prompts, with the heads that a mesh holds."""
+    heads, h = (slots, held_kv_heads(config.num_heads, config.num_kv_heads, devices("heads", mesh))), config.head_dim
+    return (*heads, h, length), (*heads, length, h)
+
+
+def suffix_shapes(config: ModelConfig, slots: int, branches: int, length: int, mesh: Mesh) -> tuple[tuple, tuple]:
+    """Shapes of a layer's keys [B K N h M] and values [B K N M h] of the branches."""
+    return tuple((B, K, branches, *rest) for B, K, *rest in prefix_shapes(config, slots, length, mesh))
+
+
 def allocate_prefix(config: ModelConfig, slots: int, length: int, *, dtype, mesh: Mesh, stacked: bool) -> tuple:
     """Empty keys [L B K h P] and values [L B K P h] of the prompts."""
-    heads, h = (slots, config.num_kv_heads), config.head_dim
-    shapes = (*heads, h, length), (*heads, length, h)
+    shapes = prefix_shapes(config, slots, length, mesh)
     return tuple(_allocate(config.num_layers, shape, PREFIX_AXES, dtype, mesh, stacked) for shape in shapes)
 
 
@@ -33,8 +43,7 @@ def allocate_suffix(
     config: ModelConfig, slots: int, branches: int, length: int, *, dtype, mesh: Mesh, stacked: bool
 ) -> tuple:
     """Empty keys [L B K N h M] and values [L B K N M h] of the branches."""
-    heads, h = (slots, config.num_kv_heads, branches), config.head_dim
-    shapes = (*heads, h, length), (*heads, length, h)
+    shapes = suffix_shapes(config, slots, branches, length, mesh)
     return tuple(_allocate(config.num_layers, shape, SUFFIX_AXES, dtype, mesh, stacked) for shape in shapes)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from roserag_jax.distributed.sharding import held_kv_heads
 from roserag_jax.inference.engine import bucket
 from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.models.cache import PrefixCache
@@ -130,7 +131,8 @@ class DecoderCapacity:
 
     def _token_bytes(self, config: ModelConfig, itemsize: int, tensor: int) -> int:
         """Bytes of a token's keys, or of its values."""
-        return config.num_layers * _split(config.num_kv_heads, tensor) * config.head_dim * itemsize
+        held = held_kv_heads(config.num_heads, config.num_kv_heads, tensor)
+        return config.num_layers * _split(held, tensor) * config.head_dim * itemsize
 
 
 def _split(size: int, devices: int) -> int:

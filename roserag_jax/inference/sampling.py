@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from roserag_jax.distributed.sharding import devices
 from roserag_jax.models.pytree import HostArray, pytree_dataclass
 
 _HALVINGS = 32  # of the interval in which a threshold is searched
@@ -116,11 +117,16 @@ def _sample_categorical(logits: Float[Array, "R V"], keys) -> Int[Array, "R"]:
     """Draw a token of every row from the softmax of its logits, with a uniform number from its key."""
     weights = jax.nn.softmax(logits, axis=-1)
     R, V = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -V % _BLOCK))).reshape(R, -1, _BLOCK)
+    # A block never has entries of two devices: else they would have to send each other most of the weights.
+    split = devices("vocab", jax.sharding.get_abstract_mesh())
+    part = V if V % split else V // split
+    parts = jnp.pad(weights.reshape(R, -1, part), ((0, 0), (0, 0), (0, -part % _BLOCK)))
+    blocks = parts.reshape(R, -1, _BLOCK)
     uniform = jax.vmap(jax.random.uniform)(keys)
     block, rest = _inverse_cdf(blocks.sum(-1), uniform)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _inverse_cdf(inside, rest)[0]
+    of_part, block = jnp.divmod(block, parts.shape[2] // _BLOCK)
+    return of_part * part + block * _BLOCK + _inverse_cdf(inside, rest)[0]
 
 
 def _inverse_cdf(weights: Float[Array, "R E"], uniform: Float[Array, "R"]) -> tuple[Int[Array, "R"], Float[Array, "R"]]:

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from roserag_jax.distributed.sharding import constrain, devices
+from roserag_jax.distributed.sharding import constrain, devices, held_kv_heads
 from roserag_jax.models import rope
 from roserag_jax.models.attention import branch_attention, prompt_attention
 from roserag_jax.models.cache import PrefixCache, SuffixCache
@@ -96,14 +96,15 @@ class Layer(nnx.Module):
         Args:
           store: takes this layer's new keys and values [T, K, h]; returns the keys and the values to attend to, and
             what the caller keeps of them, which is returned.
-          attend: takes the scaled queries [T, H, h] and the keys and values to attend to; returns [T, H * h].
+          attend: takes the scaled queries [T, H, h] and the keys and values to attend to; returns [T, H, h].
           needs_output: where False, only the keys and values are computed and `x` is returned as it is.
         """
         q, k, v = self.qkv(self.attn_norm(x), angles, dropout_key)
         k, v, kept = store(k, v)
 
         def block(x):
-            attended = checkpoint_name(attend(q, k, v), "attention")
+            attended = constrain(attend(q, k, v), "batch", "heads", None).reshape(len(x), -1)
+            attended = checkpoint_name(constrain(attended, "batch", "heads"), "attention")
             x += self.post_attn_norm(self.o_proj(attended, dropout_key))
             x += self.post_mlp_norm(self.mlp(self.mlp_norm(x), dropout_key))
             return x
@@ -116,9 +117,18 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "T H h"], Float[Array, "T K h"], Float[Array, "T K h"]]:
         """Scaled queries, keys and values of normed tokens, rotated to their positions."""
         c, (cos, sin) = self.config, angles
-        q = self.q_norm(self.q_proj(x, dropout_key).reshape(-1, c.num_heads, c.head_dim))
-        k = self.k_norm(self.k_proj(x, dropout_key).reshape(-1, c.num_kv_heads, c.head_dim))
-        v = self.v_proj(x, dropout_key).reshape(-1, c.num_kv_heads, c.head_dim)
+
+        def project_to_heads(projection: Linear, count: int):
+            # On devices that do not divide the heads, a weight is split inside of one: its product is then gathered,
+            # and not the weight. From here on a device has whole heads.
+            y = constrain(projection(x, dropout_key), "batch", "heads")
+            return constrain(y.reshape(-1, count, c.head_dim), "batch", "heads", None)
+
+        held = _held_heads(c)
+        hold = lambda a: constrain(jnp.repeat(a, held // c.num_kv_heads, axis=1), "batch", "heads", None)
+        q = self.q_norm(project_to_heads(self.q_proj, c.num_heads))
+        k = self.k_norm(hold(project_to_heads(self.k_proj, c.num_kv_heads)))
+        v = hold(project_to_heads(self.v_proj, c.num_kv_heads))
         # In bfloat16 the scale itself would be rounded, unless it is a power of two.
         scaled = (rope.rotate(q, cos, sin).astype(jnp.float32) * c.attention_scale).astype(q.dtype)
         return scaled, rope.rotate(k, cos, sin), v
@@ -408,7 +418,7 @@ class Transformer(nnx.Module):
     def empty_suffix_cache(self, batch: int, branches: int, length: int) -> SuffixCache:
         """An empty suffix cache of `length` tokens for each branch, stacked over the layers."""
         c, dtype = self.config, self.embed[...].dtype
-        rows, flat = (c.num_layers, batch, c.num_kv_heads, branches), (batch, branches, length)
+        rows, flat = (c.num_layers, batch, _held_heads(c), branches), (batch, branches, length)
         empty = lambda *sizes: constrain(jnp.zeros(rows + sizes, dtype), None, "batch", "heads", None, None, None)
         return SuffixCache(
             empty(c.head_dim, length),
@@ -423,7 +433,7 @@ class Transformer(nnx.Module):
         c, (B, P) = self.config, shape
 
         def store(k, v):
-            k, v = (a.reshape(B, P, c.num_kv_heads, c.head_dim) for a in (k, v))
+            k, v = (a.reshape(B, P, *a.shape[1:]) for a in (k, v))
             k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
             if prefix is not None:
                 join = lambda first, rest, axis: jnp.concatenate([jnp.repeat(first, B, axis=0), rest], axis)
@@ -437,7 +447,7 @@ class Transformer(nnx.Module):
                 out = prompt_attention(
                     q, k, v, window=window, sliding_window=c.sliding_window, softcap=c.attention_softcap
                 )
-            return out.reshape(B * P, -1)
+            return out.reshape(B * P, c.num_heads, c.head_dim)
 
         return layer(x, angles, store=store, attend=attend, dropout_key=key, needs_output=needs_output)
 
@@ -447,7 +457,7 @@ class Transformer(nnx.Module):
         B, N, S = visible.positions.shape
 
         def store(k, v):
-            k, v = (a.reshape(B, N, S, c.num_kv_heads, c.head_dim) for a in (k, v))
+            k, v = (a.reshape(B, N, S, *a.shape[1:]) for a in (k, v))
             k, v = k.transpose(0, 3, 1, 4, 2), v.transpose(0, 3, 1, 2, 4)
             return write(*(constrain(a, "batch", "heads", None, None, None) for a in (k, v)))
 
@@ -467,7 +477,7 @@ class Transformer(nnx.Module):
                     suffix_mask=suffix_mask,
                     softcap=c.attention_softcap,
                 )
-            return out.reshape(B * N * S, -1)
+            return out.reshape(B * N * S, c.num_heads, c.head_dim)
 
         return layer(x, angles, store=store, attend=attend, dropout_key=key)
 
@@ -532,6 +542,11 @@ class Transformer(nnx.Module):
             x, out = step(x, nnx.merge(graph, layer), angles, window, None, tuple(a[i] for a in xs))
             kept.append(out)
         return x, kept
+
+
+def _held_heads(config: ModelConfig) -> int:
+    """How many key/value heads are held under the ambient mesh."""
+    return held_kv_heads(config.num_heads, config.num_kv_heads, devices("heads", jax.sharding.get_abstract_mesh()))
 
 
 def _prefix_mask(cache: PrefixCache) -> Bool[Array, "B 1 1 P"]:

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from roserag_jax.distributed.mesh import make_mesh
-from roserag_jax.distributed.sharding import constrain, devices, partition_spec, state_shardings
+from roserag_jax.distributed.sharding import constrain, devices, held_kv_heads, partition_spec, state_shardings
 from roserag_jax.hub import loading
 from roserag_jax.models.lora import LoRAConfig, LoRAParam
 
@@ -16,6 +17,23 @@ def test_partition_spec_replicates_what_does_not_divide():
     assert devices("batch", mesh) == 4 and devices("heads", mesh) == 2 and devices(None, mesh) == 1
     assert partition_spec((8, 6, 5), ("batch", "heads", None), mesh) == P(("data", "fsdp"), ("tensor",), None)
     assert partition_spec((6, 3), ("batch", "heads"), mesh) == P(None, None)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "split", "held"),
+    [
+        (8, 4, 1, 4),
+        (8, 4, 4, 4),
+        (8, 4, 8, 8),
+        (32, 8, 4, 8),
+        (12, 2, 4, 4),
+        (24, 6, 8, 24),
+        (12, 2, 8, 2),
+        (8, 1, 2, 2),
+    ],
+)
+def test_key_value_heads_are_held_as_often_as_devices_share_them(heads, kv_heads, split, held):
+    assert held_kv_heads(heads, kv_heads, split) == held
 
 
 def test_constrain_without_a_mesh_does_nothing():

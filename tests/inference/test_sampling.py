@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from roserag_jax.distributed.collectives import count_collectives
+from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.distributed.sharding import sharding
 from roserag_jax.inference.sampling import SamplingParams, _bisect, sample_tokens
 
 pytest.importorskip("torch")
@@ -53,6 +56,24 @@ def test_sample_tokens_follow_the_distribution_of_transformers(params):
     observed, wanted = observed[wanted > 0], wanted[wanted > 0]
     freedom = len(wanted) - 1
     assert ((observed - wanted) ** 2 / wanted).sum() < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_sampling_split_by_vocabulary_gathers_no_logits():
+    """On eight devices, each with 1,000 tokens (no multiple of a block): the same tokens, and sent for each row are
+    some sums of each device and the block of 256 that the token is drawn from, but not 8,000 logits."""
+    R, V = 32, 8000
+    logits = jax.random.normal(jax.random.key(0), (R, V)) * 3
+    keys = jax.random.split(jax.random.key(1), R)
+    params = jax.tree.map(lambda value: jnp.full(R, value), SamplingParams(1.0, 0.9, 500, 1e-4))
+    expected = jax.jit(sample_tokens)(logits, keys, params)
+    mesh = make_mesh(1, 1, 8)
+    with jax.set_mesh(mesh):
+        logits = jax.device_put(logits, sharding((R, V), ("batch", "vocab"), mesh))
+        program = jax.jit(sample_tokens).lower(logits, keys, params).compile()
+    np.testing.assert_array_equal(program(logits, keys, params), expected)
+    a_block = 2 * 7 / 8 * 256 * 4  # summed over the devices, of which one has it
+    sent = sum(kind.bytes for kind in count_collectives(program.as_text()).values()) / R
+    assert a_block <= sent < 2 * a_block < 7 / 8 * V * 4
 
 
 def test_thresholds_in_fewer_passes_are_the_same():

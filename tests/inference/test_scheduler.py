@@ -234,3 +234,5 @@ def test_slot_bytes_are_what_a_compiled_decoder_allocates():
     for config, slots, gigabytes in ((LLAMA, 32, 3.49), (GEMMA, 16, 4.38)):
         capacity = DecoderCapacity(slots, 4, ((129, 32), (1, 128)))
         assert slots * capacity.slot_bytes(config, 2, 1536) / 1e9 == pytest.approx(gigabytes, rel=0.05)
+    # Each of Gemma's four key/value heads is on two of eight devices.
+    assert 8 * capacity.cache_bytes(GEMMA, 2, 1536, tensor=8) == 2 * capacity.cache_bytes(GEMMA, 2, 1536)

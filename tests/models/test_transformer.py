@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 from conftest import FAMILIES, branch_logits, cached_logits, hf_logits
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
+from roserag_jax.distributed.collectives import count_collectives
 from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.distributed.sharding import state_shardings
 from roserag_jax.hub import loading, model_files
 from roserag_jax.models.cache import unstack
+from roserag_jax.models.config import ModelConfig
+from roserag_jax.models.lora import LoRAConfig
+from roserag_jax.models.transformer import Transformer
 
 torch = pytest.importorskip("torch")
 RNG = np.random.default_rng(0)
@@ -105,3 +111,62 @@ def test_logits_on_a_mesh_equal_one_device(family, shape, tiny_folder, one_devic
         with jax.set_mesh(mesh):
             results.append(branch_logits(model, prompts, lengths, branches))
     np.testing.assert_allclose(results[0], results[1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "shape"),
+    [(8, 4, (1, 1, 8)), (12, 2, (2, 1, 4)), (12, 2, (1, 1, 8))],
+    ids=["Gemma over eight", "Qwen over four", "Qwen over eight, which divide neither heads"],
+)
+def test_decoding_split_by_tensor_sends_activations_only(heads, kv_heads, shape, one_device):
+    """Prompts and three greedy steps, as on one device; counted in the compiled program and by hand.
+
+    Of each token a device sends, in a ring over `tensor`: the sums of the embedding and in each layer of the output
+    projections of attention and MLP; keys and values where a device has no whole head of them, queries likewise; and
+    the likeliest token of its part of the vocabulary.
+    """
+    L, D, F, V, h, itemsize = 2, 64, 256, 1024, 16, 4
+    config = ModelConfig("llama", V, D, L, heads, kv_heads, h, F, 1e-5, 1e4)
+    B, N, P, steps = 8, 2, 16, 3
+    rng = np.random.default_rng(0)
+    prompts, lengths, first = rng.integers(0, V, (B, P)), np.arange(9, 9 + B), rng.integers(0, V, (B, N, 1))
+
+    def run(state, prompts, lengths, last):
+        model = nnx.merge(graph, state)
+        cache = model.prefill(prompts, lengths)
+
+        def advance(_, carry):
+            last, suffix, _ = carry
+            hidden, suffix = model.extend_cached(last, jnp.ones_like(last, bool), cache, suffix)
+            logits = model.logits(hidden)
+            return logits.argmax(-1), suffix, logits[:, :, 0]
+
+        carry = last, model.empty_suffix_cache(B, N, 16), jnp.zeros((B, N, V))
+        return jax.lax.fori_loop(0, steps, advance, carry)
+
+    graph, state = nnx.split(Transformer(config, LoRAConfig(), jnp.float32, nnx.Rngs(0)))
+    results = []
+    for mesh in (one_device, make_mesh(*shape)):
+        where = state_shardings(state, mesh)
+        placed = jax.tree.map(lambda a, place: jax.device_put(a, place), state, where)
+        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        with jax.set_mesh(mesh):
+            arguments = placed, *(jax.device_put(jnp.asarray(a), rows) for a in (prompts, lengths, first))
+            compiled = jax.jit(run).lower(*arguments).compile()
+            results.append(compiled(*arguments))
+    (tokens, _, logits), (other_tokens, suffix, other_logits) = results
+    np.testing.assert_array_equal(tokens, other_tokens)
+    np.testing.assert_allclose(logits, other_logits, atol=1e-5, rtol=0)
+
+    X, t = shape[0] * shape[1], shape[2]
+    ring = (t - 1) / t
+    decoded = B * N * steps / X
+    gathered = (2 * kv_heads * (kv_heads % t > 0) + heads * (heads % t > 0)) * h
+    of_token = ring * itemsize * (2 * D * (2 * L + 1) + L * gathered)
+    likeliest = ring * t * 2 * itemsize
+    by_hand = of_token * (B * P / X + decoded) + likeliest * decoded
+    traffic = count_collectives(compiled.as_text())
+    assert sum(each.bytes for each in traffic.values()) <= by_hand
+    # A device holds the key/value heads of its own query heads, or where it has no whole one, all of them.
+    held = kv_heads if heads % t else max(kv_heads // t, 1)
+    assert suffix.k.addressable_shards[0].data.shape == (L, B // X, held, N, h, 16)
