@@ -300,6 +300,7 @@ class Transformer(nnx.Module):
         remat: str = "none",
         dropout_key: Key[Array, ""] | None = None,
         return_hidden: bool = False,
+        together: bool = False,
     ) -> tuple[Float[Array, "B N S D"], Float[Array, "B P D"] | None, Float[Array, "C D"] | None]:
         """`prefill` and `extend` in one scan over the layers, for training; the arguments are theirs.
 
@@ -308,6 +309,9 @@ class Transformer(nnx.Module):
 
         Args:
           shared: the C tokens that all prompts begin with and that `prompt` leaves out.
+          together: a prompt and its branches go through a layer's projections at once instead of one after the other.
+            A third less is to be compiled, and weights are read once for both. Apart, as a CPU is faster, the last
+            layer leaves out what of a prompt is not needed.
 
         Returns:
           The branches' normed hidden states, and with `return_hidden` those of `prompt` and of `shared`.
@@ -320,14 +324,17 @@ class Transformer(nnx.Module):
         prefix_mask = (jnp.arange(C + P) < (C + lengths)[:, None])[:, None, None]
         visible = _Visible(branch_positions, branch_positions, prefix_mask, suffix_mask)
         prompt_positions = jnp.broadcast_to(C + jnp.arange(P), (B, P))
-        positions = jnp.arange(C), prompt_positions.reshape(-1), branch_positions.reshape(-1)
+        of_rows = prompt_positions, branch_positions.reshape(B, -1)
+        if together:
+            of_rows = (jnp.concatenate(of_rows, axis=1),)
+        positions = jnp.arange(C), *(each.reshape(-1) for each in of_rows)
         mesh = jax.sharding.get_abstract_mesh()
         split = not mesh.empty and devices("batch", mesh) > 1 and B % devices("batch", mesh) == 0
 
         def step(carry, layer, angles, window, key, number):
             (x_shared, x_prompt, x_branches), prefix = carry, None
             keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-            of_shared, of_prompt, of_branches = angles
+            of_shared, *of_pairs = angles
             needs_output = None if return_hidden else number < c.num_layers - 1
             if C:
                 x_shared, prefix = self._prompt_layer(
@@ -335,6 +342,11 @@ class Transformer(nnx.Module):
                 )
             if split:  # `shared` is not
                 layer = _with_adapter_of_each_device(layer)
+            if together:
+                x = _join(x_prompt, x_branches, B)
+                x = self._pair_layer(x, layer, *of_pairs, window, keys[0], prefix, visible, P)
+                return (x_shared, *_part(x, B, P)), None
+            of_prompt, of_branches = of_pairs
             x_prompt, prefix = self._prompt_layer(
                 x_prompt, layer, of_prompt, window, keys[0], prefix, (B, P), needs_output
             )
@@ -430,56 +442,61 @@ class Transformer(nnx.Module):
 
     def _prompt_layer(self, x, layer, angles, window, key, prefix, shape: tuple[int, int], needs_output):
         """A layer on the tokens of prompts [B, P], behind those of a shared prefix; with the joined keys and values."""
-        c, (B, P) = self.config, shape
 
         def store(k, v):
-            k, v = (a.reshape(B, P, *a.shape[1:]) for a in (k, v))
-            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-            if prefix is not None:
-                join = lambda first, rest, axis: jnp.concatenate([jnp.repeat(first, B, axis=0), rest], axis)
-                k, v = join(prefix[0], k, 3), join(prefix[1], v, 2)
-            k, v = (constrain(a, "batch", "heads", None, None) for a in (k, v))
+            k, v = _prompt_keys(k, v, prefix, shape)
             return k, v, (k, v)
 
-        def attend(q, k, v):
-            q = q.reshape(B, P, c.num_heads, c.head_dim)
-            with jax.named_scope("prompt_attention"):
-                out = prompt_attention(
-                    q, k, v, window=window, sliding_window=c.sliding_window, softcap=c.attention_softcap
-                )
-            return out.reshape(B * P, c.num_heads, c.head_dim)
-
+        attend = lambda q, k, v: self._attend_prompt(q, k, v, window, shape)
         return layer(x, angles, store=store, attend=attend, dropout_key=key, needs_output=needs_output)
 
     def _branch_layer(self, x, layer, angles, window, key, prefix, visible: _Visible, write):
         """A layer on the branches' tokens, its new keys and values stored by `write(k, v)`; what that keeps of them."""
-        c = self.config
-        B, N, S = visible.positions.shape
+        store = lambda k, v: write(*_branch_keys(k, v, visible))
+        attend = lambda q, k, v: self._attend_branches(q, prefix, k, v, window, visible)
+        return layer(x, angles, store=store, attend=attend, dropout_key=key)
+
+    def _pair_layer(self, x, layer, angles, window, key, prefix, visible: _Visible, P: int):
+        """A layer on prompts and their branches, joined by `_join`: each matmul is of the tokens of both."""
+        B = visible.positions.shape[0]
 
         def store(k, v):
-            k, v = (a.reshape(B, N, S, *a.shape[1:]) for a in (k, v))
-            k, v = k.transpose(0, 3, 1, 4, 2), v.transpose(0, 3, 1, 2, 4)
-            return write(*(constrain(a, "batch", "heads", None, None, None) for a in (k, v)))
+            (prompt_k, branch_k), (prompt_v, branch_v) = _part(k, B, P), _part(v, B, P)
+            prompt = _prompt_keys(prompt_k, prompt_v, prefix, (B, P))
+            return prompt, _branch_keys(branch_k, branch_v, visible), None
 
-        def attend(q, k, v):
-            prefix_mask, suffix_mask = visible.prefix_mask, visible.suffix_mask
-            if window is not None:
-                oldest = visible.positions[..., None] - window  # the last position that is too far back
-                prefix_mask = prefix_mask & (jnp.arange(prefix_mask.shape[-1]) > oldest)
-                suffix_mask = suffix_mask & (visible.suffix_positions[:, :, None] > oldest)
-            with jax.named_scope("branch_attention"):
-                out = branch_attention(
-                    q.reshape(B, N, S, c.num_heads, c.head_dim),
-                    *prefix,
-                    k,
-                    v,
-                    prefix_mask=prefix_mask,
-                    suffix_mask=suffix_mask,
-                    softcap=c.attention_softcap,
-                )
-            return out.reshape(B * N * S, c.num_heads, c.head_dim)
+        def attend(q, of_prompt, of_branches):
+            q_prompt, q_branches = _part(q, B, P)
+            prompt = self._attend_prompt(q_prompt, *of_prompt, window, (B, P))
+            return _join(prompt, self._attend_branches(q_branches, of_prompt, *of_branches, window, visible), B)
 
-        return layer(x, angles, store=store, attend=attend, dropout_key=key)
+        return layer(x, angles, store=store, attend=attend, dropout_key=key)[0]
+
+    def _attend_prompt(self, q, k, v, window, shape: tuple[int, int]):
+        c, (B, P) = self.config, shape
+        q = q.reshape(B, P, c.num_heads, c.head_dim)
+        with jax.named_scope("prompt_attention"):
+            out = prompt_attention(q, k, v, window=window, sliding_window=c.sliding_window, softcap=c.attention_softcap)
+        return out.reshape(B * P, c.num_heads, c.head_dim)
+
+    def _attend_branches(self, q, prefix, k, v, window, visible: _Visible):
+        c, (B, N, S) = self.config, visible.positions.shape
+        prefix_mask, suffix_mask = visible.prefix_mask, visible.suffix_mask
+        if window is not None:
+            oldest = visible.positions[..., None] - window  # the last position that is too far back
+            prefix_mask = prefix_mask & (jnp.arange(prefix_mask.shape[-1]) > oldest)
+            suffix_mask = suffix_mask & (visible.suffix_positions[:, :, None] > oldest)
+        with jax.named_scope("branch_attention"):
+            out = branch_attention(
+                q.reshape(B, N, S, c.num_heads, c.head_dim),
+                *prefix,
+                k,
+                v,
+                prefix_mask=prefix_mask,
+                suffix_mask=suffix_mask,
+                softcap=c.attention_softcap,
+            )
+        return out.reshape(B * N * S, c.num_heads, c.head_dim)
 
     def _embed(self, tokens: Int[Array, "..."]) -> Float[Array, "T D"]:
         x = self.embed[...][tokens]
@@ -542,6 +559,36 @@ class Transformer(nnx.Module):
             x, out = step(x, nnx.merge(graph, layer), angles, window, None, tuple(a[i] for a in xs))
             kept.append(out)
         return x, kept
+
+
+def _prompt_keys(k, v, prefix, shape: tuple[int, int]) -> tuple[Float[Array, "B K h P"], Float[Array, "B K P h"]]:
+    """Keys and values [T, K, h] of prompts [B, P] as attention takes them, behind those of a shared prefix."""
+    B, P = shape
+    k, v = (a.reshape(B, P, *a.shape[1:]) for a in (k, v))
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    if prefix is not None:
+        join = lambda first, rest, axis: jnp.concatenate([jnp.repeat(first, B, axis=0), rest], axis)
+        k, v = join(prefix[0], k, 3), join(prefix[1], v, 2)
+    return tuple(constrain(a, "batch", "heads", None, None) for a in (k, v))
+
+
+def _branch_keys(k, v, visible: _Visible) -> tuple[Float[Array, "B K N h S"], Float[Array, "B K N S h"]]:
+    """New keys and values [T, K, h] of branches as attention takes them."""
+    k, v = (a.reshape(*visible.positions.shape, *a.shape[1:]) for a in (k, v))
+    k, v = k.transpose(0, 3, 1, 4, 2), v.transpose(0, 3, 1, 2, 4)
+    return tuple(constrain(a, "batch", "heads", None, None, None) for a in (k, v))
+
+
+def _join(prompts: Array, branches: Array, B: int) -> Array:
+    """Tokens of B prompts, each with those of its branches behind it."""
+    rows = [part.reshape(B, -1, *part.shape[1:]) for part in (prompts, branches)]
+    return jnp.concatenate(rows, axis=1).reshape(-1, *prompts.shape[1:])
+
+
+def _part(joined: Array, B: int, P: int) -> tuple[Array, Array]:
+    """What `_join` joined: the tokens of B prompts of P, and those of their branches."""
+    rows = joined.reshape(B, -1, *joined.shape[1:])
+    return tuple(part.reshape(-1, *joined.shape[1:]) for part in (rows[:, :P], rows[:, P:]))
 
 
 def _held_heads(config: ModelConfig) -> int:

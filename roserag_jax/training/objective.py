@@ -55,6 +55,7 @@ def summed_logprobs(
     remat: str = "none",
     dropout_key=None,
     prompts: bool = False,
+    together: bool = False,
 ) -> tuple[Float[Array, "B N"], Float[Array, "B"] | None]:
     """Summed log-probabilities of a batch's responses [B, N], and with `prompts` of its prompts [B].
 
@@ -68,6 +69,7 @@ def summed_logprobs(
         remat=remat,
         dropout_key=dropout_key,
         return_hidden=prompts,
+        together=together,
     )
 
     def logprobs(hidden, targets):
@@ -113,12 +115,14 @@ def pair_losses(
     dropout_key=None,
     reference: Transformer | None = None,
     span: Float[Array, ""] | None = None,
+    together: bool = False,
 ) -> tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]:
     """Loss [B] of each pair and its metrics, each [B].
 
     Args:
       reference: the network without its adapter, for the losses that need it.
       span: `mean_span` of the whole batch where `batch` is a microbatch of it.
+      together: a prompt and its branches go through each layer at once (`Transformer.prefill_and_extend`).
     """
     spec = objective.spec
     if not spec.rejected:  # its branch would only be computed and dropped
@@ -130,6 +134,7 @@ def pair_losses(
         remat=objective.remat,
         dropout_key=dropout_key,
         prompts=with_prompts,
+        together=together,
     )
     means = sums / batch.response_lengths
     log_likelihood = means[:, 0]
@@ -139,7 +144,7 @@ def pair_losses(
     reduced = {"sum": sums, "mean": means}[spec.reduce]
     logprobs = PairLogprobs(*reduced.T, log_likelihood=log_likelihood)
     if spec.reference:
-        reference_logprobs, _ = summed_logprobs(reference, batch)
+        reference_logprobs, _ = summed_logprobs(reference, batch, together=together)
         if spec.reduce == "mean":
             reference_logprobs /= batch.response_lengths
         sides = ("reference_chosen", "reference_rejected")[: objective.branches]

@@ -72,6 +72,8 @@ class TrainStep:
       accumulate: microbatches of a step; gradients equal those of the whole batch, weights included.
       seed: of dropout.
       skip_nonfinite: leave the state as it is where the loss, the gradient or the new state is non-finite (NaN or Inf).
+      together: a prompt and its branches go through each layer at once (`Transformer.prefill_and_extend`); by default
+        where that is faster, which is not on a CPU.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class TrainStep:
         accumulate: int = 1,
         seed: int = 0,
         skip_nonfinite: bool = False,
+        together: bool | None = None,
     ):
         self.model, self.mesh, self.accumulate = model, mesh, accumulate
         self.objective = objective = objective or Objective()
@@ -100,6 +103,7 @@ class TrainStep:
             "reference": nnx.split(assemble(model.config, self.base))[0] if objective.spec.reference else None,
             "graph": graph,
             "objective": objective,
+            "together": mesh.devices.flat[0].platform != "cpu" if together is None else together,
         }
         step = functools.partial(
             _step,
@@ -197,6 +201,7 @@ def _step(
     reference,
     graph,
     objective: Objective,
+    together: bool,
     optimizer: Optimizer,
     seed: int,
     skip_nonfinite: bool,
@@ -216,6 +221,7 @@ def _step(
             dropout_key=key,
             reference=None if reference is None else nnx.merge(reference, base),
             span=span,
+            together=together,
         )
         mean = lambda value: (value * microbatch.weights).sum() / total
         return mean(loss), {"loss": mean(loss)} | jax.tree.map(mean, metrics)
@@ -249,13 +255,14 @@ def _all_finite(tree) -> jax.Array:
     return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
 
 
-def _evaluate(adapter, base, batch, *, reference, graph, objective) -> dict:
+def _evaluate(adapter, base, batch, *, reference, graph, objective, together) -> dict:
     """Weighted means over a batch of its loss and metrics."""
     loss, metrics = pair_losses(
         nnx.merge(graph, adapter, base),
         batch,
         objective,
         reference=None if reference is None else nnx.merge(reference, base),
+        together=together,
     )
     mean = lambda value: (value * batch.weights).sum() / total_weight(batch)
     return jax.tree.map(mean, {"loss": loss} | metrics)

@@ -1,6 +1,7 @@
 """The network computes what transformers computes, also behind caches, prefixes and on meshes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,22 @@ def test_prefill_behind_a_shared_prefix(family, tiny_folder, one_device):
     assert behind.lengths.tolist() == [40, 29]
     np.testing.assert_allclose(behind.k, whole.k, atol=1e-5)
     np.testing.assert_allclose(behind.v, whole.v, atol=1e-5)
+
+
+def test_prompts_and_branches_together_are_what_they_are_apart(tiny_folder, one_device):
+    """Behind a shared prefix, with padding and a sliding window: the hidden states of branches, prompts and prefix."""
+    opened = model_files.open_model(str(tiny_folder("gemma2")[0]))
+    model = loading.assemble(opened.config, loading.load_base(opened, jnp.dtype("float32"), one_device))
+    graph, state = nnx.split(model)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(state, together):
+        prompt, branches = TOKENS[:, 17:33], TOKENS[:, 33:39].reshape(2, 2, 3)
+        of_pairs = jnp.asarray(prompt), jnp.array([16, 11]), jnp.asarray(branches), jnp.asarray(TOKENS[0, :17])
+        return nnx.merge(graph, state).prefill_and_extend(*of_pairs, return_hidden=True, together=together)
+
+    for one, other in zip(run(state, False), run(state, True), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -17,7 +17,7 @@ from roserag_jax.training.train_step import TrainStep, adamw
 torch = pytest.importorskip("torch")
 
 
-def run_steps(opened, mesh, steps=3, accumulate=1, lora=LORA, objective=None):
+def run_steps(opened, mesh, steps=3, accumulate=1, lora=LORA, objective=None, together=None):
     """Losses of the first steps on all pairs, and the state after them."""
     base = loading.load_base(opened, jnp.dtype("float32"), mesh)
     adapter = loading.init_adapter(opened.config, lora, mesh, jax.random.key(0))
@@ -28,6 +28,7 @@ def run_steps(opened, mesh, steps=3, accumulate=1, lora=LORA, objective=None):
         objective=objective or Objective("orpo", 0.3),
         optimizer=adamw(1e-2, steps=len(stream)),
         accumulate=accumulate,
+        together=together,
     )
     state, losses = step.init(), []
     for number in range(len(stream)):
@@ -46,9 +47,11 @@ def losses_of_one_device(llama, one_device):
     return run_steps(llama, one_device)[0]
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 4), (2, 2, 2)], ids=str)
-def test_train_step_on_a_mesh_equals_one_device(shape, llama, losses_of_one_device):
-    losses, _ = run_steps(llama, make_mesh(*shape))
+@pytest.mark.parametrize(
+    ("shape", "together"), [((1, 2, 4), False), ((2, 2, 2), True)], ids=["apart", "prompts and branches together"]
+)
+def test_train_step_on_a_mesh_equals_one_device(shape, together, llama, losses_of_one_device):
+    losses, _ = run_steps(llama, make_mesh(*shape), together=together)
     np.testing.assert_allclose(losses, losses_of_one_device, atol=1e-5)
     assert losses[-1] < losses[0]
 
@@ -57,7 +60,7 @@ def test_train_step_in_microbatches_equals_full_batch(llama, one_device):
     """Unequal lengths and a row that only fills the batch included."""
     objective = Objective("orpo", 0.3, sft_span="prompt+response")  # its mean is over the tokens of all microbatches
     expected, _ = run_steps(llama, one_device, steps=2, objective=objective)
-    losses, _ = run_steps(llama, one_device, steps=2, accumulate=4, objective=objective)
+    losses, _ = run_steps(llama, one_device, steps=2, accumulate=4, objective=objective, together=True)
     np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 
@@ -104,15 +107,19 @@ def test_adamw_learns_in_the_last_step_too():
     assert 0 < schedule(9) < schedule(8) and schedule(1) == pytest.approx(1e-2)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1)], ids=["replicated", "fsdp"])
-def test_train_step_sends_no_more_than_it_must(shape, llama):
+@pytest.mark.parametrize(
+    ("shape", "together"),
+    [((8, 1, 1), False), ((8, 1, 1), True), ((1, 8, 1), False), ((1, 8, 1), True)],
+    ids=["replicated", "replicated, together", "fsdp", "fsdp, together"],
+)
+def test_train_step_sends_no_more_than_it_must(shape, together, llama):
     """Compiled from shapes alone. Replicated, only the adapter's gradients and the metrics are summed; in fsdp, each
     layer is gathered once forward and once backward, and activations stay where they are."""
     abstract = loading.abstract_model(llama.config, LORA, jnp.dtype("float32"))
     batch = Stream(PAIRS, batch=8, pad_id=0).collate(0)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), batch)
     mesh = make_mesh(*shape)
-    step = TrainStep(abstract, mesh, optimizer=adamw(1e-2, steps=9))
+    step = TrainStep(abstract, mesh, optimizer=adamw(1e-2, steps=9), together=together)
     for leaf in jax.tree.leaves(step.abstract_state):
         assert isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.mesh == mesh
     lowered = step.lower(shapes)
