@@ -142,10 +142,10 @@ def training_bytes(config: ModelConfig, itemsize: int, pairs: int, tokens: int, 
     """Bytes of the activations of a microbatch of `pairs`, each of `tokens` tokens with both of its responses."""
     c, T = config, pairs * tokens
     saved = c.num_layers * T * c.embed_dim * itemsize  # each layer's input
-    cached = 4 * c.num_layers * T * c.num_kv_heads * c.head_dim * itemsize  # keys and values, and their gradients
-    layer = 4 * T * (4 * c.mlp_dim + 8 * c.embed_dim + 4 * c.num_heads * c.head_dim)  # one layer, forward and backward
+    layer = 4 * T * (4 * c.mlp_dim + 12 * c.embed_dim + 4 * c.num_heads * c.head_dim)  # one layer, forward and backward
     every = {"layer": 1, "dots": c.num_layers / 4, "none": c.num_layers / 2}[remat]
-    return int(saved + cached + layer * every + 3 * 4 * 256 * c.vocab_size)  # and a block of logits
+    logits = 2 * 4 * 256 * c.vocab_size  # of a block of tokens, when no layer is at work
+    return int(saved + max(layer * every, logits))
 
 
 def training_needs(
@@ -162,14 +162,15 @@ def training_needs(
     """Bytes of a device that trains on `pairs` pairs of `tokens` tokens at a time.
 
     Args:
-      split: devices that weights and adapter are split over. Each then holds two layers and a table gathered.
+      split: devices that weights and adapter are split over. Each then holds two layers gathered, and a table of the
+        vocabulary in two layouts.
     """
     weights, held = weight_bytes(config, itemsize, quantized), adapter_bytes(config, lora)
     gathered = 0
     if split > 1:
         table = itemsize * config.vocab_size * config.embed_dim
         layers = weights - table * (1 if config.tie_embeddings else 2)
-        gathered = table + 2 * layers // config.num_layers
+        gathered = 2 * table + 2 * layers // config.num_layers
     return (weights + held) // split + gathered + training_bytes(config, itemsize, pairs, tokens, remat)
 
 
