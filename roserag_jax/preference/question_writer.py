@@ -195,7 +195,8 @@ class QuestionWriter:
 
     def _count_right(self, attempt: Attempt, question: str, answer: str, passages: list[dict], step: int, dropped):
         """How many of some sampled answers are right, with these passages in view."""
-        kind, name = "read" if passages else "closed", f"{attempt.id}/{question}"
+        kind = ("read" if passages else "closed") + "_yes_no" * answers.is_yes_no(answer)
+        name = f"{attempt.id}/{question}"
         texts = yield from self._sample(kind, (self._shown(passages), question), name, step, dropped)
         return sum(self._is_right(text, answer) for text in texts)
 
@@ -217,7 +218,7 @@ class QuestionWriter:
             _drop(dropped, "prompt over config.prompt.max_tokens")
             return []
         yield PrefillRequest(prompt, self._shared[kind].of(prompt))
-        is_answer = kind in ("read", "closed")
+        is_answer = kind.startswith(("read", "closed"))
         completions = yield DecodeRequest(
             [prompt[-1:]] * (self.options.answers if is_answer else self.options.samples),
             self._limits.answer if is_answer else self._limits.question,

@@ -65,14 +65,25 @@ _FOR_EXAMPLES = (
     (f"Passage: {_OPERA}\n{_WRITE_FOR.format(answer='Nora Lund')}", "Question: Who wrote The Red Hat?"),
 )
 _READ = "{passages}\nQuestion: {question}\nAnswer the question in a few words."
+# A small model answers as the examples do: after "yes" and "no" it says "no" to "Who founded ...?" too.
 _READ_EXAMPLES = (
     (_READ.format(passages=f"Passage: {_MUSEUM}", question="Who founded the Tern Museum?"), "Ada Lund"),
+    (_READ.format(passages=f"Passage: {_ENGINE}", question="What did the Hale engine drive?"), "a paper mill"),
+    (_READ.format(passages=f"Passage: {_OPERA}", question="In what year was The Red Hat first sung?"), "1922"),
+)
+_READ_YES_NO_EXAMPLES = (
+    (_READ.format(passages=f"Passage: {_MUSEUM}", question="Did Ada Lund found the Tern Museum?"), "yes"),
     (_READ.format(passages=f"Passage: {_ENGINE}", question="Was the Hale engine built in Castle Ford?"), "no"),
     (_READ.format(passages=f"Passage: {_OPERA}", question="Does The Red Hat have four acts?"), "yes"),
 )
 _CLOSED = "Question: {question}\nAnswer the question in a few words."
 _CLOSED_EXAMPLES = (
     (_CLOSED.format(question="Who wrote Hamlet?"), "William Shakespeare"),
+    (_CLOSED.format(question="What is the capital of France?"), "Paris"),
+    (_CLOSED.format(question="In what year did the Second World War end?"), "1945"),
+)
+_CLOSED_YES_NO_EXAMPLES = (
+    (_CLOSED.format(question="Did William Shakespeare write Hamlet?"), "yes"),
     (_CLOSED.format(question="Is Rome the capital of France?"), "no"),
     (_CLOSED.format(question="Is Mars a planet?"), "yes"),
 )
@@ -100,7 +111,11 @@ TURNS = {
         _YES_NO_EXAMPLES, f"Passage: {passage}\n{_WRITE_FOR.format(answer=answer)}"
     ),
     "read": lambda passages, question: _turns(_READ_EXAMPLES, _READ.format(passages=passages, question=question)),
+    "read_yes_no": lambda passages, question: _turns(
+        _READ_YES_NO_EXAMPLES, _READ.format(passages=passages, question=question)
+    ),
     "closed": lambda _, question: _turns(_CLOSED_EXAMPLES, _CLOSED.format(question=question)),
+    "closed_yes_no": lambda _, question: _turns(_CLOSED_YES_NO_EXAMPLES, _CLOSED.format(question=question)),
     "phrase": lambda question, _: _turns(_PHRASE_EXAMPLES, _PHRASE.format(question=question)),
 }
 
@@ -198,7 +213,7 @@ def fault(question: str, answer: str, passages: list[dict], kind: str = "one_hop
         return "a long answer"
     if not contains(text, answer):
         return "answer not in the passage"
-    if contains(question, answer):
+    if answers.contains(question, [answer]):  # with any article, as answers are compared
         return "answer in the question"
     return ""
 

@@ -27,7 +27,7 @@ class Reader:
     """Writes and answers questions about people's births and towns' regions; without passages it knows one person."""
 
     def __init__(self, known=""):
-        self.known = known
+        self.known, self.asked = known, []
 
     def prefill_shared_prefix(self, tokens):
         return SharedPrefix(tokens, None)
@@ -52,6 +52,7 @@ class Reader:
         return "I would rather not."
 
     def answer(self, prompt):
+        self.asked.append(prompt)
         passages, _, question = prompt.split("\n\n")[-1].rpartition("Question: ")
         born = [b.groups() for b in BORN.finditer(passages)]
         regions = {town.strip(): region.strip() for town, region in LIES.findall(passages)}
@@ -110,8 +111,13 @@ def with_reader(config_of, tmp_path, monkeypatch):
 
 
 def test_questions_are_written_checked_and_split_by_document(with_reader, capsys):
-    config = with_reader(Reader())
+    reader = Reader()
+    config = with_reader(reader)
     questions.run(config)
+    for prompt in reader.asked:  # a small model answers as the worked examples do
+        *examples, question = prompt.split("Question: ")
+        shown = {re.search(r"few words.\n\n(.*)\n", example).group(1) in ("yes", "no") for example in examples[1:]}
+        assert shown == {question.startswith("Was ")}
     work = Workdir(config.workdir)
     parts = {
         part: read_questions(str(work / f"questions{end}.jsonl")) for part, end in (("train", ""), ("eval", "_eval"))

@@ -40,6 +40,7 @@ def test_question_and_answer_are_read_from_what_was_written(text, expected):
         ("In what year did Ada Berg die?", "1850", "answer not in the passage"),
         ("Was Ada Berg a botanist?", "yes", "answer is yes or no"),
         ("Was Ada Berg a botanist born in 1799?", "botanist", "answer in the question"),
+        ("What did the botanist Ada Berg do?", "a botanist", "answer in the question"),
         ("Ada Berg was born in 1799.", "1799", "no question"),
         ("Where was Ada Berg born?", "...", "no answer"),
         ("What is known of Ada Berg?", PASSAGE["text"], "a long answer"),
