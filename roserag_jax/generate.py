@@ -252,7 +252,7 @@ def _generate(
         capacity = questions.capacity
         progress.phase(f"{capacity.slots} questions at a time, {capacity.branches} rationales of each")
         counts = sum(partial.done.values(), collections.Counter())
-        known = any(note.labeled for note in rows.notes)
+        known = builder.answer_line and any(note.labeled for note in rows.notes)
         with processes.watched():
             for row in generate_rows(session, questions, queue, workdir.before):
                 partial.add(row)

@@ -1,5 +1,7 @@
 """Texts that have no short answer: without an answer line, judged by rewards, measured by similarity."""
 
+import contextlib
+import io
 import json
 
 import pytest
@@ -19,7 +21,7 @@ BY_REWARD = {"prompt.answer_line": False, "select.labels": "reward", "select.rew
 
 @pytest.fixture(scope="module")
 def summaries(config_of, reward_folder, bert_folder, tmp_path_factory):
-    """A finished run on questions whose golden answers are texts, and the folder of its encoder."""
+    """A finished run on questions whose golden answers are texts, the folder of its encoder, and what it said."""
     folder = tmp_path_factory.mktemp("summaries")
     for split in ("train", "eval"):
         rows = list(synthetic.generate(5, split, passages=2))
@@ -29,28 +31,30 @@ def summaries(config_of, reward_folder, bert_folder, tmp_path_factory):
     reward, encoder = reward_folder[0], bert_folder()[0]
     changes = {"select.reward_model": str(reward), "evaluate.similarity": ("rouge_l",), "train.epochs": 1}
     config = config_of(folder / "train.jsonl", **BY_REWARD | changes)
-    train.run(config)
-    return config, encoder
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        train.run(config)
+    return config, encoder, said.getvalue()
 
 
 def test_train_without_an_answer_line_learns_complete_responses(summaries):
-    config, _ = summaries
+    config, _, said = summaries
+    assert " candidates" in said and "candidates correct" not in said  # reference texts are not answers
     work = Workdir(config.workdir)
     rows = work.rows("candidates.jsonl")
     assert all("Answer:" not in row["prompt"] and "relevant passages say" in row["prompt"] for row in rows)
     found = [c for row in rows for c in row["candidates"]]
     assert found and all(c["response"] == c["rationale"] and not c["answer"] for c in found)
     assert all(c["correct"] is None and "\nAnswer:" not in c["response"] for c in found)
-    said = {row["id"]: {c["response"] for c in row["candidates"]} for row in rows}
+    responses = {row["id"]: {c["response"] for c in row["candidates"]} for row in rows}
     pairs = work.rows("pairs.jsonl")
-    assert pairs and all({pair["chosen"], pair["rejected"]} <= said[pair["id"]] for pair in pairs)
+    assert pairs and all({pair["chosen"], pair["rejected"]} <= responses[pair["id"]] for pair in pairs)
     example = json.loads((work / "eval/adapter/examples.jsonl").read_text().splitlines()[0])
     assert example["prediction"] == example["response"].strip() and not example["rationale"]
 
 
 def test_similarity_is_measured_compared_and_reported(summaries, capsys, monkeypatch):
     """ROUGE-L with the run; BERTScore afterwards, without answering a question again."""
-    config, encoder = summaries
+    config, encoder, _ = summaries
     work = Workdir(config.workdir)
     before = (work / "eval/base/examples.jsonl").read_text()
     config.update_from_flattened_dict(
