@@ -332,7 +332,7 @@ class Transformer(nnx.Module):
         split = not mesh.empty and devices("batch", mesh) > 1 and B % devices("batch", mesh) == 0
 
         def step(carry, layer, angles, window, key, number):
-            (x_shared, x_prompt, x_branches), prefix = carry, None
+            (x_shared, *x), prefix = carry, None
             keys = (None,) * 3 if key is None else jax.random.split(key, 3)
             of_shared, *of_pairs = angles
             needs_output = None if return_hidden else number < c.num_layers - 1
@@ -343,10 +343,9 @@ class Transformer(nnx.Module):
             if split:  # `shared` is not
                 layer = _with_adapter_of_each_device(layer)
             if together:
-                x = _join(x_prompt, x_branches, B)
-                x = self._pair_layer(x, layer, *of_pairs, window, keys[0], prefix, visible, P)
-                return (x_shared, *_part(x, B, P)), None
-            of_prompt, of_branches = of_pairs
+                x = self._pair_layer(*x, layer, *of_pairs, window, keys[0], prefix, visible, P)
+                return (x_shared, x), None
+            (x_prompt, x_branches), (of_prompt, of_branches) = x, of_pairs
             x_prompt, prefix = self._prompt_layer(
                 x_prompt, layer, of_prompt, window, keys[0], prefix, (B, P), needs_output
             )
@@ -356,9 +355,13 @@ class Transformer(nnx.Module):
             )
             return (x_shared, x_prompt, x_branches), None
 
-        x = (self._embed(shared) if C else None), self._embed(prompt), self._embed(branches)
+        x = self._embed(prompt), self._embed(branches)
+        if together:
+            x = (_join(*x, B),)
+        x = (self._embed(shared) if C else None), *x
         x, _ = self._scan(step, x, positions, jnp.arange(c.num_layers), remat, dropout_key, gather=True)
-        x_shared, x_prompt, x_branches = x
+        x_shared, *x = x
+        x_prompt, x_branches = _part(*x, B, P) if together else x
         hidden = self.final_norm(x_branches).reshape(B, N, S, -1)
         if not return_hidden:
             return hidden, None, None

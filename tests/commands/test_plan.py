@@ -75,7 +75,7 @@ def test_weights_are_replicated_where_they_fit_and_split_where_not():
     assert choice.sizes == {"data": 4, "fsdp": 1, "tensor": 2} and "weights split over 2 devices" in choice.why
 
 
-@pytest.mark.parametrize(("pairs", "split", "gigabytes"), [(1, 1, 6.28), (8, 1, 11.67), (13, 1, 15.43), (1, 8, 3.72)])
+@pytest.mark.parametrize(("pairs", "split", "gigabytes"), [(1, 1, 6.28), (8, 1, 11.44), (13, 1, 15.06), (1, 8, 3.72)])
 def test_training_needs_are_what_a_compiled_step_allocates(pairs, split, gigabytes):
     """Of Gemma-2-2B for a TPU v5e: 1,536 + 2 x 192 tokens, rank 16, remat=layer. More is estimated rather than less."""
     lora, sizes = LoRAConfig(16, 32.0, 0.0, PROJECTIONS, False), {"tokens": 1536 + 2 * 192, "remat": "layer"}
