@@ -59,9 +59,9 @@ def test_sample_tokens_follow_the_distribution_of_transformers(params):
 
 
 def test_sampling_split_by_vocabulary_gathers_no_logits():
-    """On eight devices, each with 1,000 tokens (no multiple of a block): the same tokens, and sent for each row are
-    some sums of each device and the block of 256 that the token is drawn from, but not 8,000 logits."""
-    R, V = 32, 8000
+    """On eight devices, each with 2,374 tokens (no multiple of a block): the same tokens, and sent for each row are
+    some sums of each device and the block of 256 that the token is drawn from, but not 18,992 logits."""
+    R, V = 32, 18992
     logits = jax.random.normal(jax.random.key(0), (R, V)) * 3
     keys = jax.random.split(jax.random.key(1), R)
     params = jax.tree.map(lambda value: jnp.full(R, value), SamplingParams(1.0, 0.9, 500, 1e-4))
