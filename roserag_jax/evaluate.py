@@ -270,10 +270,10 @@ def make(
                 em += example["scores"]["em"]
                 progress.update(len(partial.done), f"EM {100 * em / len(partial.done):.1f}")
     examples = list(partial.gather())
-    if cut := sum(example["prompt_cut"] > 0 for example in examples):
-        print(f"{cut} of {len(ids)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
     with processes.main_first():
         if processes.is_main():
+            if cut := sum(example["prompt_cut"] > 0 for example in examples):
+                print(f"{cut} of {len(ids)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
             _publish(config, workdir, name, wanted, examples, about)
             partial.clear()
     return json.loads((workdir / name / "metrics.json").read_text())

@@ -523,13 +523,15 @@ class PartialResults:
         return [i for i, name in enumerate(self.ids) if name not in self.done]
 
     def gather(self) -> Iterator[dict]:
-        """All rows in their order, once all processes are here with theirs; each calls this and reads them to the end.
+        """All rows in their order in process 0, once all processes are here with theirs; each calls this.
 
-        They are read from the files as they are asked for, and are gone when the folder is cleared.
+        They are read from the files as they are asked for, and are gone when process 0, which publishes them, clears the
+        folder: the other processes get none.
         """
         processes.barrier("parts finished")
+        if not processes.is_main():
+            return iter(())
         self.read()
-        processes.barrier("parts read")  # before the first of them clears the folder
         return in_order(self._read_place, [self._places[name] for name in self.ids], threads=16)
 
     def _read_place(self, place: tuple[epath.Path, int, int]) -> dict:

@@ -126,12 +126,12 @@ def test_another_number_of_rounds_keeps_what_is_finished(config_of, questions, c
     config.train.rounds = 1
     train.run(config)
     assert {name: digest(work / name) for name in first} == first and digest(work / "rounds/2/adapter") == second
-    assert "out of date" not in capsys.readouterr().out
+    assert "rebuilding" not in capsys.readouterr().out
     config.train.rounds = 2
     generate.run(config)  # the first round's
     assert digest(work / "adapter") == second and rounds.earlier(work) == [1]
     out = capsys.readouterr().out
-    assert "out of date" not in out and "rounds/1/candidates.jsonl" in out
+    assert "rebuilding" not in out and "rounds/1/candidates.jsonl" in out
 
 
 def publish_round(work, tag):
