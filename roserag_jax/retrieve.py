@@ -110,7 +110,7 @@ class _Batches:
     """Rows with the passages that were found for them, a file for each batch: a stopped run resumes behind them."""
 
     def __init__(self, workdir: Workdir, name: str):
-        self.folder = workdir / ".parts" / name
+        self.workdir, self.folder = workdir, workdir / ".parts" / name
         self.empty = self.flagged = self.gold = 0  # questions for which nothing, and passages of which some, is known
 
     def _file(self, number: int) -> epath.Path:
@@ -124,7 +124,8 @@ class _Batches:
             if file.exists():
                 found = from_jsonl(file.read_text())
             else:
-                progress = progress or Progress(f"retrieve {split}", count, "questions", done)
+                if progress is None:
+                    progress = Progress(f"retrieve {split}", count, "questions", done, workdir=self.workdir)
                 contexts = index.search([row["question"] for row in batch], k)
                 found = [_flagged(row, own) for row, own in zip(batch, contexts, strict=True)]
                 write_atomic(file, to_jsonl(found))

@@ -61,10 +61,12 @@ from roserag_jax.workdir import Workdir, to_jsonl
 
 _cache = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _cache.name  # where indexes of corpora are kept
-# Many tests compile the same programs anew, some in processes of their own: they share what one has compiled.
-_compiled = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
-jax.config.update("jax_compilation_cache_dir", _compiled.name)
+# Many tests compile the same programs anew, some in processes of their own: all share what one has compiled. The workers
+# of pytest-xdist inherit the folder of the process that starts them, and that of `.ci/run` serves all its suites.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # Small models take longer to compile than to run. Those of real weights are compiled as ever: `optimized`.

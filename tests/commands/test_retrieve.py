@@ -3,7 +3,7 @@
 import pytest
 from conftest import write_lines
 
-from roserag_jax import evaluate, generate, options, retrieve
+from roserag_jax import evaluate, generate, options, retrieve, watch
 from roserag_jax.errors import UserError
 from roserag_jax.retrieval.registry import RETRIEVERS, RetrieverSpec
 from roserag_jax.workdir import Workdir, digest
@@ -48,6 +48,8 @@ def test_retrieve_resumes_behind_finished_batches(tmp_path, monkeypatch, capsys)
         retrieve.make(config, work, ("train",))
     stops_after = -1
     retrieve.make(config, work, ("train",))
+    status = watch.read_status(work)
+    assert (status["stage"], status["first"], status["done"]) == ("retrieve train", 8, 10)
     assert asked == [["q0", "q1", "q2", "q3"], ["q4", "q5", "q6", "q7"], ["q8", "q9"]]
     made = work.rows("retrieved.jsonl")
     assert [row["id"] for row in made] == [str(i) for i in range(10)]
