@@ -273,7 +273,7 @@ def make(
     with processes.main_first():
         if processes.is_main():
             if cut := sum(example["prompt_cut"] > 0 for example in examples):
-                print(f"{cut} of {len(ids)} prompts were over {config.prompt.max_tokens} tokens; their passages were cut.")
+                print(f"{cut} of {len(ids)} prompts were over {builder.max_tokens} tokens; their passages were cut.")
             _publish(config, workdir, name, wanted, examples, about)
             partial.clear()
     return json.loads((workdir / name / "metrics.json").read_text())

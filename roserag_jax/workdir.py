@@ -525,8 +525,8 @@ class PartialResults:
     def gather(self) -> Iterator[dict]:
         """All rows in their order in process 0, once all processes are here with theirs; each calls this.
 
-        They are read from the files as they are asked for, and are gone when process 0, which publishes them, clears the
-        folder: the other processes get none.
+        They are read from the files as they are asked for, and are gone when that process, which publishes them, clears
+        the folder: the others get none.
         """
         processes.barrier("parts finished")
         if not processes.is_main():

@@ -61,8 +61,8 @@ from roserag_jax.workdir import Workdir, to_jsonl
 
 _cache = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = _cache.name  # where indexes of corpora are kept
-# Many tests compile the same programs anew, some in processes of their own: all share what one has compiled. The workers
-# of pytest-xdist inherit the folder of the process that starts them, and that of `.ci/run` serves all its suites.
+# Many tests compile the same programs anew, some in processes of their own: all share what one has compiled. Workers of
+# pytest-xdist inherit the folder of the process that starts them, and that of `.ci/run` serves all its suites.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _compiled = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
