@@ -184,7 +184,7 @@ def test_write_on_a_full_disk_names_the_file(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["a.jsonl"]  # what was appended before
 
 
-def test_partial_results_cut_off_row_is_made_anew(tmp_path, monkeypatch, capsys):
+def test_partial_results_cut_off_row_is_made_anew(tmp_path, capsys):
     """A row is there whole or not at all, whatever line separators its text holds."""
     work, ids = Workdir(str(tmp_path)), ["a", "b", "c"]
     rows = [{"id": i, "text": "one\u2028two\x85three"} for i in ids]
@@ -199,9 +199,6 @@ def test_partial_results_cut_off_row_is_made_anew(tmp_path, monkeypatch, capsys)
     for row in rows[:0:-1]:
         partial.add(row)
     results = PartialResults(work, "generate", "0123", ids).gather()
-    with monkeypatch.context() as patch:  # a process that only adds rows: process 0 may clear the folder at any time
-        patch.setattr(jax, "process_index", lambda: 1)
-        assert not list(PartialResults(work, "generate", "0123", ids).gather())
     work.publish("rows.jsonl", Recipe({}, {}), map(to_json, results), 3)
     assert work.rows("rows.jsonl") == rows
     file = work.row_file("rows.jsonl", lambda row: row["id"])
@@ -233,28 +230,27 @@ def test_partial_results_flipped_bit_is_noticed(tmp_path, capsys):
     assert "partial results in" in capsys.readouterr().out
 
 
-def test_partial_results_of_several_processes_are_read_before_they_are_cleared(tmp_path, monkeypatch):
-    """Process 0 clears the folder as soon as it has published; process 1, which is slow, has its rows by then."""
-    together, work, ids = threading.Barrier(2), Workdir(str(tmp_path)), ["a", "b"]
+def test_partial_results_of_several_processes_are_read_by_the_first(tmp_path, monkeypatch):
+    """Process 0 clears the folder as soon as it has published the rows of all: no other reads it, however slow it is."""
+    together, process, work = threading.Barrier(2), threading.local(), Workdir(str(tmp_path))
     monkeypatch.setattr("roserag_jax.distributed.processes.barrier", lambda name: together.wait(timeout=10))
-    parts = []
-    for index in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        parts.append(PartialResults(work, "generate", "0123", ids))
-    for i, own in zip(ids, parts, strict=True):
-        own.add({"id": i})
-    read = parts[1].read
-    parts[1].read = lambda: (time.sleep(0.2), read())
+    monkeypatch.setattr(jax, "process_index", lambda: process.index)
 
-    def first():
-        found = list(parts[0].gather())
-        parts[0].clear()
-        return found
+    def gather(index):
+        process.index = index
+        partial = PartialResults(work, "generate", "0123", ["a", "b"])
+        partial.add({"id": "ab"[index]})
+        found = partial.gather()
+        if index == 1:
+            time.sleep(0.2)
+            return list(found)
+        rows = list(found)
+        partial.clear()
+        return rows
 
-    with ThreadPoolExecutor() as threads:
-        results = [threads.submit(each) for each in (first, parts[1].gather)]
-    assert results[0].result() == [{"id": "a"}, {"id": "b"}] and not parts[0].folder.exists()
-    assert results[1].result() and parts[1].missing() == []
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(gather, range(2))) == [[{"id": "a"}, {"id": "b"}], []]
+    assert not list((work / ".parts").iterdir())
 
 
 def test_json_never_holds_nan():

@@ -19,6 +19,7 @@ from roserag_jax.workdir import Workdir, digest
 torch = pytest.importorskip("torch")
 
 
+@pytest.mark.slow
 def test_processes_killed_run_resumes_to_the_same_bytes(config_of, questions, finished):
     """SIGKILL while generating and SIGTERM while training, then the same command: the bytes of an uninterrupted run
     with one question at a time, and the texts of one with several."""
