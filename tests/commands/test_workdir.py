@@ -231,7 +231,7 @@ def test_partial_results_flipped_bit_is_noticed(tmp_path, capsys):
 
 
 def test_partial_results_of_several_processes_are_read_by_the_first(tmp_path, monkeypatch):
-    """Process 0 clears the folder as soon as it has published the rows of all: no other reads it, however slow it is."""
+    """Process 0 clears the folder once it has published the rows of all: no other reads it, however slow it is."""
     together, process, work = threading.Barrier(2), threading.local(), Workdir(str(tmp_path))
     monkeypatch.setattr("roserag_jax.distributed.processes.barrier", lambda name: together.wait(timeout=10))
     monkeypatch.setattr(jax, "process_index", lambda: process.index)

@@ -132,7 +132,7 @@ def test_logits_on_a_mesh_equal_one_device(family, shape, tiny_folder, one_devic
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "shape"),
-    [(8, 4, (1, 1, 8)), (12, 2, (2, 1, 4)), (12, 2, (1, 1, 8))],
+    [(8, 4, (1, 1, 8)), pytest.param(12, 2, (2, 1, 4), marks=pytest.mark.slow), (12, 2, (1, 1, 8))],
     ids=["Gemma over eight", "Qwen over four", "Qwen over eight, which divide neither heads"],
 )
 def test_decoding_split_by_tensor_sends_activations_only(heads, kv_heads, shape, one_device):

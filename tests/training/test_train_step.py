@@ -109,7 +109,12 @@ def test_adamw_learns_in_the_last_step_too():
 
 @pytest.mark.parametrize(
     ("shape", "together"),
-    [((8, 1, 1), False), ((8, 1, 1), True), ((1, 8, 1), False), ((1, 8, 1), True)],
+    [
+        ((8, 1, 1), False),
+        pytest.param((8, 1, 1), True, marks=pytest.mark.slow),
+        ((1, 8, 1), False),
+        ((1, 8, 1), True),
+    ],
     ids=["replicated", "replicated, together", "fsdp", "fsdp, together"],
 )
 def test_train_step_sends_no_more_than_it_must(shape, together, llama):
