@@ -133,7 +133,7 @@ def test_an_error_in_one_decoder_thread_ends_both(tiny_engine):
     assert threading.active_count() == running
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_every_task_returns_once(tiny_engine, threads):
     """Tasks of several requests, lengths in three classes, some without any branch: each result once, by its number."""
     rng = np.random.default_rng(1)

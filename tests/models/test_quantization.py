@@ -55,6 +55,7 @@ def test_quantized_network_equals_its_dequantized_weights(family, tiny_folder, o
     np.testing.assert_allclose(cached_logits(model, TOKENS, lengths, branches, opening=5), logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_quantized_gradients_equal_those_of_its_dequantized_weights(tiny_llama, one_device):
     opened, _ = tiny_llama
     base, adapter = quantized_base(opened, one_device), random_adapter(opened.config, LORA, one_device)

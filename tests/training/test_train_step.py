@@ -72,7 +72,10 @@ def test_train_step_with_dropout_is_random_and_repeatable(llama, one_device, los
     assert first == run() and first != losses_of_one_device
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "cpo"])
+_LATER = [pytest.param(loss, marks=pytest.mark.slow) for loss in ("ipo", "cpo")]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo", *_LATER])
 def test_train_step_learns_with_every_loss(loss, llama, one_device):
     """The reward of chosen rises over that of rejected; the reference model starts as the model itself."""
     losses, _ = run_steps(llama, one_device, steps=3, objective=Objective(loss, 0.5, remat="none"))
