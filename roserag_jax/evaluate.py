@@ -107,7 +107,7 @@ def _with_similarity(config, answering: Recipe) -> Recipe:
     """What an evaluation is made from: its answers' recipe, and the measures of similarity where there are any."""
     inputs = {}
     if name := config.evaluate.encoder:
-        inputs[f"config.evaluate.encoder={name}"] = encoder_fingerprint(name, "evaluate.encoder")
+        inputs["config.evaluate.encoder"] = encoder_fingerprint(name, "evaluate.encoder")
     return Recipe(answering.options | options.subset(config, *_SIMILARITY), answering.inputs | inputs)
 
 

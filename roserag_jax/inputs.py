@@ -18,7 +18,7 @@ from roserag_jax.workdir import digest, digest_of_files
 
 
 def input_digest(config, option: str) -> dict[str, str]:
-    """The digest of the file or folder that an option names, if any; a Hub data set goes by its name.
+    """The digest of the file or folder that an option names, if any; a Hub data set or an address goes by its name.
 
     Of a folder, the files that are read count, and no others.
     """
@@ -26,20 +26,20 @@ def input_digest(config, option: str) -> dict[str, str]:
     if not isinstance(value, str):  # names of other options
         return {}
     if option.removeprefix("retrieve.") in ENCODERS:
-        return {f"config.{option}={value}": encoder_fingerprint(value, option)}
+        return {f"config.{option}": encoder_fingerprint(value, option)}
     # An empty path would be the current folder.
     is_file = value and not value.startswith((files.HUB, "http://", "https://"))
     path = epath.Path(value).expanduser() if is_file else None
     if path is None or not path.exists():
-        found = ""
-    elif path.is_dir():
+        return {}
+    if path.is_dir():
         read = cache_files(path) if option == "retrieve.cache" else documents.find(Path(path)).files
         found = digest_of_files(
             {documents.name_below(Path(path), Path(file)): _digest_or_error(epath.Path(file)) for file in read}
         )
     else:
         found = digest(path)
-    return {f"config.{option}={value}": found}
+    return {f"config.{option}": found}
 
 
 def corpus_recipe(config) -> tuple[list[str], dict[str, str]]:
@@ -48,7 +48,7 @@ def corpus_recipe(config) -> tuple[list[str], dict[str, str]]:
         names = ["retrieve.corpus", *(f"retrieve.chunk_{field}" for field in Chunking._fields)]
         inputs = input_digest(config, "retrieve.corpus")
         if tokenizer := chunk_tokenizer(config):
-            inputs[f"tokenizer of {tokenizer}"] = model_files.fingerprint(tokenizer, weights=False)
+            inputs["tokenizer of the passages"] = model_files.fingerprint(tokenizer, weights=False)
         return names, inputs
     return [], {"config.index": Index(Path(os.path.expanduser(config.index))).content} if config.index else {}
 

@@ -69,7 +69,7 @@ def _make_rewards(session: Session, workdir: Workdir) -> None:
     config, name = session.config, session.config.select.reward_model
     path = model_files.resolve_path(name)
     inputs = {CANDIDATES: workdir.verify(CANDIDATES), RETRIEVED["train"]: workdir.verify(RETRIEVED["train"])}
-    inputs[f"config.select.reward_model={name}"] = model_files.fingerprint(name)
+    inputs["config.select.reward_model"] = model_files.fingerprint(name)
     wanted = Recipe(options.subset(config, "select.reward_model", "dtype", "prompt"), inputs)
     if workdir.is_up_to_date(REWARDS, wanted):
         return

@@ -34,12 +34,12 @@ class Session:
     def model_inputs(self) -> dict[str, str]:
         """What a recipe records of the model beside `model_options`: its content, and that of a tokenizer of its own.
 
-        Other weights under the same name are so noticed.
+        Other weights under the same name are so noticed, and the same ones under another are the same.
         """
         c, revision = self.config, self.config.revision or None
-        found = {f"config.model={c.model}": model_files.fingerprint(c.model, revision)}
+        found = {"config.model": model_files.fingerprint(c.model, revision)}
         if c.tokenizer:
-            found[f"config.tokenizer={c.tokenizer}"] = model_files.fingerprint(c.tokenizer, weights=False)
+            found["config.tokenizer"] = model_files.fingerprint(c.tokenizer, weights=False)
         return found
 
     @functools.cached_property

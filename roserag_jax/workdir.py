@@ -45,15 +45,39 @@ _FOLDERS = (ADAPTER, "eval", "checkpoints", "tensorboard", "profile", "merged", 
 
 
 class Recipe(NamedTuple):
-    """What an artifact is made from: options that change it, and the digests of its inputs by name."""
+    """What an artifact is made from: options that change it, and the digests of its inputs by name.
+
+    The input `config.X` is the content of what option X names. The content decides, not by which path it is named.
+    """
 
     options: dict
     inputs: dict[str, str]
 
     def fingerprint(self) -> str:
         """Sixteen hex digits over everything."""
-        text = json.dumps([self.options, self.inputs], sort_keys=True, default=list)
+        text = json.dumps(_compared(self.options, self.inputs), sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _compared(options: dict, inputs: dict[str, str]) -> dict:
+    """What makes one artifact another: its inputs, and the options whose content is not among them."""
+    return {f"config.{name}": value for name, value in options.items()} | inputs
+
+
+def _changes(manifest: dict, recipe: Recipe) -> list[str]:
+    """What a recipe has otherwise than an artifact's manifest, a clause each."""
+    before, after = manifest["options"], _plain(recipe.options)
+    was, now = _compared(before, manifest["inputs"]), _compared(after, recipe.inputs)
+
+    def clause(key: str) -> str:
+        option = key.removeprefix("config.") if key.startswith("config.") else None
+        if key not in now:
+            return f"{key} plays no part any more"
+        if before.get(option) != after.get(option):
+            return f"{key} was {before.get(option)!r}, now {after[option]!r}"
+        return f"{key}{f'={after[option]}' if option in after else ''} has changed"
+
+    return [clause(key) for key in {**now, **was} if key not in now or was.get(key) != now[key]]
 
 
 def digest(path: epath.Path) -> str:
@@ -282,14 +306,7 @@ class Workdir:
         if manifest is None or not (self / name).exists():
             return False
         self.verify(name)  # what was changed by hand is not overwritten, whatever else has changed
-        was, now = manifest["options"], _plain(recipe.options)
-        changes = [f"config.{key} was {was.get(key)!r}, now {now[key]!r}" for key in now if was.get(key) != now[key]]
-        changes += [f"config.{key} plays no part any more" for key in was if key not in now]
-        changes += [
-            f"{key} has changed" for key, value in recipe.inputs.items() if manifest["inputs"].get(key) != value
-        ]
-        changes += [f"{key} plays no part any more" for key in manifest["inputs"] if key not in recipe.inputs]
-        if changes:
+        if changes := _changes(manifest, recipe):
             more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
             print(f"{name} is out of date ({'; '.join(changes[:3])}{more}): rebuilding.")
             return False
@@ -552,11 +569,16 @@ class PartialResults:
         self.done[row["id"]] = self.note(row)
         self._places[row["id"]] = file, start, start + len(line.encode())
 
-    def clear(self) -> None:
-        """Drop the stage's partial results, once its artifact is published; those of other options too."""
+    def clear(self, keep: bool = False) -> None:
+        """Drop the stage's partial results, once its artifact is published; those of other options too.
+
+        Args:
+          keep: these stay, for the same stage with more to do.
+        """
         if self.folder.parent.exists():
             for folder in self.folder.parent.iterdir():
-                if folder.name.rpartition("-")[0] == self.folder.name.rpartition("-")[0]:
+                is_stage = folder.name.rpartition("-")[0] == self.folder.name.rpartition("-")[0]
+                if is_stage and not (keep and folder == self.folder):
                     folder.rmtree()
 
 

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +54,18 @@ def test_train_writes_every_artifact_and_keeps_it_the_second_time(finished, caps
         assert f"To do: {of}. By the rates of earlier runs on this machine: " in todo and "about " in todo
         (work / "aside").rename(work / f"{name}.manifest.json" if "." in name else work / name / "manifest.json")
     assert before == {f: digest(work / f) for f in before}
+
+
+def test_train_keeps_everything_where_files_are_named_by_another_path(finished, config_of, capsys, monkeypatch):
+    """The model and the questions by a relative path, and the folder with a slash at its end."""
+    model, data = Path(finished.model), Path(finished.data.train)
+    monkeypatch.chdir(model.parent)
+    otherwise = config_of(
+        os.path.relpath(data), finished.workdir, **{"model": f"{model.name}/", "data.eval": str(finished.data.eval)}
+    )
+    train.run(otherwise)
+    out = capsys.readouterr().out
+    assert out.count("up to date: kept") == 10 and "rebuilding" not in out
 
 
 def test_train_whose_report_cannot_be_written_warns_and_ends_well(finished, capsys, monkeypatch):

@@ -49,6 +49,25 @@ def test_workdir_artifact_is_read_only_when_it_is_whole(tmp_path, capsys):
     assert not work.is_up_to_date("rows.jsonl", RECIPE)
 
 
+def test_workdir_content_counts_and_not_the_path_that_names_it(tmp_path, capsys):
+    """An option whose content is an input may name it otherwise; messages still name the option's values."""
+    work = Workdir(str(tmp_path))
+    made = Recipe({"model": "models/a", "k": 1}, {"config.model": "x"})
+    work.publish("rows.jsonl", made, "{}\n", 1)
+    elsewhere = Recipe({"model": "/home/me/models/a/", "k": 1}, {"config.model": "x"})
+    assert work.is_up_to_date("rows.jsonl", elsewhere) and elsewhere.fingerprint() == made.fingerprint()
+    for changed_options, changed_inputs, why in (
+        ({"model": "models/b", "k": 1}, {"config.model": "y"}, "config.model was 'models/a', now 'models/b'"),
+        ({"model": "models/a", "k": 1}, {"config.model": "y"}, "config.model=models/a has changed"),
+        ({"model": "org/a", "k": 1}, {}, "config.model was 'models/a', now 'org/a'"),
+        ({"k": 1}, {}, "config.model plays no part any more"),
+        ({"model": "models/a", "k": 2}, {"config.model": "x"}, "config.k was 1, now 2"),
+    ):
+        changed = Recipe(changed_options, changed_inputs)
+        assert not work.is_up_to_date("rows.jsonl", changed) and changed.fingerprint() != made.fingerprint()
+        assert f"out of date ({why}): rebuilding" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("stray", [".DS_Store", "._metrics.json", ".metrics.json.swp", "README.md", "sub/notes.txt"])
 def test_workdir_ignores_what_users_leave_in_an_artifact(tmp_path, stray):
     work = Workdir(str(tmp_path))
