@@ -14,16 +14,19 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from roserag_jax.distributed.sharding import devices
 from roserag_jax.errors import UserError, quote
 from roserag_jax.hub import loading
 from roserag_jax.hub.reward_model import RewardModelFolder
-from roserag_jax.inference.engine import Engine, bucket, pad
+from roserag_jax.inference.engine import Engine, pad
 from roserag_jax.models.cache import PrefixCache
 from roserag_jax.preference import labels
 from roserag_jax.rag.files import read_rows
 from roserag_jax.rag.layouts import as_number, as_text
 from roserag_jax.rag.prompts import prompt_tokens
 from roserag_jax.workdir import REWARDS, Workdir
+
+_TOKENS = 4096  # of prompts and candidates in one program, for each device that prompts are split over
 
 
 class RewardModel:
@@ -49,22 +52,27 @@ class RewardModel:
     def rewards(self, groups: list[list[list[int]]], batch: int, most: int) -> Iterator[tuple[int, list[float]]]:
         """The rewards of groups of conversations (tokens), a group being the candidates of one prompt.
 
+        Each group has one of few shapes, which is its own whatever is scored beside it, and a program of each shape has
+        as many groups as keep a device busy: more of a short shape.
+
         Args:
-          batch: prompts scored at a time.
+          batch: the most prompts scored at a time.
           most: conversations of a group, also of groups that are scored elsewhere, so that shapes are the same.
 
         Yields:
           A group's number and its rewards, in order.
         """
         split = [self._split(group) for group in groups]
-        shape = lambda i: (bucket(len(split[i][0]) - 1), bucket(max(map(len, split[i][1]))))
+        shape = lambda i: (_length(len(split[i][0]) - 1), _length(max(map(len, split[i][1]))))
+        X = devices("batch", self._engine.mesh)
         order = sorted((i for i, group in enumerate(groups) if group), key=lambda i: (shape(i), i))
         yield from ((i, []) for i, group in enumerate(groups) if not group)
         while order:
             P, S = shape(order[0])
-            members = [i for i in order[:batch] if shape(i) == (P, S)]
+            B = X * max(1, min(batch // X, _TOKENS // (P + most * S)))
+            members = [i for i in order[:B] if shape(i) == (P, S)]
             order = order[len(members) :]
-            rows = [split[i] for i in members] + [([0], [[0]])] * (batch - len(members))
+            rows = [split[i] for i in members] + [([0], [[0]])] * (B - len(members))
             prompts = [prompt for prompt, _ in rows]
             branches, lengths = pad([b for _, bs in rows for b in bs + [[0]] * (most - len(bs))], S, 0)
             cache = self._engine.prefill(prompts, length=P)
@@ -79,6 +87,11 @@ class RewardModel:
         """What all conversations begin with, and the rest of each; its last token begins every branch."""
         common = max(1, min(len(os.path.commonprefix(group)), min(map(len, group), default=1)))
         return (group[0][:common] if group else [0]), [tokens[common - 1 :] for tokens in group] or [[0]]
+
+
+def _length(tokens: int) -> int:
+    """The padded length of a prompt or a candidate: powers of two, so that few shapes are compiled."""
+    return max(64, 1 << (tokens - 1).bit_length())
 
 
 @functools.partial(jax.jit, static_argnums=0)

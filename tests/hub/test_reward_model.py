@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from roserag_jax.errors import UserError
 from roserag_jax.hub.reward_model import RewardModelFolder
+from roserag_jax.preference import rewards
 from roserag_jax.preference.rewards import RewardModel
 
 
@@ -61,6 +62,27 @@ def test_rewards_equal_those_of_transformers(family, classifier, one_device):
         np.testing.assert_allclose(found[number], expected, atol=1e-4, rtol=1e-4)
 
 
+def test_rewards_of_few_questions_take_no_more_work_than_they_are(classifier, one_device, monkeypatch):
+    """Lengths that differ share a program, and one for three questions is not filled up to `evaluate.batch`."""
+    model = RewardModel(RewardModelFolder(classifier("llama")[0]), None, np.float32, one_device)
+    rng, shapes, program = np.random.default_rng(2), [], rewards._rewards
+
+    def noting(network, weights, head, cache, branches, last):
+        shapes.append((cache.k.shape[-1], *branches.shape))
+        return program(network, weights, head, cache, branches, last)
+
+    monkeypatch.setattr(rewards, "_rewards", noting)
+    groups = []
+    for common in (66, 80, 97, 113, 128):
+        start = rng.integers(8, 131, common).tolist()
+        groups.append([start + rng.integers(8, 131, n).tolist() for n in (5, 20, 60)])
+    found = dict(model.rewards(groups, batch=48, most=4))
+    assert set(shapes) == {(128, 10, 4, 64)} and len(shapes) == 1
+    alone = {i: reward for i, group in enumerate(groups) for _, reward in model.rewards([group], batch=1, most=4)}
+    for i, reward in found.items():
+        np.testing.assert_allclose(reward, alone[i], atol=1e-5)
+
+
 def test_reward_is_of_the_last_token_that_is_not_padding(classifier, one_device):
     """Also where the chat template itself ends in the padding token, as transformers takes it."""
     import torch
@@ -76,8 +98,8 @@ def test_reward_is_of_the_last_token_that_is_not_padding(classifier, one_device)
     assert tokens == [10, 7, 12, 13]
     with torch.no_grad():
         expected = theirs(torch.tensor([[10, 7, 12, 13, 7, 7]])).logits[0, 0].item()
-    ((_, rewards),) = model.rewards([[tokens]], batch=1, most=1)
-    assert rewards == pytest.approx([expected], abs=1e-4)
+    ((_, found),) = model.rewards([[tokens]], batch=1, most=1)
+    assert found == pytest.approx([expected], abs=1e-4)
 
 
 @pytest.mark.parametrize("case", ["no head", "two labels", "not finite"])
