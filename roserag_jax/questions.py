@@ -11,9 +11,9 @@ document. What was not kept is in `questions_rejected.jsonl`: `{id, kind, why, q
 """
 
 import collections
-import random
 
 import jax
+import numpy as np
 
 from roserag_jax import cli, options
 from roserag_jax.errors import UserError
@@ -32,6 +32,7 @@ from roserag_jax.workdir import QUESTIONS, REJECTED, PartialResults, Recipe, Wor
 
 _PASSAGES_PER_QUESTION = 20  # passages of a large corpus that are looked at
 _WORDS_ALIKE = 64  # words of a passage by which others like it are found
+_OF_THE_WHOLE = tuple(f"questions.{name}" for name in ("count", "held_out", "kinds", "rounds"))
 _SEARCHED = 30  # passages found for a name or a question, of which those of the same part are kept
 
 
@@ -39,9 +40,16 @@ def recipe(session: Session) -> Recipe:
     """What the questions are made from."""
     config = session.config
     names, inputs = corpus_recipe(config)
-    names += [*Session.model_options, "seed", "questions", "prompt", "retrieve.k", "data.language", "evaluate.metric"]
+    attempts = _attempts_recipe(session)
+    found = options.subset(config, *names, "questions", "retrieve.k")
+    return Recipe(found | attempts.options, inputs | attempts.inputs)
+
+
+def _attempts_recipe(session: Session) -> Recipe:
+    """What an attempt's result is made from beside what its id names; not how many questions are wanted, or of what."""
+    names = [*Session.model_options, "seed", "questions", "prompt", "data.language", "evaluate.metric"]
     names += ["generate.answer_tokens", "generate.top_p"]
-    return Recipe(options.subset(config, *names), inputs | session.model_inputs)
+    return Recipe(options.subset(session.config, *names, without=_OF_THE_WHOLE), session.model_inputs)
 
 
 def make(session: Session, workdir: Workdir) -> None:
@@ -57,8 +65,10 @@ def make(session: Session, workdir: Workdir) -> None:
         raise UserError("Questions are written by one process: run roserag_jax.questions on the workdir first.")
     index = open_index(config)
     most = min(len(index), _PASSAGES_PER_QUESTION * config.questions.count)
-    places = random.Random(f"{config.seed}/passages").sample(range(len(index)), most)
-    passages = list({p["text"]: p for p in (index.passages[place] for place in sorted(places))}.values())
+    # The first of a drawn order of all: with more questions wanted, the same ones and more.
+    places = np.random.default_rng(config.seed).permutation(len(index))[:most]
+    read = {place: index.passages[place] for place in sorted(map(int, places))}
+    passages = list({p["text"]: p for p in (read[int(place)] for place in places)}.values())
     documents = {written_questions.document_of(p) for p in passages}
     split = Split(documents, config.questions.held_out, config.seed)
     held = round(config.questions.count * config.questions.held_out)
@@ -75,7 +85,7 @@ def make(session: Session, workdir: Workdir) -> None:
         for part in targets
     }
     ids = [attempt.id for part in tried.values() for attempt in part]
-    partial = PartialResults(workdir, "questions", wanted.fingerprint(), ids, note=lambda row: row)
+    partial = PartialResults(workdir, "questions", _attempts_recipe(session).fingerprint(), ids, note=lambda row: row)
     progress = Progress("questions", sum(targets.values()), "questions", workdir=workdir)
     writing = _Writing(session, partial, progress)
     known: list[set[str]] = []
@@ -89,13 +99,13 @@ def make(session: Session, workdir: Workdir) -> None:
             "config.questions.rounds, or less strict config.questions.right."
         )
     for part, name in QUESTIONS.items():
-        found = written.get(part, Written([], []))
+        found = written.get(part, Written([], [], []))
         rows = [
             _question(row, index, split, part, max(config.retrieve.k, config.prompt.passages)) for row in found.rows
         ]
         workdir.publish(name, wanted, to_jsonl(rows), len(rows))
         print(f"{name}: {_summary(found, targets[part])}")
-    partial.clear()
+    partial.clear(keep=True)  # where more questions are wanted another time, what was tried is not tried again
 
 
 class _Writing:
@@ -111,25 +121,13 @@ class _Writing:
         Args:
           known: the words of questions that must not be repeated; those kept are added.
         """
-        kinds, done = self.session.config.questions.kinds, self.partial.done
-        even = True
         while True:
-            rows = [done[attempt.id] for attempt in tried if attempt.id in done]
             words = list(known)
-            found = written_questions.keep(rows, target, kinds, words, even)
+            found = written_questions.keep(tried, self.partial.done, target, self.session.config.questions.kinds, words)
             self._report(found)
-            if len(found.rows) >= target:
+            if not found.waiting:
                 break
-            have = collections.Counter(row["kind"] for row in found.rows)
-            open_kinds = [kind for kind in kinds if not even or have[kind] < -(-target // len(kinds))]
-            waiting = [a for a in tried if a.id not in done and a.kind in open_kinds]
-            if not waiting and even:
-                even = False  # a kind that the documents do not give makes room for the others
-                continue
-            if not waiting:
-                break
-            # What is kept does not depend on how many are tried at a time.
-            self._run(waiting[: max(16, 2 * (target - len(found.rows)))])
+            self._run(found.waiting[: max(16, 2 * (target - len(found.rows)))])
         known[:] = words
         self.before += len(found.rows)
         return found
@@ -153,7 +151,7 @@ class _Writing:
         longest = self.writer.prompt_length
         slots = session.slots(config.generate.batch, self.writer.capacity(1), longest, on_cpu=8)
         tasks = (NumberedTask(i, longest, self.writer.task(attempt)) for i, attempt in enumerate(attempts))
-        classes = [LengthClass(longest, len(attempts))]
+        classes = [LengthClass(longest, slots)]  # however few attempts are left: in the same shapes
         results = run_tasks(self.engine, tasks, classes, self.writer.capacity(slots), self.newlines)
         for number, (_, row) in enumerate(results, 1):
             self.partial.add(row)

@@ -151,6 +151,12 @@ def bucket(length: int) -> int:
     return -(-length // 256) * 256
 
 
+def coarse_bucket(length: int) -> int:
+    """The padded length among fewer sizes than those of `bucket`: 32, 64, 96, 128, 192, 256, 384, 512, ..."""
+    step = max(32, 1 << max((length - 1).bit_length() - 2, 0))
+    return max(-(-length // step), 1) * step
+
+
 def shared_prefix_length(prompts: list[Sequence[int]]) -> int:
     """How many tokens all prompts begin with; 0 where they are too few to be worth a prefill of their own.
 

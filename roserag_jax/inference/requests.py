@@ -26,10 +26,13 @@ class PrefillRequest:
     Args:
       tokens: the whole prompt. Its last token is not prefilled: it is the first one of every branch.
       shared_prefix: the cache of what it begins with, from `Engine.prefill_shared_prefix`.
+      few_shapes: whether it is prefilled on its own and in one of few padded lengths: for many kinds of short prompts,
+        where each length and each number of prompts would be compiled behind each shared prefix.
     """
 
     tokens: list[int]
     shared_prefix: PrefixCache | None = None
+    few_shapes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 from roserag_jax.distributed.sharding import devices
 from roserag_jax.inference import decode_step, kv_cache
 from roserag_jax.inference.decode_step import DecodeState, RequestParams
-from roserag_jax.inference.engine import Engine, bucket, pad
+from roserag_jax.inference.engine import Engine, bucket, coarse_bucket, pad
 from roserag_jax.inference.requests import Completion, DecoderCapacity, DecodeRequest, PrefillRequest, Task
 from roserag_jax.inference.sampling import SamplingParams, question_seed
 from roserag_jax.models.cache import SuffixCache
@@ -371,11 +371,12 @@ class Scheduler:
                 return serve(pending)
         return None
 
-    def _take_group(self, pending: list[list[int]], length_of: Callable, tokens: int = 1):
+    def _take_group(self, pending: list[list[int]], length_of: Callable, tokens: int = 1, together=_TOGETHER):
         """Take from `pending` the slots to serve in one program: the next of each device, or several where many wait.
 
         Args:
           length_of: the padded length of a slot's rows; `tokens` are that many times as many.
+          together: how many of a device may be served together, the most first; one may be always.
 
         Returns:
           The slots [R], None where a row is empty; where they lie within their devices, [R]; which rows are slots, [R].
@@ -383,7 +384,7 @@ class Scheduler:
         length = max(length_of(of_device[0]) for of_device in pending if of_device)
         alike = [[b for b in of_device if length_of(b) <= length] for of_device in pending]
         waiting = max(map(len, alike))
-        W = next((W for W in _TOGETHER if waiting >= W and W * length * tokens <= _TOGETHER_TOKENS), 1)
+        W = next((W for W in together if waiting >= W and W * length * tokens <= _TOGETHER_TOKENS), 1)
         group = [(of_device + [None] * W)[:W] for of_device in alike]
         for of_device, taken in zip(pending, group, strict=True):
             of_device[:] = [b for b in of_device if b not in taken]
@@ -394,13 +395,17 @@ class Scheduler:
 
     def _prefill(self, pending: list[list[int]]) -> list[int]:
         """Prefill prompts that have the same shared prefix; returns their slots."""
-        shared = next(self.slots[of_device[0]].request.shared_prefix for of_device in pending if of_device)
+        first = next(self.slots[of_device[0]].request for of_device in pending if of_device)
+        shared, few = first.shared_prefix, first.few_shapes
         C = 0 if shared is None else shared.v.shape[3]
+        is_like = lambda request: request.shared_prefix is shared and request.few_shapes == few
         rest_of = lambda b: self.slots[b].request.tokens[C:-1]
-        pending = [[b for b in bs if self.slots[b].request.shared_prefix is shared] for bs in pending]
-        rows, slots, served = self._take_group(pending, lambda b: min(bucket(len(rest_of(b))), self.P - C))
+        padded = lambda rest: min((coarse_bucket if few else bucket)(len(rest)), self.P - C)
+        pending = [[b for b in bs if is_like(self.slots[b].request)] for bs in pending]
+        together = () if few else _TOGETHER
+        rows, slots, served = self._take_group(pending, lambda b: padded(rest_of(b)), together=together)
         rests = [[] if b is None else rest_of(b) for b in rows]
-        tokens, lengths = pad(rests, min(bucket(max(map(len, rests))), self.P - C), self.engine.pad_id)
+        tokens, lengths = pad(rests, padded(max(rests, key=len)), self.engine.pad_id)
         taken = [(b, length) for b, length in zip(rows, lengths, strict=True) if b is not None]
         for b, length in taken:
             self.prompt_lengths[b] = C + length

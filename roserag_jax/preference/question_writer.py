@@ -18,7 +18,7 @@ from roserag_jax.rag.written_questions import Attempt, compose, fault, is_phrase
 
 _PASSAGE_SHARE = 4  # a passage may take that part of the longest prompt, so that two fit beside the examples
 _MOST_CHECKED = 2  # proposals of an attempt that are answered
-_SHARED_STEP = 64  # tokens; the worked examples are shared up to a multiple of it
+_SHARED_STEP = 16  # tokens; the worked examples are shared up to a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +58,12 @@ class QuestionWriter:
         self._shared: dict[str, SharedPrefix] = {}
 
     def prefill_examples(self, engine: Engine) -> None:
-        """Prefill the worked examples, which all prompts of a kind begin with, once.
+        """Prefill the worked examples, which all prompts of a sort begin with, once.
 
-        Lengths are rounded down: those of several kinds are then the same, and each would be compiled.
+        Lengths are rounded down: those of several sorts are then the same, and each would be compiled.
         """
-        for name, turns in written_questions.TURNS.items():
+        for name in dict.fromkeys(name for kind in self.options.kinds for name in written_questions.PROMPTS_OF[kind]):
+            turns = written_questions.TURNS[name]
             both = [self._tokens(turns("A", "B")), self._tokens(turns("1", "2"))]
             common = os.path.commonprefix(both)
             self._shared[name] = engine.prefill_shared_prefix(common[: len(common) // _SHARED_STEP * _SHARED_STEP])
@@ -217,7 +218,7 @@ class QuestionWriter:
         if len(prompt) > self._limits.prompt:
             _drop(dropped, "prompt over config.prompt.max_tokens")
             return []
-        yield PrefillRequest(prompt, self._shared[kind].of(prompt))
+        yield PrefillRequest(prompt, self._shared[kind].of(prompt), few_shapes=True)
         is_answer = kind.startswith(("read", "closed"))
         completions = yield DecodeRequest(
             [prompt[-1:]] * (self.options.answers if is_answer else self.options.samples),

@@ -119,6 +119,15 @@ TURNS = {
     "phrase": lambda question, _: _turns(_PHRASE_EXAMPLES, _PHRASE.format(question=question)),
 }
 
+_OF_ONE_PASSAGE = ("free", "read", "closed")
+# Those of `TURNS` that attempts of a kind use.
+PROMPTS_OF = {
+    "one_hop": _OF_ONE_PASSAGE,
+    "unanswerable": _OF_ONE_PASSAGE,
+    "yes_no": ("yes_no", "read_yes_no", "closed_yes_no"),
+    "two_hop": ("about", "for", "phrase", "read", "closed"),
+}
+
 
 def render(tokenizer, turns: list[dict], arguments) -> str:
     """Turns in the tokenizer's chat template, or as plain text where it has none."""
@@ -309,7 +318,7 @@ class Attempt(NamedTuple):
     """One attempt at a question.
 
     Attributes:
-      id: unique, and the same for the same passages.
+      id: names all of the attempt, so that what became of it is known again wherever the same one is made.
       passages: one, or for two hops the one that holds the answer and then the one that leads to it.
       name: what both passages of a two-hop question name.
       answer: the answer that a yes/no question is to have.
@@ -325,7 +334,9 @@ class Attempt(NamedTuple):
 
 
 def attempts(passages: list[dict], kinds: tuple[str, ...], rounds: int, search, similar, seed: int) -> list[Attempt]:
-    """Attempts over passages of one part in a drawn order, the kinds taking turns.
+    """Attempts over passages of one part in their order; a passage's kinds take turns, beginning with a drawn one.
+
+    What is attempted about a passage does not depend on how many others there are.
 
     Args:
       rounds: how often each passage is used at most.
@@ -333,20 +344,25 @@ def attempts(passages: list[dict], kinds: tuple[str, ...], rounds: int, search, 
       similar: finds other passages of the part like one, best first.
     """
     made: dict[str, Attempt] = {}
-    order = sorted(passages, key=lambda p: p["text"])
-    random.Random(f"{seed}/attempts").shuffle(order)
     for turn in range(rounds):
-        for number, passage in enumerate(order):
-            kind = kinds[(number + turn) % len(kinds)]
-            digest = hashlib.blake2b(f"{passage['title']}\0{passage['text']}".encode(), digest_size=6).hexdigest()
-            attempt = Attempt(f"{kind}-{digest}-{turn}", kind, [passage])
+        for passage in passages:
+            first = random.Random(f"{seed}/{_digest(passage)}").randrange(2 * len(kinds))
+            kind = kinds[(first + turn) % len(kinds)]
+            attempt = Attempt("", kind, [passage])
             if kind == "yes_no":
-                attempt = attempt._replace(answer=("yes", "no")[(number // len(kinds) + turn) % 2])
+                attempt = attempt._replace(answer=("yes", "no")[(first + turn) // len(kinds) % 2])
             if kind == "two_hop":
-                attempt = _bridge(attempt, search, similar, random.Random(f"{seed}/{attempt.id}"))
+                attempt = _bridge(attempt, search, similar, random.Random(f"{seed}/{_digest(passage)}/{turn}"))
             if attempt:
+                shown = _digest(*attempt.passages, *attempt.others, name=f"{attempt.name}\0{attempt.answer}")
+                attempt = attempt._replace(id=f"{kind}-{shown}-{turn}")
                 made[attempt.id] = attempt
     return list(made.values())
+
+
+def _digest(*passages: dict, name: str = "") -> str:
+    text = "\0".join([name, *(f"{passage['title']}\0{passage['text']}" for passage in passages)])
+    return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
 
 
 def _bridge(attempt: Attempt, search, similar, rng: random.Random) -> Attempt | None:
@@ -367,10 +383,17 @@ def _bridge(attempt: Attempt, search, similar, rng: random.Random) -> Attempt | 
 
 
 class Written(NamedTuple):
-    """Questions that were kept, and those that were not: `{id, kind, why, question, answer, written_from}`."""
+    """What became of attempts.
+
+    Attributes:
+      rows: of the attempts whose question was kept.
+      dropped: questions that were not: `{id, kind, why, question, answer, written_from}`.
+      waiting: the attempts to work on next, in their order; none where enough questions are kept, or no attempts left.
+    """
 
     rows: list[dict]
     dropped: list[dict]
+    waiting: list[Attempt]
 
     @property
     def reasons(self) -> collections.Counter:
@@ -378,30 +401,58 @@ class Written(NamedTuple):
         return collections.Counter(row["why"] for row in self.dropped)
 
 
-def keep(rows: list[dict], target: int, kinds: tuple[str, ...], known: list[set[str]], even: bool) -> Written:
-    """The questions to keep of the results of attempts, in their order.
+_TRIED, _ONE_OF = 24, 32  # a kind makes room for others once so many were tried and fewer than one of so many was kept
+
+
+def keep(
+    tried: list[Attempt], done: dict[str, dict], target: int, kinds: tuple[str, ...], known: list[set[str]]
+) -> Written:
+    """The questions to keep of attempts in their order, each kind its share, as far as attempts are done.
+
+    A kind that has no attempts left, or of which hardly any is kept, makes room for the others; where these have none
+    left either, it is tried on. What is kept does not depend on how many attempts are done at a time.
 
     Args:
-      rows: `{id, kind, question, answer, passages, dropped: [{why, question, answer}]}` of each attempt; those with a
+      done: by the attempts' ids, `{id, kind, question, answer, dropped: [{why, question, answer}]}`; those with a
         `question` passed.
       target: how many are wanted.
       known: the words of questions that these must not repeat; those kept are added.
-      even: whether no kind may have more than its share.
     """
-    kept, dropped, of_kind = [], [], collections.Counter()
-    share = -(-target // len(kinds))
-    for row in rows:
-        if len(kept) >= target:
-            break
-        if even and of_kind[row["kind"]] >= share:
-            continue  # nor is counted what was dropped: how many more were tried depends on how many at a time
-        found = list(row["dropped"])
-        if row["question"] and is_near_duplicate(row["question"], known):
-            found.append({"why": "near-duplicate", "question": row["question"], "answer": row["answer"]})
-        elif row["question"]:
-            kept.append(row)
-            of_kind[row["kind"]] += 1
-            known.append(set(words(row["question"])))
-        titles = [passage["title"] for passage in row["passages"]]
-        dropped += [{"id": row["id"], "kind": row["kind"], **each, "written_from": titles} for each in found]
-    return Written(kept, dropped)
+    queues = {kind: collections.deque(a for a in enumerate(tried) if a[1].kind == kind) for kind in kinds}
+    counts, of_kind, patient = collections.Counter(), collections.Counter(), False
+    found = Written([], [], [])
+    while len(found.rows) < target and any(queues.values()):
+        left = [kind for kind in kinds if queues[kind]]
+        open_kinds = [kind for kind in left if patient or not _hardly_any(of_kind[kind], counts[kind])]
+        if not open_kinds:
+            patient = True
+            continue
+        others = sum(of_kind[kind] for kind in kinds if kind not in open_kinds)
+        share = -(-(target - others) // len(open_kinds))
+        following = sorted(queues[kind][0] for kind in open_kinds if of_kind[kind] < share)
+        attempt = following[0][1]
+        if attempt.id not in done:
+            waiting = sorted(each for _, head in following for each in queues[head.kind])
+            return found._replace(waiting=[a for _, a in waiting if a.id not in done])
+        queues[attempt.kind].popleft()
+        counts[attempt.kind] += 1
+        of_kind[attempt.kind] += _take(found, attempt, done[attempt.id], known)
+    return found
+
+
+def _hardly_any(kept: int, tries: int) -> bool:
+    """Whether a kind is to make room for others."""
+    return tries >= _TRIED and kept * _ONE_OF < tries
+
+
+def _take(found: Written, attempt: Attempt, row: dict, known: list[set[str]]) -> bool:
+    """Put what became of an attempt with what is kept or dropped; returns whether its question was kept."""
+    dropped, is_kept = list(row["dropped"]), bool(row["question"]) and not is_near_duplicate(row["question"], known)
+    if is_kept:
+        found.rows.append(row | {"passages": attempt.passages})
+        known.append(set(words(row["question"])))
+    elif row["question"]:
+        dropped.append({"why": "near-duplicate", "question": row["question"], "answer": row["answer"]})
+    titles = [passage["title"] for passage in attempt.passages]
+    found.dropped.extend({"id": row["id"], "kind": row["kind"], **each, "written_from": titles} for each in dropped)
+    return is_kept

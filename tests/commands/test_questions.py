@@ -4,6 +4,7 @@ No model small enough for a test can write a question. A reader of the synthetic
 place behind the prompts; everything else is real.
 """
 
+import contextlib
 import re
 
 import numpy as np
@@ -17,7 +18,7 @@ from roserag_jax.rag import synthetic, written_questions
 from roserag_jax.rag.questions import read_questions
 from roserag_jax.rag.words import contains
 from roserag_jax.session import Session
-from roserag_jax.workdir import Workdir
+from roserag_jax.workdir import Workdir, partial_rows
 
 BORN = re.compile(r"([A-Z]\w+ [A-Z]\w+) was a (\w+), born in ((?:[A-Z]\w+ ?)+) in (\d+)")
 LIES = re.compile(r"((?:[A-Z]\w+ ?)+) is a town in ((?:[A-Z]\w+ ?)+) with")
@@ -176,6 +177,35 @@ def test_questions_resume_with_the_attempts_that_are_left(with_reader, tmp_path)
     for name in ("questions.jsonl", "questions_eval.jsonl", "questions_rejected.jsonl"):
         assert (Workdir(again.workdir) / name).read_text() == (Workdir(whole.workdir) / name).read_text()
     assert counted
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_more_questions_go_on_from_the_attempts_that_were_made(with_reader, stopped):
+    """Whether the run of fewer questions was finished or stopped, no attempt is made twice."""
+    whole = with_reader(Reader())
+    questions.run(whole)
+
+    class Stopping(Reader):
+        def run(self, session, tasks):
+            for done, result in enumerate(super().run(session, tasks)):
+                yield result
+                if stopped and done == 10:
+                    raise KeyboardInterrupt
+
+    few = with_reader(Stopping(), **{"questions.count": 4, "questions.held_out": 0.5, "questions.rounds": 2})
+    with pytest.raises(KeyboardInterrupt) if stopped else contextlib.nullcontext():
+        questions.run(few)
+
+    def tried():
+        rows, damaged = partial_rows(next((Workdir(few.workdir).path / ".parts").glob("questions-*")))
+        assert not damaged
+        return [row["id"] for row in rows]
+
+    before = tried()
+    questions.run(with_reader(Reader(), workdir=few.workdir))
+    assert len(before) > 8 and tried()[: len(before)] == before and len(set(tried())) == len(tried())
+    for name in ("questions.jsonl", "questions_eval.jsonl", "questions_rejected.jsonl"):
+        assert (Workdir(few.workdir) / name).read_text() == (Workdir(whole.workdir) / name).read_text()
 
 
 def test_two_hop_questions_are_checked_among_other_passages(with_reader):

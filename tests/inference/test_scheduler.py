@@ -11,6 +11,7 @@ import pytest
 from conftest import NUCLEUS, PROMPTS, decode, engine_on, run, sample, tokens_of
 
 from roserag_jax.distributed.mesh import make_mesh
+from roserag_jax.inference import decode_step
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
 from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.inference.scheduler import LengthClass, NumberedTask, Scheduler, length_classes, run_tasks
@@ -94,6 +95,35 @@ def test_samples_of_many_slots_are_those_of_one(tiny_engine):
         assert (tokens, last, finished) == (alone[number][0], *alone[number][2:])
         for row, expected in zip(logprobs, alone[number][1], strict=True):
             np.testing.assert_allclose(row, expected, atol=1e-4)
+
+
+def test_prompts_of_many_lengths_are_prefilled_in_few_shapes(tiny_engine, monkeypatch):
+    """What `few_shapes` asks for: each on its own, in 32 or 64 tokens behind what all begin with; the same samples."""
+    rng, shapes = np.random.default_rng(3), set()
+    prompts = [[*range(3, 43), *rng.integers(3, 131, n).tolist()] for n in (2, 18, 27, 50, 33, 9)]
+    prefill = decode_step.prefill_slots
+
+    def noting(network, weights, caches, tokens, *rest):
+        shapes.add(tokens.shape)
+        return prefill(network, weights, caches, tokens, *rest)
+
+    monkeypatch.setattr(decode_step, "prefill_slots", noting)
+
+    def completions(**how):
+        shared, engine = tiny_engine.prefill_shared_prefix(prompts[0][:40]), with_threads(tiny_engine, 1)
+
+        def task(prompt):
+            yield PrefillRequest(prompt, shared.of(prompt), **how)
+            return (yield DecodeRequest([prompt[-1:]] * 2, 6, NUCLEUS, str(len(prompt))))
+
+        tasks, capacity = dict(enumerate(map(task, prompts))), DecoderCapacity(8, 2, ((1, 6),))
+        found = dict(run(engine, tasks, [128] * len(prompts), capacity))
+        return [[c.tokens for c in found[i]] for i in range(len(prompts))]
+
+    expected = completions()
+    assert len(shapes) > 2
+    shapes.clear()
+    assert completions(few_shapes=True) == expected and shapes == {(1, 32), (1, 64)}
 
 
 def test_branches_end_at_stop_tokens_limits_and_stop_functions(tiny_engine):

@@ -139,6 +139,9 @@ def test_attempts_take_turns_and_join_passages_that_name_the_same():
             assert attempt.others and not any(attempt.name in other["text"] for other in attempt.others)
     assert {a.answer for a in made if a.kind == "yes_no"} == {"yes", "no"}
     assert made == attempts(passages, ("one_hop", "two_hop", "yes_no"), 3, search, similar, seed=0)
+    # With fewer passages those about each are the same, where what they are joined with is.
+    fewer = attempts(passages[:4], ("one_hop", "two_hop", "yes_no"), 3, search, similar, seed=0)
+    assert len(fewer) == 12 and {a.id for a in fewer} <= {a.id for a in made}
 
 
 def test_attempts_ask_about_what_an_entry_is_about():
@@ -147,7 +150,7 @@ def test_attempts_ask_about_what_an_entry_is_about():
     entry = {"title": "Nora Lund", "text": "She was born in Moss Hill."}
     search = lambda name: [p for p in (work, entry) if name in f"{p['title']} {p['text']}"]
     made = attempts([work, entry], ("two_hop",), 1, search, lambda passage: [], seed=0)
-    assert [(a.name, a.passages) for a in made] == [("Nora Lund", [entry, work])] * 2
+    assert [(a.name, a.passages) for a in made] == [("Nora Lund", [entry, work])]
 
 
 @pytest.mark.parametrize(
@@ -165,27 +168,60 @@ def test_phrase_stands_for_an_answer_and_names_nothing_new(phrase, question, goo
     assert is_phrase_of(phrase, question) == good
 
 
+def tries(kind, count, passes=lambda i: True):
+    """Attempts of a kind, and what became of each: a question of its own or a fault."""
+    about = [{"title": "Tern Museum", "text": ""}]
+    made = [written_questions.Attempt(f"{kind}-{i}", kind, about) for i in range(count)]
+    dropped = [{"why": "no answer", "question": "Who?", "answer": ""}]
+    question = lambda i: f"Who founded museum number {kind} {i}?" if passes(i) else ""
+    done = {
+        a.id: {"id": a.id, "kind": kind, "question": question(i), "answer": "Ada", "dropped": dropped}
+        for i, a in enumerate(made)
+    }
+    return made, done
+
+
+def in_turns(*of_kinds):
+    """The attempts of several kinds in turns, and what became of all."""
+    longest = max(len(made) for made, _ in of_kinds)
+    tried = [made[i] for i in range(longest) for made, _ in of_kinds if i < len(made)]
+    return tried, {name: row for _, done in of_kinds for name, row in done.items()}
+
+
 def test_keep_gives_each_kind_its_share_and_repeats_no_question():
-    no_answer = {"why": "no answer", "question": "Who?", "answer": ""}
-    about = {"id": "q", "answer": "Ada", "passages": [{"title": "Tern Museum", "text": ""}]}
-    row = lambda kind, question, *dropped: about | {"kind": kind, "question": question, "dropped": dropped}
-    rows = [row("one_hop", f"Who founded museum number {i}?", no_answer) for i in "abcd"]
-    rows += [
-        row("yes_no", "Is it so for museum number x?"),
-        row("yes_no", "Is it so for museum number x ?"),
-        row("yes_no", ""),
-    ]
-    known = [set(words("Who founded museum number a?"))]
-    found = written_questions.keep(rows, 4, ("one_hop", "yes_no"), known, even=True)
-    assert [r["question"][-2] for r in found.rows] == ["b", "c", "x"]
-    assert found.reasons == {"no answer": 3, "near-duplicate": 2}  # the fourth was not needed
-    assert found.dropped[1] == {
-        "id": "q",
+    tried, done = in_turns(tries("one_hop", 4), tries("yes_no", 3))
+    done["yes_no-1"] = done["yes_no-1"] | {"question": "Who founded the museum number yes_no 0?"}
+    known = [set(words("Who founded museum number one_hop 0?"))]
+    kept = lambda target: written_questions.keep(tried, done, target, ("one_hop", "yes_no"), list(known))
+    found = kept(4)
+    assert [r["id"] for r in found.rows] == ["yes_no-0", "one_hop-1", "one_hop-2", "yes_no-2"] and not found.waiting
+    assert found.reasons == {"no answer": 6, "near-duplicate": 2}  # the seventh was not needed
+    assert {
+        "id": "one_hop-0",
         "kind": "one_hop",
         "why": "near-duplicate",
-        "question": "Who founded museum number a?",
+        "question": "Who founded museum number one_hop 0?",
         "answer": "Ada",
         "written_from": ["Tern Museum"],
-    }
-    known = known[:1]
-    assert len(written_questions.keep(rows, 4, ("one_hop", "yes_no"), known, even=False).rows) == 4
+    } in found.dropped
+    assert [r["id"] for r in kept(9).rows][-1] == "one_hop-3"  # yes_no has no more, so all of the others
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 1000])
+def test_keep_has_a_kind_of_which_nothing_passes_make_room_for_the_others(at_a_time):
+    """After 24 attempts, not after all; and what is kept does not depend on how many are tried at a time."""
+    kinds = ("one_hop", "two_hop", "yes_no")
+    tried, results = in_turns(
+        tries("one_hop", 200, lambda i: i % 3 == 0), tries("two_hop", 200, lambda i: i > 150), tries("yes_no", 4)
+    )
+    done = {}
+    while (found := written_questions.keep(tried, done, 40, kinds, [])).waiting:
+        done |= {a.id: results[a.id] for a in found.waiting[:at_a_time]}
+    assert collections.Counter(row["kind"] for row in found.rows) == {"one_hop": 36, "yes_no": 4}
+    assert sum(row["kind"] == "two_hop" for row in found.dropped) == 24
+    if at_a_time == 1:
+        assert sum(name.startswith("two_hop") for name in done) == 24
+    assert found == written_questions.keep(tried, results, 40, kinds, [])
+    # Where the others do not suffice, it is tried on.
+    found = written_questions.keep(tried, results, 80, kinds, [])
+    assert collections.Counter(row["kind"] for row in found.rows) == {"one_hop": 67, "yes_no": 4, "two_hop": 9}
