@@ -15,6 +15,7 @@ it has more, in the nearest number of whole passes if it has fewer. Ends with `t
     random, easy, all  other pairs than the hardest
     supported        the hardest pair where a passage holds the answer
     dpo, simpo       other losses on RoseRAG's pairs
+    self_consistency the hardest pair, judged by what most samples say instead of the golden answer
 """
 
 import argparse
@@ -42,6 +43,7 @@ ROWS = {
     "supported": {"select.supported": True},
     "dpo": {"train.loss": "dpo"},
     "simpo": {"train.loss": "simpo"},
+    "self_consistency": {"select.labels": "self_consistency"},
 }
 CURVES = ("roserag", "sft_rationales")  # beside the base model
 NOISE = ("shuffled", "no_gold", "random1", "random3", "same_topic1", "same_topic3", "counterfactual1")
@@ -88,7 +90,8 @@ def train(arguments, name: str, budget: int) -> int:
       How many pairs the row trains on, passes counted.
     """
     shared, folder, changes = arguments.workdir / "shared", arguments.workdir / name, dict(ROWS[name])
-    take_over(shared, folder)
+    if "select.labels" not in changes:  # with other labels guided prompts show other answers: candidates of its own
+        take_over(shared, folder)
     pairs = folder / "pairs.jsonl"
     if name == "sft_answers":
         file = folder / "answers.jsonl"
