@@ -171,9 +171,10 @@ class Plan:
         attention = 4 * keys * c.num_layers * c.num_heads * c.head_dim
         return tokens * (2 * (automatic_mesh.weight_bytes(c, 1) - tables) + attention)
 
-    def _cache_bytes(self, tokens: float) -> float:
-        c = self.model_config
-        return 2 * tokens * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize
+    def _cache_read(self, mesh, tokens: float) -> float:
+        """Bytes that all devices read of the keys and values of `tokens` tokens, each device all that it holds."""
+        tensor = devices("heads", mesh)
+        return 2 * tokens * tensor * self.capacity.token_bytes(self.model_config, self.dtype.itemsize, tensor)
 
     def _prompts(self, mesh, count: int) -> PrefixCache:
         shapes = kv_cache.prefix_shapes(self.model_config, count, bucket(self.prompt_length), mesh)
@@ -236,7 +237,7 @@ class Plan:
         key = jax.eval_shape(lambda: jax.random.key(0))
         lower = lambda: decode_step.decode_chunk.lower(network, weights, layers, prefix, state, params, stop_mask, key)
         flops = self._forward(B * N, self.prompt_length + M / 2) + 2 * B * N * c.vocab_size * c.embed_dim
-        read = self._weights_read(mesh) + self._cache_bytes(B * (self.prompt_length + N * M / 2))
+        read = self._weights_read(mesh) + self._cache_read(mesh, B * (self.prompt_length + N * M / 2))
         return Program("decode step", f"{B} questions x {N} samples", mesh, lower, flops, read)
 
     def _score(self, mesh) -> Program:

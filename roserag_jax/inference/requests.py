@@ -122,7 +122,7 @@ class DecoderCapacity:
           tensor: devices that heads and vocabulary are split over.
         """
         tiled = self.suffix_length if config.head_dim >= 128 else -(-self.suffix_length // 128) * 128
-        token = self._token_bytes(config, itemsize, tensor)
+        token = self.token_bytes(config, itemsize, tensor)
         working = token * self.branches * (3 * tiled - 2 * self.suffix_length)
         logits = 4 * self.branches * _split(config.vocab_size, tensor)
         return self.cache_bytes(config, itemsize, prompt_length, tensor) + working + 4 * logits
@@ -130,10 +130,10 @@ class DecoderCapacity:
     def cache_bytes(self, config: ModelConfig, itemsize: int, prompt_length: int, tensor: int = 1) -> int:
         """Bytes of one slot's caches on a device: keys and values of the prompt and of the branches."""
         tokens = bucket(prompt_length) + self.branches * self.suffix_length
-        return 2 * self._token_bytes(config, itemsize, tensor) * tokens
+        return 2 * self.token_bytes(config, itemsize, tensor) * tokens
 
-    def _token_bytes(self, config: ModelConfig, itemsize: int, tensor: int) -> int:
-        """Bytes of a token's keys, or of its values."""
+    def token_bytes(self, config: ModelConfig, itemsize: int, tensor: int) -> int:
+        """Bytes of a token's keys, or of its values, on one of `tensor` devices that heads are split over."""
         held = held_kv_heads(config.num_heads, config.num_kv_heads, tensor)
         return config.num_layers * _split(held, tensor) * config.head_dim * itemsize
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from roserag_jax import automatic_mesh
+from roserag_jax import automatic_mesh, options
 from roserag_jax.distributed import hardware
 from roserag_jax.distributed.collectives import count_collectives
 from roserag_jax.distributed.mesh import make_mesh
@@ -22,6 +22,7 @@ from roserag_jax.distributed.sharding import sharding
 from roserag_jax.models.attention import prompt_attention
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import PROJECTIONS, LoRAConfig
+from roserag_jax.plan import Plan
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (the extra 'plan')")
 cuda_plugin = any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
@@ -31,24 +32,26 @@ GEMMA_2B = {"num_layers": 26, "embed_dim": 2304, "num_heads": 8, "num_kv_heads":
 LLAMA_8B = {"num_layers": 32, "embed_dim": 4096, "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "mlp_dim": 14336}
 
 
-def model(shape, vocab_size, tied):
+def hf_config(shape, vocab_size, tied):
     transformers = pytest.importorskip("transformers")
+    s = shape
+    return transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=vocab_size,
+        hidden_size=s["embed_dim"],
+        intermediate_size=s["mlp_dim"],
+        num_hidden_layers=s["num_layers"],
+        num_attention_heads=s["num_heads"],
+        num_key_value_heads=s["num_kv_heads"],
+        head_dim=s["head_dim"],
+        tie_word_embeddings=tied,
+    )
+
+
+def model(shape, vocab_size, tied):
     from roserag_jax.models import config
 
-    s = shape
-    return config.from_hf(
-        transformers.LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=s["embed_dim"],
-            intermediate_size=s["mlp_dim"],
-            num_hidden_layers=s["num_layers"],
-            num_attention_heads=s["num_heads"],
-            num_key_value_heads=s["num_kv_heads"],
-            head_dim=s["head_dim"],
-            tie_word_embeddings=tied,
-        ),
-        "here",
-    )
+    return config.from_hf(hf_config(shape, vocab_size, tied), "here")
 
 
 def training(config: ModelConfig, pairs, devices=1):
@@ -87,6 +90,19 @@ def test_unknown_memory_replicates():
     gemma = model(GEMMA_2B, 256000, True)
     choice = automatic_mesh.for_decoding(gemma, 2, devices=4, memory=None, slots=8, slot_bytes=lambda tensor: 1)
     assert choice.sizes == {"data": 4, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(("tensor", "copies"), [(1, 1), (2, 1), (4, 2), (8, 8)])
+def test_decode_step_reads_each_copy_of_a_key_value_head(tensor, copies, tmp_path):
+    """Of four query heads and two key/value heads: four devices hold each of the two twice, eight hold both."""
+    shape = GEMMA_2B | {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    config = options.defaults()
+    config.model, config.dtype, config.prompt.max_tokens = str(tmp_path), "bfloat16", 256
+    config.mesh.data, config.mesh.tensor = 8 // tensor, tensor
+    (tmp_path / "config.json").write_text(hf_config(shape | {"mlp_dim": 96}, 512, True).to_json_string())
+    planned = Plan(config, jax.devices()[:8])
+    cached = 10 * 2 * 2 * 2 * 16 * 2  # tokens, K and V, layers, heads, their size, bytes of a number
+    assert planned._cache_read(planned.meshes.decoding, 10) == copies * cached
 
 
 # As libtpu writes a scan of three layers: its trip count stands in the condition alone.
