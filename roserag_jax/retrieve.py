@@ -84,16 +84,17 @@ def make(config, workdir: Workdir, splits=("train", "eval")) -> None:
         if workdir.is_up_to_date(name, wanted):
             continue
         file = str(workdir / QUESTIONS[split]) if is_written else ""
-        # Once before anything is searched, so that a row that cannot be used is named at once.
-        count = sum(1 for _ in questions.questions(config, split, written=file))
-        rows, batches = questions.questions(config, split, report=False, written=file), None
+        rows, batches = questions.questions(config, split, written=file), None
         if config.retrieve.retriever != "given":
+            # Once before anything is searched, so that a row that cannot be used is named at once.
+            count = sum(1 for _ in rows)
+            rows = questions.questions(config, split, report=False, written=file)
             index = index or RETRIEVERS[config.retrieve.retriever].build(config)
             batches = _Batches(workdir, f"retrieve_{split}-{wanted.fingerprint()}")
             batches.search(index, rows, count, config.retrieve.k, split)
             rows = batches.rows()
         totals = collections.Counter()
-        workdir.publish_rows(name, wanted, _counted(rows, totals))
+        count = workdir.publish_rows(name, wanted, _counted(rows, totals))
         if batches:
             batches.clear()
         print(f"{name}: {count} questions, {totals['passages'] / count:.1f} passages each.")

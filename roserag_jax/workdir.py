@@ -351,18 +351,28 @@ class Workdir:
             former_file.unlink(missing_ok=True)
 
     def publish_rows(self, name: str, recipe: Recipe, rows: Iterable[dict]) -> int:
-        """Put a finished file of rows in place, written one row at a time; returns how many they are."""
+        """Put a finished file of rows in place, written one row at a time; returns how many they are.
+
+        Where a row cannot be made, the former version stays.
+        """
         path, count = self / name, 0
-        self._manifest(name).unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In a bucket a file is seen when it is whole.
-        temporary = path if is_remote(path) else path.parent / f".{path.name}.tmp"
-        with naming(path), _given_up_on_failure(temporary):
+        with contextlib.ExitStack() as stack:
+            folder = path.parent
+            if is_remote(path):
+                folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            temporary = folder / f".{path.name}.tmp"
+            stack.enter_context(naming(path))
+            stack.enter_context(_given_up_on_failure(temporary))
             with temporary.open("w") as file:
                 for row in rows:
                     file.write(to_json(row))
                     count += 1
-            if temporary != path:
+            self._manifest(name).unlink(missing_ok=True)
+            if is_remote(path):  # where a file is seen when it is whole
+                with temporary.open("rb") as whole, path.open("wb") as file:
+                    shutil.copyfileobj(whole, file)
+            else:
                 temporary.replace(path)
         self._describe(name, recipe, (), count)
         return count

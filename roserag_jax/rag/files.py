@@ -81,6 +81,7 @@ def _decoded(data: bytes, where: str) -> str:
 
 def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
     """Numbered non-empty lines of a text file."""
+    name = str(path)  # once: it takes longer than reading a line
     with _opened(path) as (stream, limit):
         number = total = empty = 0
         while line := stream.readline(MAX_LINE + 1):
@@ -89,12 +90,12 @@ def _lines(path: epath.Path) -> Iterator[tuple[int, str]]:
                 line = line.removeprefix(_BOM)
             empty = 0 if line.strip() else empty + 1
             if len(line) > MAX_LINE:
-                raise UserError(f"{path}, line {number}: longer than {MAX_LINE >> 20} MiB.")
+                raise UserError(f"{name}, line {number}: longer than {MAX_LINE >> 20} MiB.")
             if total > limit or empty > MAX_EMPTY:
                 why = f"decompresses to over {limit >> 20} MiB" if total > limit else f"{MAX_EMPTY:,} empty lines"
-                raise UserError(f"{path}, line {number}: {why}; this is not a file of rows.")
+                raise UserError(f"{name}, line {number}: {why}; this is not a file of rows.")
             if not empty:
-                yield number, _decoded(line, f"{path}, line {number}")
+                yield number, _decoded(line, f"{name}, line {number}")
 
 
 def _text(path: epath.Path) -> str:
@@ -214,8 +215,9 @@ def read_rows(path: epath.Path) -> Iterator[tuple[str, dict]]:
 
 
 def _one_a_line(path: epath.Path) -> Iterator[tuple[str, Any]]:
+    name = str(path)
     for number, line in _lines(path):
-        where = f"{path}, line {number}"
+        where = f"{name}, line {number}"
         yield where, parse_json(line, where)
 
 
@@ -276,12 +278,12 @@ class _Window:
 def _listed(path: epath.Path) -> Iterator[tuple[str, Any]]:
     """The entries of a list, read and decoded one at a time."""
     with _opened(path) as (stream, limit):
-        window, number = _Window(path, stream, limit), 0
+        window, number, name = _Window(path, stream, limit), 0, str(path)
         window.next()  # the bracket
         window.at += 1
         while window.next() != "]":
             number += 1
-            where = f"{path}, row {number}"
+            where = f"{name}, row {number}"
             if number > 1:
                 if window.next() != ",":
                     raise UserError(f"{where}: not valid JSON (no comma between rows, or the list does not end).")

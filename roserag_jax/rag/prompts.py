@@ -155,7 +155,7 @@ class PromptBuilder:
 
     def size(self, row: dict) -> PromptSize:
         """The size of what a row's prompt shows."""
-        count = lambda text: len(text.encode(errors="replace"))
+        count = lambda text: len(text if text.isascii() else text.encode(errors="replace"))
         question = count(row["question"])
         return PromptSize(question + sum(count(c["title"]) + count(c["text"]) for c in self.shown(row)), question)
 

@@ -22,6 +22,19 @@ def test_retrieve_never_replaces_user_data_by_synthetic_questions(finished, conf
     assert before == [digest(work / name) for name in ("retrieved.jsonl", "retrieved_eval.jsonl")]
 
 
+def test_retrieve_keeps_what_it_made_where_a_row_cannot_be_used(tmp_path):
+    config = options.defaults()
+    config.workdir, questions = str(tmp_path / "work"), tmp_path / "q.jsonl"
+    row = {"question": "q", "golden_answers": ["a"], "contexts": [{"title": "t", "text": "x"}]}
+    config.data.train, work = write_lines(questions, *({"id": i, **row} for i in range(3))), Workdir(config.workdir)
+    retrieve.make(config, work, ("train",))
+    made = work.rows("retrieved.jsonl")
+    write_lines(questions, *({"id": i, **row} for i in range(3)), {"id": 3, **row, "question": ""})
+    with pytest.raises(UserError, match=r"line 4 \(id '3'\): no question"):
+        retrieve.make(config, work, ("train",))
+    assert work.rows("retrieved.jsonl") == made and not list(work.path.glob(".retrieved*"))
+
+
 def test_retrieve_resumes_behind_finished_batches(tmp_path, monkeypatch, capsys):
     asked = []
 
