@@ -9,10 +9,10 @@
 process of its own.
 `compare` takes the questions, gold passages and corpus of a data set (eval.jsonl.gz, corpus.jsonl.gz) and a sentence
 encoder; ColBERT's place is taken by the same encoder with a drawn projection to 128 dimensions, which nobody has
-trained, and without `--whole` it encodes only what BM25 finds. With `--folder` the vectors are kept, and a run that was
-stopped resumes. `speed` encodes and compares passages with that checkpoint here and in torch, in turns, the shortest of
-three times counting: run it on a quiet machine. CPU seconds are those of the process, which other work on the machine
-changes less than the clock. The last line is one JSON object.
+trained, and without `--whole` it encodes only what BM25 finds. The cheapest come first. With `--folder` the vectors are
+kept, and a run that was stopped resumes. `speed` encodes and compares passages with that checkpoint here and in torch,
+in turns, the shortest of three times counting: run it on a quiet machine. CPU seconds are those of the process, which
+other work on the machine changes less than the clock. The last line is one JSON object.
 """
 
 import argparse
@@ -186,22 +186,10 @@ def compare(args) -> dict:
         table |= {"passages": len(index), "index_seconds": round(time.monotonic() - start, 1)}
         bm25 = add("bm25", index, disk_size(home / "index"))
         table["bm25_recall"] = {k: recall(index.search(asked, k), k) for k in (20, 30, 50, 100, 200)}
-        settings = read_settings(Path(args.encoder))
-        sentences = SentenceEncoder(Path(args.encoder), local_mesh(), settings)
         if not (home / "colbert").exists():
             write_colbert(Path(args.encoder), home / "colbert")
         colbert = ColBERT(home / "colbert", local_mesh())
 
-        def by_vectors(label, known, folder, probe=0):
-            store = VectorStore(folder, index.passages.numbers, local_mesh(), known.normalized)
-            size = sum(file.stat().st_size for file in folder.glob("*.np*"))
-            return add(label + f", probe {probe}" * bool(probe), VectorRetriever(index, known, store, probe), size)
-
-        known = Known(sentences, index, home / "dense", "dense", settings.normalized)
-        table["dense_encoding"] = known.rates
-        dense = by_vectors("dense", known, home / "dense")
-        for candidates in (max(args.candidates), 100):
-            add(f"hybrid of bm25 and dense, {candidates} of each", Fusion([bm25, dense], candidates))
         encoded, name = index, "colbert-0"
         if not args.whole:
             found = {
@@ -215,16 +203,6 @@ def compare(args) -> dict:
         table["colbert_encoding"] = known.rates
         for candidates in args.candidates:
             add(f"bm25, then colbert-shaped of {candidates}, known vectors", Reranker(bm25, known, candidates))
-        if args.whole:
-            by_vectors("colbert-shaped", known, home / name)
-        for bits in args.bits if args.whole else ():
-            folder, start = home / f"colbert-{bits}", time.monotonic()
-            how = {"fingerprint": "colbert", "bits": bits, "normalized": True}
-            vector_indexing.update(folder, index, lambda: known, **how)
-            print(f"{bits} bits: {time.monotonic() - start:.0f} s to compress", flush=True)
-            by_vectors(f"colbert-shaped, {bits} bits", known, folder)
-            if bits == 2:
-                by_vectors("colbert-shaped, 2 bits", known, folder, probe=8)
         start, cpu, few = time.monotonic(), time.process_time(), asked[:20]
         reranker = Reranker(bm25, colbert, max(args.candidates))
         reranker.search(few, 10)
@@ -235,6 +213,30 @@ def compare(args) -> dict:
             "question_cpu_ms": 1000 * cpu / len(few),
             "passages_encoded": len(reranker._vectors),
         }
+        print("rerank_with_encoding", table["rerank_with_encoding"], flush=True)
+        settings = read_settings(Path(args.encoder))
+        sentences = SentenceEncoder(Path(args.encoder), local_mesh(), settings)
+
+        def by_vectors(label, known, folder, probe=0):
+            store = VectorStore(folder, index.passages.numbers, local_mesh(), known.normalized)
+            size = sum(file.stat().st_size for file in folder.glob("*.np*"))
+            return add(label + f", probe {probe}" * bool(probe), VectorRetriever(index, known, store, probe), size)
+
+        encoded_once = Known(sentences, index, home / "dense", "dense", settings.normalized)
+        table["dense_encoding"] = encoded_once.rates
+        dense = by_vectors("dense", encoded_once, home / "dense")
+        for candidates in (max(args.candidates), 100):
+            add(f"hybrid of bm25 and dense, {candidates} of each", Fusion([bm25, dense], candidates))
+        if args.whole:
+            by_vectors("colbert-shaped", known, home / name)
+        for bits in args.bits if args.whole else ():
+            folder, start = home / f"colbert-{bits}", time.monotonic()
+            how = {"fingerprint": "colbert", "bits": bits, "normalized": True}
+            vector_indexing.update(folder, index, lambda: known, **how)
+            print(f"{bits} bits: {time.monotonic() - start:.0f} s to compress", flush=True)
+            by_vectors(f"colbert-shaped, {bits} bits", known, folder)
+            if bits == 2:
+                by_vectors("colbert-shaped, 2 bits", known, folder, probe=8)
     return table
 
 

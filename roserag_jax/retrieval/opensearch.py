@@ -29,15 +29,18 @@ class OpenSearch:
             import opensearchpy
         except ImportError as error:
             raise UserError(f"config.retrieve.opensearch: {error} (pip install opensearch-py).") from error
-        parts = urlsplit(url)
-        self.index = parts.path.strip("/")
-        if parts.scheme not in ("http", "https") or not parts.hostname or not self.index or "/" in self.index:
+        try:
+            parts = urlsplit(url)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:  # a port that is no number, or half of an IPv6 address
+            parts = port = None
+        self.index = parts.path.strip("/") if parts else ""
+        if not self.index or "/" in self.index or parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"config.retrieve.opensearch={quote(url)}: write it as http://HOST:9200/INDEX.")
         if parts.username:
             why = "user and password go into the environment variables OPENSEARCH_USER and OPENSEARCH_PASSWORD"
             raise UserError(f"config.retrieve.opensearch: {why}, for options are written to files.")
         user, password = (os.environ.get(f"OPENSEARCH_{name}", "") for name in ("USER", "PASSWORD"))
-        port = parts.port or (443 if parts.scheme == "https" else 80)
         self.where = f"config.retrieve.opensearch={parts.scheme}://{parts.hostname}:{port}/{self.index}"
         self.client = opensearchpy.OpenSearch(
             [{"host": parts.hostname, "port": port}],

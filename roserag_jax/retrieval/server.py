@@ -1,9 +1,9 @@
 """Retrieval over HTTP, in the protocol of Search-R1 and FlashRAG's users, from both sides.
 
     POST /retrieve {"queries": ["...", ...], "topk": 3, "return_scores": true}
-    -> {"result": [[{"document": {"id": "...", "contents": "\\"Title\\"\\nText"}, "score": 1.5}, ...], ...]}
+    -> {"result": [[{"document": {"contents": "\\"Title\\"\\nText", ...}, "score": 1.5}, ...], ...]}
 
-Without `return_scores` the documents stand there alone.
+Ours has title, text and source (file, page, heading) apart too. Without `return_scores` the documents stand alone.
 """
 
 import json
@@ -35,7 +35,9 @@ class Server:
 
         self.url = url if url.rstrip("/").count("/") > 2 else f"{url.rstrip('/')}/retrieve"
         codes, posts = (429, 500, 502, 503, 504), frozenset(["POST"])
-        again = Retry(total=RETRIES, backoff_factor=0.5, status_forcelist=codes, allowed_methods=posts)
+        again = Retry(
+            total=RETRIES, backoff_factor=0.5, status_forcelist=codes, allowed_methods=posts, raise_on_status=False
+        )
         self.session = requests.Session()
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=again, pool_maxsize=REQUESTS))
@@ -99,8 +101,12 @@ def serve(search: Callable[[list[str], int], list[list[dict]]], port: int, host:
                 self.close_connection = True
                 self._reply(400, {"error": first_line(error)})
                 return
-            with searching:
-                found = search(queries, k)
+            try:
+                with searching:
+                    found = search(queries, k)
+            except UserError as error:  # of the retriever: a damaged index, a server that it asks
+                self._reply(500, {"error": first_line(error)})
+                return
             self._reply(200, {"result": [[_entry(c, scores) for c in contexts] for contexts in found]})
 
         def _reply(self, status: int, answer: dict) -> None:

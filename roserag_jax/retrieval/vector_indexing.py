@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -24,7 +25,8 @@ from roserag_jax.retrieval.vectors import Shard, TextVectors, open_shards
 from roserag_jax.workdir import write_atomic
 
 VERSION = 1
-SLICE = 4096  # passages of a shard
+SLICE = 4096  # passages of a shard: what a stopped build encodes again, and what is between two lines of progress
+_SLICE_ON_CPU = 1024  # half a minute to a minute of work
 _FIELDS = ("version", "encoder", "bits", "passages", "files")
 _SAMPLE = 16  # ColBERT's: 16 sqrt(120 R) passages are clustered, into about 16 sqrt(T) centroids
 _MOST_SAMPLED = 200_000  # passages: 4 GB of float16
@@ -144,7 +146,8 @@ def _encode(
     folder: Path, index: Index, encoder: TextVectors, numbers: np.ndarray, missing: np.ndarray, share: tuple[int, int]
 ) -> None:
     """Encode this process' share of the missing passages, slice by slice."""
-    slices = [missing[start : start + SLICE] for start in range(0, len(missing), SLICE)]
+    size = min(SLICE, _SLICE_ON_CPU) if jax.default_backend() == "cpu" else SLICE
+    slices = [missing[start : start + size] for start in range(0, len(missing), size)]
     slices, compressing = slices[share[0] :: share[1]], codec.load(folder)
     progress = Progress(f"vectors in {folder.name}", sum(map(len, slices)), "passages")
     done = 0

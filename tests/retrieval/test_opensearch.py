@@ -99,6 +99,6 @@ def test_opensearch_errors_are_one_line(server, monkeypatch):
     monkeypatch.setattr(opensearch, "RETRIES", 0)
     with pytest.raises(UserError, match="does not answer"):
         OpenSearch("http://127.0.0.1:9/wiki").search(["moss"], 1)
-    for bad in ("http://host:9200", "host/wiki", "http://host:9200/a/b"):
+    for bad in ("http://host:9200", "host/wiki", "http://host:9200/a/b", "http://host:port/wiki", "http://[::1/wiki"):
         with pytest.raises(UserError, match="write it as http://HOST:9200/INDEX"):
             OpenSearch(bad)

@@ -146,6 +146,18 @@ def test_server_asks_again_and_names_what_is_wrong(running, monkeypatch):
         server.Server("http://127.0.0.1:9").search(["moss"], 5)
 
 
+def test_an_error_of_the_retriever_reaches_who_asks(running, monkeypatch):
+    def search(queries, k):
+        raise UserError("index/00.idx is damaged: delete the folder.")
+
+    monkeypatch.setattr(server, "RETRIES", 1)
+    url = running(server.serve(search, 0, "127.0.0.1"))
+    reply = requests.post(f"{url}/retrieve", json={"queries": ["moss"]}, timeout=30)
+    assert reply.status_code == 500 and reply.json() == {"error": "index/00.idx is damaged: delete the folder."}
+    with pytest.raises(UserError, match=r"config\.retrieve\.server=.*500.*00\.idx is damaged"):
+        server.Server(url).search(["moss"], 1)
+
+
 def test_retrieve_serves_and_is_asked(tmp_path):
     """The command in a process of its own, asked by another stage's retriever, and ended by SIGTERM."""
     corpus = write_lines(tmp_path / "c.jsonl", *ROWS)
