@@ -189,7 +189,7 @@ class Plan:
         X, P = devices("batch", mesh), bucket(self.prompt_length)
         network, weights = self._network(mesh)
         tokens, lengths = self._array(mesh, (X, P), np.int32), self._array(mesh, (X,), np.int32)
-        lower = lambda: engine._prefill.lower(network, weights, tokens, lengths)
+        lower = lambda: engine._prefill.lower(network, weights, tokens, lengths, None)
         work = f"{X} prompts of {P} tokens"
         return Program("prefill", work, mesh, lower, self._forward(X * P, P / 2), self._weights_read(mesh))
 

@@ -1,4 +1,4 @@
-"""The decoder's device side: prefill into a slot, put in forced prefixes, and decode steps of all slots.
+"""The decoder's device side: forced prefixes put into slots, and decode steps of all slots.
 
 `decode_step` is one step, from top to bottom; `decode_chunk` runs up to `CHUNK` of them in one program. What is run
 when is decided on the host, in `scheduler`.
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from roserag_jax.inference.kv_cache import PREFIX_AXES, SUFFIX_AXES, put_rings, put_slots, take_slots
+from roserag_jax.inference.kv_cache import put_entries, put_rings, take_slots
 from roserag_jax.inference.sampling import SamplingParams, sample_tokens
 from roserag_jax.models.cache import PrefixCache, SuffixCache
 from roserag_jax.models.logprobs import token_logprobs
@@ -172,34 +172,19 @@ def update_slots(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def prefill_slots(network, weights, prompts, tokens: Int[Array, "R P"], lengths, slots, served, shared_prefix):
-    """Prefill prompts into W slots of each device.
-
-    Args:
-      prompts: keys and values of the prefix cache.
-      tokens, lengths: what follows the shared prefix of each prompt, right-padded, and its length [R].
-      slots, served: the slot of each row, counted within its device, and whether the row holds a prompt, [R].
-    """
-    cache = network.model(weights).prefill(tokens, lengths, shared_prefix)
-    new = cache.k, cache.v
-    return tuple(put_slots(a, PREFIX_AXES, rows, slots, served) for a, rows in zip(prompts, new, strict=True))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
 def extend_slots(
     network,
     weights,
-    prompts,
+    prompts: tuple,
     suffix: SuffixCache,
-    tokens: Int[Array, "R N S"],
-    targets: Int[Array, "R N S"],
-    lengths: Int[Array, "R N"],
-    prompt_length: Int[Array, "R"],
-    slots: Int[Array, "R"],
-    served: Bool[Array, "R"],
+    tokens: Int[HostArray, "R N S"],
+    targets: Int[HostArray, "R N S"],
+    lengths: Int[HostArray, "R N"],
+    prompt_length: Int[HostArray, "R"],
+    slots: Int[HostArray, "R"],
+    served: Bool[HostArray, "R"],
 ) -> tuple[SuffixCache, Float[Array, "R N S"]]:
-    """Put forced prefixes through the network, into the suffix cache of W slots of each device.
+    """Put forced prefixes through the network, into the suffix cache of W slots of each device, which is donated.
 
     They end just before the position that the next step writes.
 
@@ -213,23 +198,31 @@ def extend_slots(
     Returns:
       The suffix cache, and the log-probabilities of `targets`.
     """
+    cache = PrefixCache(*take_slots(prompts, slots), prompt_length)
+    M = suffix.used.shape[-1]
+    new, entries, first, logprobs = _extend(network, weights, cache, tokens, targets, lengths, suffix.write_position, M)
+    k, v = put_rings((suffix.k, suffix.v), new, slots, served, first)
+    positions, used = put_entries((suffix.positions, suffix.used), entries, slots, served)
+    return SuffixCache(k, v, positions, used, suffix.write_position), logprobs
+
+
+@functools.partial(jax.jit, static_argnums=(0, 7))
+def _extend(network, weights, cache: PrefixCache, tokens, targets, lengths, write_position, M: int):
+    """Keys and values of forced prefixes, positions and use of the entries of their rings, where these begin, and the
+    log-probabilities of `targets`."""
     model = network.model(weights)
     R, N, S = tokens.shape
-    M = suffix.used.shape[-1]
-    cache = PrefixCache(*(take_slots(a, PREFIX_AXES, slots) for a in prompts), prompt_length)
+    cache = dataclasses.replace(cache, k=_stacked(cache.k), v=_stacked(cache.v))
     empty = model.empty_suffix_cache(R, N, S)
     hidden, new = model.extend_cached(tokens, jnp.arange(S) < lengths[..., None], cache, empty)
     logprobs = token_logprobs(hidden, targets, model.table, model.config.final_softcap)
 
-    first = (suffix.write_position - lengths.max(-1)) % M
+    first = (write_position - lengths.max(-1)) % M
     number = (jnp.arange(M) - first[:, None]) % M  # of the token in each entry of the ring
     used = number[:, None] < lengths[..., None]
-    positions = jnp.broadcast_to((prompt_length[:, None] + number)[:, None], used.shape)
-    put = lambda a, rows: put_slots((a,), ("batch", None, None), (rows,), slots, served)[0]
-    return SuffixCache(
-        k=put_rings(suffix.k, SUFFIX_AXES, new.k, -1, slots, served, first),
-        v=put_rings(suffix.v, SUFFIX_AXES, new.v, -2, slots, served, first),
-        positions=put(suffix.positions, positions),
-        used=put(suffix.used, used),
-        write_position=suffix.write_position,
-    ), logprobs
+    positions = jnp.broadcast_to((cache.lengths[:, None] + number)[:, None], used.shape)
+    return (new.k, new.v), (positions, used), first, logprobs
+
+
+def _stacked(layers: jax.Array | tuple) -> jax.Array:
+    return jnp.stack(layers) if isinstance(layers, tuple) else layers

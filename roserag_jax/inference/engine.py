@@ -104,7 +104,11 @@ class Engine:
         rows = [p[:-1] for p in prompts]
         tokens, lengths = pad(rows, length or bucket(max(map(len, rows))), self.pad_id)
         with jax.set_mesh(self.mesh):
-            return _prefill(self.network, self.weights, *self.place(tokens, lengths))
+            return self.prefill_rows(*self.place(tokens, lengths))
+
+    def prefill_rows(self, tokens, lengths, shared: PrefixCache | None = None) -> PrefixCache:
+        """Prefill right-padded rows [B P] under the ambient mesh, behind what `shared` holds (`Transformer.prefill`)."""
+        return _prefill(self.network, self.weights, tokens, lengths, shared)
 
     def score(self, cache: PrefixCache, prompts, responses: list[list[list[int]]], length: int) -> np.ndarray:
         """Log-probabilities [B, N, length] of N responses (tokens, stop token included) per prompt; 0 past each end.
@@ -185,8 +189,8 @@ def _layer(stacked: tuple, i) -> tuple:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prefill(network, weights, tokens, lengths):
-    return network.model(weights).prefill(tokens, lengths)
+def _prefill(network, weights, tokens, lengths, shared):
+    return network.model(weights).prefill(tokens, lengths, shared)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from roserag_jax.distributed.sharding import devices, held_kv_heads, partition_spec, sharding
-from roserag_jax.models.cache import unstack
 from roserag_jax.models.config import ModelConfig
 
 PREFIX_AXES = ("batch", "heads", None, None)
@@ -54,85 +53,106 @@ def _allocate(num_layers, shape, axes, dtype, mesh, stacked):
     return tuple(zeros(shape, axes) for _ in range(num_layers))
 
 
-def take_slots(cache, axes: tuple, slots: jax.Array):
-    """Read W slots of each device, [L X*W ...]: the `slots` [X*W], counted within each device."""
+def take_slots(prompts: tuple, slots: jax.Array) -> tuple:
+    """Read W prompts of each device: keys [X*W K h P] and values [X*W K P h], stacked or unstacked as the cache is.
 
-    def take(slot_axis, cache, slots):
-        W = slots.shape[0]
-
-        def copy(w, rows):
-            read = lambda a: jax.lax.dynamic_slice_in_dim(a, slots[w], 1, axis=slot_axis)
-            write = lambda row, a: jax.lax.dynamic_update_slice_in_dim(row, read(a), w, axis=slot_axis)
-            return jax.tree.map(write, rows, cache)
-
-        first_slots = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, 0, W, axis=slot_axis), cache)
-        return jax.lax.fori_loop(0, W, copy, first_slots)  # all of them are overwritten
-
-    rows = _on_each_device(take, axes, cache, slots)
-    return jnp.stack(rows) if isinstance(rows, tuple) else rows
-
-
-def put_slots(cache, axes: tuple, rows, slots: jax.Array, served: jax.Array):
-    """Write `rows` [L X*W ...], W of each device, into its `slots` [X*W], from the front of all other axes.
-
-    Rows where `served` [X*W] is False are not written; they come last among those of a device.
+    Args:
+      prompts: keys and values of the prefix cache.
+      slots: the slots to read, counted within their devices, [X*W].
     """
-
-    def put(slot_axis, cache, rows, slots, served):
-        return _write_rows(cache, rows, slot_axis, slots, served, lambda row, w: row)
-
-    return _on_each_device(put, axes, cache, _as_cache(cache, rows), slots, served)
+    return _for_each_layer(lambda of_layer, _: _take(of_layer, slots), prompts)
 
 
-def put_rings(cache, axes: tuple, rows, token_axis: int, slots: jax.Array, served: jax.Array, first: jax.Array):
-    """Write `rows` as `put_slots` does, but as rings: tokens from `first` [X*W] on, wrapping round at the end.
+def put_slots(prompts: tuple, rows: tuple, slots: jax.Array, served: jax.Array) -> tuple:
+    """Write W prompts of each device into their slots, from the front of the token axis; `prompts` is donated.
+
+    Args:
+      prompts: keys and values of the prefix cache.
+      rows: keys [L X*W K h P] and values [L X*W K P h].
+      slots: the slots to write, counted within their devices, [X*W].
+      served: False for rows that are not written, [X*W]; they come last among those of a device.
+    """
+    put = lambda of_layer, layer: _put(PREFIX_AXES, of_layer, rows, layer, slots, served, None)
+    return _for_each_layer(put, prompts)
+
+
+def put_rings(suffix: tuple, rows: tuple, slots: jax.Array, served: jax.Array, first: jax.Array) -> tuple:
+    """Write branches as `put_slots` does prompts, but as rings: from entry `first` [X*W] on, wrapping round at the end.
 
     Each slot has a `first` of its own, because a row is padded to the longest that is written together: only then does
     its padding take no place among the entries that the slot's own tokens need.
 
     Args:
-      token_axis: the axis of tokens, counted from the end.
+      suffix: keys and values of the suffix cache.
+      rows: keys [L X*W K N h S] and values [L X*W K N S h].
     """
-
-    def put(slot_axis, cache, rows, slots, served, first):
-        def pad(a, rows):
-            widths = [(0, 0)] * rows.ndim
-            widths[token_axis] = (0, a.shape[token_axis] - rows.shape[token_axis])
-            return jnp.pad(rows, widths)
-
-        as_ring = lambda row, w: jnp.roll(row, first[w], token_axis)
-        return _write_rows(cache, jax.tree.map(pad, cache, rows), slot_axis, slots, served, as_ring)
-
-    return _on_each_device(put, axes, cache, _as_cache(cache, rows), slots, served, first)
+    put = lambda of_layer, layer: _put(SUFFIX_AXES, of_layer, rows, layer, slots, served, first)
+    return _for_each_layer(put, suffix)
 
 
-def _as_cache(cache, rows):
-    return unstack(rows) if isinstance(cache, tuple) and not isinstance(rows, tuple) else rows
+def put_entries(entries: tuple, rows: tuple, slots: jax.Array, served: jax.Array) -> tuple:
+    """Write what belongs to the entries of the suffix cache, arrays [B N M], as `put_slots` does; they are donated."""
+    return _put(("batch", None, None), entries, rows, None, slots, served, None)
 
 
-def _write_rows(cache, rows, slot_axis, slots, served, arrange):
-    """Write `arrange(row, w)` of each row w that is served into its slot.
+def _for_each_layer(function, cache: tuple) -> tuple:
+    """Call `function(keys and values, layer)` on all layers at once, or on each where they are unstacked.
 
-    In a loop: written out, the writes of eight rows to unstacked caches take far longer to compile than the network.
+    Each call runs a program of its own: one for thirty unstacked layers takes longer to compile than the network.
     """
-
-    def write(w, cache):
-        def into(a, rows):
-            row = arrange(jax.lax.dynamic_slice_in_dim(rows, w, 1, axis=slot_axis), w)
-            start = [0] * a.ndim
-            start[slot_axis] = slots[w]
-            return jax.lax.dynamic_update_slice(a, row, start)
-
-        return jax.tree.map(into, cache, rows)
-
-    return jax.lax.fori_loop(0, served.sum(), write, cache)
+    if not isinstance(cache[0], tuple):
+        return function(cache, None)
+    return tuple(zip(*(function(of_layer, i) for i, of_layer in enumerate(zip(*cache, strict=True))), strict=True))
 
 
-def _on_each_device(function, axes, cache, *rest):
-    """Call `function(slot_axis, cache, *rest)` on each device's own slots; all arrays are split over devices."""
-    mesh, stacked = jax.sharding.get_abstract_mesh(), not isinstance(cache, tuple)
-    axes = (None, *axes) if stacked else axes
+@jax.jit
+def _take(arrays: tuple, slots):
+    stacked = arrays[0].ndim - len(PREFIX_AXES)
+
+    def take(arrays, slots):
+        W = slots.shape[0]
+
+        def copy(w, rows):
+            read = lambda a: jax.lax.dynamic_slice_in_dim(a, slots[w], 1, axis=stacked)
+            write = lambda row, a: jax.lax.dynamic_update_slice_in_dim(row, read(a), w, axis=stacked)
+            return jax.tree.map(write, rows, arrays)
+
+        first_slots = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, 0, W, axis=stacked), arrays)
+        return jax.lax.fori_loop(0, W, copy, first_slots)  # all of them are overwritten
+
+    return _on_each_device(take, PREFIX_AXES, arrays, slots)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _put(axes: tuple, arrays: tuple, rows: tuple, layer, slots, served, first):
+    """Write rows into their slots, as rings where `first` is given; `layer` of the rows into arrays of one layer."""
+    stacked = arrays[0].ndim - len(axes)
+    if layer is not None:
+        rows = tuple(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in rows)
+
+    def put(arrays, rows, slots, served, first):
+        def write(w, arrays):
+            def into(a, rows, token_axis):
+                row = jax.lax.dynamic_slice_in_dim(rows, w, 1, axis=stacked)
+                if first is not None:
+                    widths = [(0, 0)] * row.ndim
+                    widths[token_axis] = (0, a.shape[token_axis] - row.shape[token_axis])
+                    row = jnp.roll(jnp.pad(row, widths), first[w], token_axis)
+                start = [0] * a.ndim
+                start[stacked] = slots[w]
+                return jax.lax.dynamic_update_slice(a, row, start)
+
+            return tuple(map(into, arrays, rows, (-1, -2)))
+
+        return jax.lax.fori_loop(0, served.sum(), write, arrays)
+
+    return _on_each_device(put, axes, arrays, rows, slots, served, first)
+
+
+def _on_each_device(function, axes: tuple, arrays: tuple, *rest):
+    """Call `function(arrays, *rest)` on each device's own slots; all arrays are split over devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = (None,) * (arrays[0].ndim - len(axes)) + axes
     spec = lambda a: partition_spec(a.shape, axes if a.ndim == len(axes) else ("batch",), mesh)
-    specs = jax.tree.map(spec, (cache, *rest))
-    function = functools.partial(function, int(stacked))
-    return jax.shard_map(function, in_specs=specs, out_specs=specs[0])(cache, *rest)
+    specs = jax.tree.map(spec, (arrays, *rest))
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0])(arrays, *rest)

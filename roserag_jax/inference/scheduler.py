@@ -411,8 +411,9 @@ class Scheduler:
             self.prompt_lengths[b] = C + length
         e = self.engine
         with jax.set_mesh(e.mesh), _COMPILING:
-            placed = self._place((tokens, lengths, slots, served))
-            self.prompts = decode_step.prefill_slots(e.network, e.weights, self.prompts, *placed, shared)
+            tokens, lengths, slots, served = self._place((tokens, lengths, slots, served))
+            cache = e.prefill_rows(tokens, lengths, shared)
+            self.prompts = kv_cache.put_slots(self.prompts, (cache.k, cache.v), slots, served)
         return [b for b, _ in taken]
 
     def _start(self, pending: list[list[int]]) -> list[int]:
