@@ -3,12 +3,13 @@
 Axes: B pairs of a batch, N = 2 branches (chosen, rejected), C shared-prefix tokens, P prompt tokens, S branch tokens.
 """
 
+import collections
 import copy
 import functools
 import itertools
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -21,7 +22,8 @@ from roserag_jax.rag.prompts import Prompt, cut_passages, prompt_tokens, respons
 
 _WINDOW = 8  # batches
 _BLOCK = 256  # rows whose responses are tokenized at a time
-_SAMPLE = 64  # pairs, at least, that the shared prefix is taken from
+_SAMPLE = 64  # pairs, at least, that the shared prefix and the sizes of batches are taken from
+_STEPS_OF_SIZE = 128  # a size that fewer steps need is not worth compiling for
 _THREADS = os.cpu_count() or 1
 
 
@@ -156,6 +158,20 @@ def batch_window(pairs: list[tuple[int, Pair | None]], order: np.ndarray, batch:
     return [batches[i] for i in order]
 
 
+def padded_sizes(lengths: Iterable[int], minimum: float) -> list[int]:
+    """The sizes that batches of these lengths are padded to, each of which compiles a training step of its own.
+
+    They are buckets; one that fewer than `minimum` of the lengths are in joins the next larger.
+    """
+    counts, sizes, few = collections.Counter(map(bucket, lengths)), [], 0
+    for size, count in sorted(counts.items()):
+        few += count
+        if few >= minimum or size == max(counts):
+            sizes.append(size)
+            few = 0
+    return sizes
+
+
 class Stream:
     """Batches of the whole run by step; iteration can begin at any step and gives the same batches from there on.
 
@@ -178,10 +194,14 @@ class Stream:
         tried = range(0, len(pairs), max(1, len(pairs) // _SAMPLE))
         found = dict(zip(tried, in_order(pairs.__getitem__, tried, threads=_THREADS), strict=True))
         self.places = [i for i in range(len(pairs)) if found.get(i, self) is not None]
-        prompts = [[*pair.prompt] for pair in found.values() if pair]
-        if not prompts:
+        read = [pair for pair in found.values() if pair]
+        if not read:
             raise UserError(f"config.train.max_length: none of {len(tried)} pairs fits without any passage; raise it.")
+        prompts = [[*pair.prompt] for pair in read]
         self.shared_prefix = np.array(prompts[0][: shared_prefix_length(prompts)], np.int32)
+        minimum = len(read) * _STEPS_OF_SIZE / len(self)
+        self._prompt_sizes = padded_sizes((len(tokens) - len(self.shared_prefix) - 1 for tokens in prompts), minimum)
+        self._response_sizes = padded_sizes((max(len(pair.chosen), len(pair.rejected)) for pair in read), minimum)
 
     def __len__(self) -> int:
         return self._epochs * self._steps
@@ -235,8 +255,9 @@ class Stream:
         C = len(prefix)
         if any(len(row.prompt) <= C or [*row.prompt[:C]] != prefix for row in rows):
             C = 0
-        prompt_size = bucket(max(len(row.prompt) for row in rows) - C - 1)
-        response_size = bucket(max(max(len(row.chosen), len(row.rejected)) for row in rows))
+        padded = lambda length, sizes: next((size for size in sizes if length <= size), bucket(length))
+        prompt_size = padded(max(len(row.prompt) for row in rows) - C - 1, self._prompt_sizes)
+        response_size = padded(max(max(len(row.chosen), len(row.rejected)) for row in rows), self._response_sizes)
         prompt, prompt_lengths = pad([row.prompt[C:-1] for row in rows], prompt_size, self.pad_id)
         responses = [response for row in rows for response in (row.chosen, row.rejected)]
         targets, lengths = pad(responses, response_size, self.pad_id)
