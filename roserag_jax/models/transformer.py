@@ -555,11 +555,16 @@ class Transformer(nnx.Module):
         c = self.config
         graph, _ = nnx.split(self.layers)
         full, local = self._angles(positions)
+
+        @jax.jit  # so that layers that do the same are traced once
+        def run(x, layer, angles, window, xs):
+            return step(x, nnx.merge(graph, layer), angles, window, None, xs)
+
         kept = []
         for i, layer in enumerate(layers):
             slides = c.sliding_window is not None and c.sliding_layers[i]
             angles, window = (local, c.sliding_window) if slides else (full, None)
-            x, out = step(x, nnx.merge(graph, layer), angles, window, None, tuple(a[i] for a in xs))
+            x, out = run(x, layer, angles, window, tuple(a[i] for a in xs))
             kept.append(out)
         return x, kept
 
