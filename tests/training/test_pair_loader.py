@@ -7,7 +7,7 @@ from conftest import PAIRS
 
 from roserag_jax.errors import UserError
 from roserag_jax.rag.prompts import PromptBuilder
-from roserag_jax.training.pair_loader import Pair, Pairs, Stream, hold_out
+from roserag_jax.training.pair_loader import Pair, Pairs, Stream, hold_out, padded_sizes
 
 RNG = np.random.default_rng(0)
 
@@ -115,6 +115,24 @@ def test_batch_whose_prompts_begin_otherwise_has_no_shared_prefix():
         prefix = [*range(3, 43)] if pair.id != "1" else []
         assert batch.shared_prefix.tolist() == prefix
         assert prefix + batch.prompt[0, : batch.prompt_lengths[0]].tolist() == pair.prompt[:-1]
+
+
+def test_batches_of_a_short_run_have_one_shape():
+    """Each shape compiles a step: a run of few steps pads all batches alike, one of many has sizes that pay off."""
+    tokens = lambda length: RNG.integers(3, 200, length).tolist()
+    sizes = [(20 + 6 * i, 4 + i) for i in range(64)]
+    pairs = [Pair(str(i), tokens(prompt), tokens(response), [4, 2]) for i, (prompt, response) in enumerate(sizes)]
+
+    def shapes(epochs):
+        stream = Stream(pairs, batch=1, pad_id=0, epochs=epochs)
+        batches = [stream.collate(step) for step in range(64)]
+        assert sorted(batch.prompt_lengths[0] + 1 for batch in batches) == [prompt for prompt, _ in sizes]
+        return {(batch.prompt.shape[1], batch.targets.shape[2]) for batch in batches}
+
+    assert shapes(epochs=1) == {(448, 80)}
+    assert {prompt for prompt, _ in shapes(epochs=8)} == {112, 256, 384, 448}  # each for 128 of 512 steps
+    assert len(shapes(epochs=1000)) > 8  # all that there are
+    assert padded_sizes([20, 70, 300], minimum=2) == [80, 320]
 
 
 def test_collate_marks_filler_rows():
