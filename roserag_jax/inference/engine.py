@@ -107,7 +107,7 @@ class Engine:
             return self.prefill_rows(*self.place(tokens, lengths))
 
     def prefill_rows(self, tokens, lengths, shared: PrefixCache | None = None) -> PrefixCache:
-        """Prefill right-padded rows [B P] under the ambient mesh, behind what `shared` holds (`Transformer.prefill`)."""
+        """`Transformer.prefill` of right-padded rows [B P] behind what `shared` holds, under the ambient mesh."""
         return _prefill(self.network, self.weights, tokens, lengths, shared)
 
     def score(self, cache: PrefixCache, prompts, responses: list[list[list[int]]], length: int) -> np.ndarray:

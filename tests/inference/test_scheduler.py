@@ -11,7 +11,7 @@ import pytest
 from conftest import NUCLEUS, PROMPTS, decode, engine_on, run, sample, tokens_of
 
 from roserag_jax.distributed.mesh import make_mesh
-from roserag_jax.inference import decode_step
+from roserag_jax.inference.engine import Engine
 from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
 from roserag_jax.inference.sampling import SamplingParams
 from roserag_jax.inference.scheduler import LengthClass, NumberedTask, Scheduler, length_classes, run_tasks
@@ -101,13 +101,14 @@ def test_prompts_of_many_lengths_are_prefilled_in_few_shapes(tiny_engine, monkey
     """What `few_shapes` asks for: each on its own, in 32 or 64 tokens behind what all begin with; the same samples."""
     rng, shapes = np.random.default_rng(3), set()
     prompts = [[*range(3, 43), *rng.integers(3, 131, n).tolist()] for n in (2, 18, 27, 50, 33, 9)]
-    prefill = decode_step.prefill_slots
+    prefill = Engine.prefill_rows
 
-    def noting(network, weights, caches, tokens, *rest):
-        shapes.add(tokens.shape)
-        return prefill(network, weights, caches, tokens, *rest)
+    def noting(engine, tokens, lengths, shared=None):
+        if shared:
+            shapes.add(tokens.shape)
+        return prefill(engine, tokens, lengths, shared)
 
-    monkeypatch.setattr(decode_step, "prefill_slots", noting)
+    monkeypatch.setattr(Engine, "prefill_rows", noting)
 
     def completions(**how):
         shared, engine = tiny_engine.prefill_shared_prefix(prompts[0][:40]), with_threads(tiny_engine, 1)
