@@ -289,7 +289,7 @@ def speed(args) -> dict:
         lambda: np.asarray(compiled(queries, padded, kept)), torch_maxsim
     )
     pieces = [len(ids) for ids in colbert._tokenize(texts, colbert.passage_length, colbert.passage_marker)]
-    flops, rates = _encoder_flops(read_bert_config(folder), pieces), _matmul_rates(model.config.hidden_size)
+    flops, rates = _encoder_flops(read_bert_config(Path(args.encoder)), pieces), _matmul_rates(model.config.hidden_size)
     return {
         "passages": len(passages),
         "passages_per_second": len(passages) / ours_s,
