@@ -2,7 +2,7 @@
 
 Command:   python -m roserag_jax.train --config configs/quickstart.py   (or `make quickstart`)
 Hardware:  a CPU with two cores
-Time:      ten to thirteen minutes
+Time:      eight to nine minutes; more where other programs run
 Result:    EM 16.7 -> 29.2, F1 21.7 -> 34.5 (docs/results.md)
 """
 
