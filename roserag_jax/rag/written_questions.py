@@ -5,6 +5,7 @@ The prompts show worked examples, because small models follow those where they i
 
 import collections
 import hashlib
+import itertools
 import random
 import re
 from typing import NamedTuple
@@ -432,7 +433,11 @@ def keep(
         following = sorted(queues[kind][0] for kind in open_kinds if of_kind[kind] < share)
         attempt = following[0][1]
         if attempt.id not in done:
-            waiting = sorted(each for _, head in following for each in queues[head.kind])
+            waiting = []
+            for _, head in following:
+                most = None if patient else _more_tries(of_kind[head.kind], counts[head.kind])
+                waiting += itertools.islice(queues[head.kind], most)
+            waiting.sort()
             return found._replace(waiting=[a for _, a in waiting if a.id not in done])
         queues[attempt.kind].popleft()
         counts[attempt.kind] += 1
@@ -443,6 +448,11 @@ def keep(
 def _hardly_any(kept: int, tries: int) -> bool:
     """Whether a kind is to make room for others."""
     return tries >= _TRIED and kept * _ONE_OF < tries
+
+
+def _more_tries(kept: int, tries: int) -> int:
+    """How many more attempts a kind has for certain, whatever becomes of them, before it makes room for others."""
+    return max(_TRIED, kept * _ONE_OF + 1) - tries
 
 
 def _take(found: Written, attempt: Attempt, row: dict, known: list[set[str]]) -> bool:
