@@ -1,14 +1,17 @@
 """How a run scales over devices: what is predicted, what several devices add to a step here, and which mesh fits.
 
     python -m benchmarks.scaling predict --model FOLDER --chip v5e --pairs 4 --plot docs/scaling.svg
-    python -m benchmarks.scaling measure --simulate 8
-    python -m benchmarks.scaling measure --model FOLDER --pairs 4 --prompt 1536 --response 192    # on real devices
+    python -m benchmarks.scaling measure [--work decode] --simulate 8
+    python launch/local.py --processes 4 -- benchmarks/scaling.py measure [--work decode] --simulate 2
+    python -m benchmarks.scaling measure --model FOLDER --each 4 --prompt 1536 --response 192    # on real devices
     python -m benchmarks.scaling fits --models FOLDER ... --topologies v5e:2x4 ...
 
 Of a model `config.json` is enough; weights are random. `predict` and `fits` need no devices. `measure` times the ORPO
-step over 1, 2, 4, ... devices with as many pairs for each (weak scaling) and with as many in all (strong), beside the
-prediction where the chip is known. Simulated devices share the cores of one machine, so it is the CPU seconds of a step
-that count there: what they grow by while the work stays the same is what several devices add.
+step, or (decode) prefilling and sampling for a batch of questions, over 1, 2, 4, ... devices, with as many of them
+for each (weak scaling) and with as many in all (strong), beside the prediction where the chip is known. Several
+processes, each with its own devices, measure on all devices only. Simulated devices share the cores of one machine, so
+it is the CPU seconds, of all processes together, that count there: what they grow by while the work stays the same is
+what several devices or processes add.
 
 The prediction of a training step is its arithmetic or its reading of the weights, whichever takes longer, and then what
 it sends, not overlapped, at the chip's published rates and without latencies. Bytes sent are those that compiled
@@ -20,6 +23,7 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +31,14 @@ import numpy as np
 from flax import nnx
 
 from roserag_jax import automatic_mesh, options
-from roserag_jax.distributed import hardware
+from roserag_jax.distributed import hardware, processes
 from roserag_jax.distributed.mesh import make_mesh
 from roserag_jax.errors import UserError
 from roserag_jax.hub import loading, model_files
+from roserag_jax.inference.engine import Engine
+from roserag_jax.inference.requests import DecoderCapacity, DecodeRequest, PrefillRequest
+from roserag_jax.inference.sampling import SamplingParams
+from roserag_jax.inference.scheduler import NumberedTask, length_classes, run_tasks
 from roserag_jax.models.config import ModelConfig
 from roserag_jax.models.lora import LoRAConfig
 from roserag_jax.models.transformer import Transformer
@@ -40,6 +48,7 @@ from roserag_jax.training.pair_loader import Batch
 from roserag_jax.training.train_step import TrainStep, adamw
 
 LORA = LoRAConfig(16, 32.0)
+SAMPLES = 4  # of a question, in decoding
 CHIPS = {chip.name.rpartition(" ")[2]: chip for chip in hardware._CHIPS.values()}
 SMALL = ModelConfig("llama", 512, 256, 4, 4, 2, 64, 1024, 1e-5, 1e4)  # what `measure` runs where no model is named
 
@@ -63,17 +72,63 @@ def predict(config: ModelConfig, chip: hardware.Chip, *, devices: int, pairs: fl
     return {"seconds": working + sent / chip.links, "working": working, "sending": sent / chip.links}
 
 
+def predict_decoding(config: ModelConfig, chip: hardware.Chip, *, questions: float, prompt: int, new: int) -> float:
+    """Predict the seconds in which a device prefills `questions` prompts and samples `new` tokens of each sample."""
+    weights, token = automatic_mesh.weight_bytes(config, 2), DecoderCapacity.token_bytes(config, 2, 1)
+    tables = 2 * config.vocab_size * config.embed_dim * (1 if config.tie_embeddings else 2)
+    read = weights + 2 * token * questions * (prompt + SAMPLES * new / 2)
+    return questions * prompt * (weights - tables) / chip.flops + new * read / chip.bandwidth
+
+
+def random_model(config: ModelConfig, lora: LoRAConfig, dtype, mesh) -> Transformer:
+    """A model of random weights, replicated over a mesh."""
+    make = lambda: nnx.state(Transformer(config, lora, dtype, nnx.Rngs(0)))
+    with jax.set_mesh(mesh):
+        state = jax.jit(make, out_shardings=jax.NamedSharding(mesh, jax.P()))()
+    return nnx.merge(nnx.graphdef(loading.abstract_model(config, lora, dtype)), state)
+
+
 def step_of(config: ModelConfig, devices: list, dtype, random: bool = True) -> TrainStep:
     """A training step over devices, weights replicated; of random weights, or of shapes alone."""
     mesh = make_mesh(data=len(devices), fsdp=1, tensor=1, devices=devices)
     if random:
-        make = lambda: nnx.state(Transformer(config, LORA, dtype, nnx.Rngs(0)))
-        with jax.set_mesh(mesh):
-            state = jax.jit(make, out_shardings=jax.NamedSharding(mesh, jax.P()))()
-        model = nnx.merge(nnx.graphdef(loading.abstract_model(config, LORA, dtype)), state)
+        processes.connect(mesh)
+        model = random_model(config, LORA, dtype, mesh)
     else:
         model = loading.abstract_model(config, LORA, dtype)
     return TrainStep(model, mesh, objective=Objective(remat="layer"), optimizer=adamw(1e-4, steps=1000))
+
+
+def training(config: ModelConfig, devices: list, dtype, pairs: int, args) -> Callable:
+    """A function that takes one training step."""
+    step, batch = step_of(config, devices, dtype), batch_of(pairs, args.prompt, args.response)
+    state, number = [step.init()], iter(range(1 << 30))
+
+    def run():
+        state[0], metrics = step(state[0], batch, next(number))
+        jax.block_until_ready((state[0], metrics))
+
+    return run
+
+
+def decoding(config: ModelConfig, devices: list, dtype, questions: int, args) -> Callable:
+    """A function that prefills prompts and samples; of several processes, each does so with its part and devices."""
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    mesh = make_mesh(data=len(own), fsdp=1, tensor=1, devices=own)
+    engine = Engine(random_model(config, LoRAConfig(), dtype, mesh), mesh, (), 0)
+    prompts = batch_of(questions // jax.process_count(), args.prompt, 1).prompt.tolist()
+    capacity = DecoderCapacity(len(prompts), SAMPLES, ((1, args.response),))
+
+    def task(i):
+        yield PrefillRequest(prompts[i])
+        yield DecodeRequest([prompts[i][-1:]] * SAMPLES, args.response, SamplingParams(1.0), str(i))
+
+    def run():
+        tasks = (NumberedTask(i, args.prompt, task(i)) for i in range(len(prompts)))
+        for _ in run_tasks(engine, tasks, length_classes(map(len, prompts), 1), capacity):
+            pass
+
+    return run
 
 
 def flops_of_pair(config: ModelConfig, prompt: int, response: int) -> float:
@@ -81,16 +136,16 @@ def flops_of_pair(config: ModelConfig, prompt: int, response: int) -> float:
     return step_of(config, jax.devices()[:1], jnp.bfloat16, random=False).flops(batch_of(1, prompt, response))
 
 
-def measure(step: TrainStep, batch: Batch, steps: int) -> tuple[float, float]:
-    """Seconds and CPU seconds of a step, after one that compiles."""
-    state, metrics = step(step.init(), batch, 0)
-    jax.block_until_ready((state, metrics))
+def measure(run: Callable, repeats: int) -> tuple[float, float]:
+    """Seconds of a run after one that compiles, and its CPU seconds in all processes."""
     used = lambda: (usage := resource.getrusage(resource.RUSAGE_SELF)).ru_utime + usage.ru_stime
+    run()
+    processes.barrier("compiled")
     start, cpu = time.monotonic(), used()
-    for number in range(1, steps + 1):
-        state, metrics = step(state, batch, number)
-    jax.block_until_ready((state, metrics))
-    return (time.monotonic() - start) / steps, (used() - cpu) / steps
+    for _ in range(repeats):
+        run()
+    found = processes.gather("measured", [(time.monotonic() - start) / repeats, (used() - cpu) / repeats])
+    return max(seconds for seconds, _ in found), sum(cpu for _, cpu in found)
 
 
 def run_measure(args) -> None:
@@ -98,31 +153,47 @@ def run_measure(args) -> None:
     if args.simulate:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.simulate)
+    joined = options.defaults()
+    joined.distributed = args.distributed
+    processes.start(joined)
     config = model_files.read_config(args.model)[1] if args.model else SMALL
     available, chip = jax.devices(), hardware.chip_of(jax.devices()[0])
-    on_cpu = available[0].platform == "cpu"
-    counts = [n for n in (1 << i for i in range(9)) if n <= len(available)]
-    flops, rows, first = flops_of_pair(config, args.prompt, args.response), [], {}
+    on_cpu, what = available[0].platform == "cpu", {"train": "pairs", "decode": "questions"}[args.work]
+    # A process without any of the devices could not take part.
+    few = [n for n in (1 << i for i in range(9)) if n < len(available)] if jax.process_count() == 1 else []
+    counts = [*few, len(available)]
+    flops, rows, first, measured = flops_of_pair(config, args.prompt, args.response), [], {}, {}
     for n in counts:
-        step = step_of(config, available[:n], jnp.float32 if on_cpu else jnp.bfloat16)
-        for scaling, pairs in (("weak", args.pairs * n), ("strong", args.pairs * counts[-1])):
-            seconds, cpu = measure(step, batch_of(pairs, args.prompt, args.response), args.steps)
+        for scaling, units in (("weak", args.each * n), ("strong", args.each * counts[-1])):
+            if (n, units) not in measured:  # on all devices both scalings are the same
+                make = {"train": training, "decode": decoding}[args.work]
+                run = make(config, available[:n], jnp.float32 if on_cpu else jnp.bfloat16, units, args)
+                measured[n, units] = measure(run, args.repeats)
+            seconds, cpu = measured[n, units]
             ratio = first.setdefault(scaling, (seconds, cpu))
             share = n if scaling == "strong" else 1
-            row = {"scaling": scaling, "devices": n, "pairs": pairs, "seconds": seconds, "cpu_seconds": cpu}
-            row["efficiency"] = ratio[0] / (seconds * share)
-            if scaling == "strong":
+            row = {"scaling": scaling, "processes": jax.process_count(), "devices": n, what: units}
+            row |= {"seconds": seconds, "cpu_seconds": cpu}
+            if few:
+                row["efficiency"] = ratio[0] / (seconds * share)
+            if few and scaling == "strong":
                 row["cpu_seconds_added"] = cpu - ratio[1]
-            if chip:
-                predicted = predict(config, chip, devices=n, pairs=pairs / n, flops=flops, split=False)
+            if chip and args.work == "train":
+                predicted = predict(config, chip, devices=n, pairs=units / n, flops=flops, split=False)
                 row["predicted_seconds"] = predicted["seconds"]
+            elif chip:
+                row["predicted_seconds"] = predict_decoding(
+                    config, chip, questions=units / n, prompt=args.prompt, new=args.response
+                )
             rows.append(row)
             print(json.dumps(row), flush=True)
     kind = "simulated devices" if on_cpu else available[0].device_kind
-    print(f"\n{args.model or 'a small random model'}, {args.prompt} + 2 x {args.response} tokens, {kind}\n")
+    tokens = f"{args.prompt} + {'2' if args.work == 'train' else SAMPLES} x {args.response} tokens"
+    print(f"\n{args.work}: {args.model or 'a small random model'}, {tokens}, {kind}\n")
     names = list(dict.fromkeys(name for row in rows for name in row))
     shown = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
     print(markdown(names, [[shown(row.get(name, "")) for name in names] for row in rows]))
+    processes.leave(0)
 
 
 def run_predict(args) -> None:
@@ -222,11 +293,16 @@ def main() -> None:
             command.add_argument("--topologies", nargs="+", required=True, help="as libtpu names them, v5e:2x4")
             continue
         command.add_argument("--model", required=not small, help="folder with config.json")
-        command.add_argument("--pairs", type=int, default=1 if small else 4, help="pairs of a device in weak scaling")
         if small:
+            command.add_argument("--work", choices=("train", "decode"), default="train", help="what is timed")
+            command.add_argument("--each", type=int, default=1, help="pairs or questions of a device in weak scaling")
             command.add_argument("--simulate", type=int, default=0, help="number of devices to simulate on the CPU")
-            command.add_argument("--steps", type=int, default=3, help="steps that are timed")
+            command.add_argument("--repeats", type=int, default=3, help="steps or batches that are timed")
+            command.add_argument(
+                "--config.distributed", dest="distributed", default="", help="as in every command of roserag_jax"
+            )
         else:
+            command.add_argument("--pairs", type=int, default=4, help="pairs of a device in weak scaling")
             command.add_argument("--chip", choices=CHIPS, default="v5e", help="chip to predict for")
             command.add_argument("--plot", help="SVG file to draw the efficiencies in")
     args = parser.parse_args()

@@ -132,7 +132,8 @@ class DecoderCapacity:
         tokens = bucket(prompt_length) + self.branches * self.suffix_length
         return 2 * self.token_bytes(config, itemsize, tensor) * tokens
 
-    def token_bytes(self, config: ModelConfig, itemsize: int, tensor: int) -> int:
+    @staticmethod
+    def token_bytes(config: ModelConfig, itemsize: int, tensor: int) -> int:
         """Bytes of a token's keys, or of its values, on one of `tensor` devices that heads are split over."""
         held = held_kv_heads(config.num_heads, config.num_kv_heads, tensor)
         return config.num_layers * _split(held, tensor) * config.head_dim * itemsize
