@@ -93,8 +93,9 @@ def test_unknown_memory_replicates():
 
 
 @pytest.mark.parametrize(("tensor", "copies"), [(1, 1), (2, 1), (4, 2), (8, 8)])
-def test_decode_step_reads_each_copy_of_a_key_value_head(tensor, copies, tmp_path):
+def test_decode_step_reads_each_copy_of_a_key_value_head(tensor, copies, tmp_path, monkeypatch):
     """Of four query heads and two key/value heads: four devices hold each of the two twice, eight hold both."""
+    monkeypatch.setattr(automatic_mesh, "make_mesh", make_mesh)  # the fixture `alone` leaves one device for a session
     shape = GEMMA_2B | {"num_layers": 2, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
     config = options.defaults()
     config.model, config.dtype, config.prompt.max_tokens = str(tmp_path), "bfloat16", 256
