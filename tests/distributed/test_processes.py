@@ -19,6 +19,11 @@ from roserag_jax.workdir import Workdir, digest
 torch = pytest.importorskip("torch")
 
 
+def _has_a_row(parts):
+    """Whether `generate` has finished a question; the file for it is there a moment before."""
+    return parts.exists() and any(file.stat().length for file in parts.glob("generate*/*.jsonl"))
+
+
 @pytest.mark.slow
 def test_processes_killed_run_resumes_to_the_same_bytes(config_of, questions, finished):
     """SIGKILL while generating and SIGTERM while training, then the same command: the bytes of an uninterrupted run
@@ -27,7 +32,7 @@ def test_processes_killed_run_resumes_to_the_same_bytes(config_of, questions, fi
     work = Workdir(config.workdir)
     parts = work / ".parts"
     process = start_command("train", config, "--config.train.evaluate=False")
-    code, _ = stop_when(process, lambda: parts.exists() and any(parts.glob("generate*/*.jsonl")), signal.SIGKILL)
+    code, _ = stop_when(process, lambda: _has_a_row(parts), signal.SIGKILL)
     assert code == -signal.SIGKILL and not (work / "pairs.jsonl").exists()
 
     checkpoints = work / "checkpoints"
@@ -75,7 +80,7 @@ def test_processes_two_train_as_one(config_of, questions, finished):
     assert "in use by another run" in said[0] and "error: process 0: config.workdir" in said[1]
 
     first, second = start_both()
-    decoding = lambda: any((work / ".parts").glob("generate*/*.jsonl"))
+    decoding = lambda: _has_a_row(work / ".parts")
     code, said = stop_when(second, lambda: decoding() and first.send_signal(signal.SIGTERM) is None, signal.SIGTERM)
     said = [first.communicate(timeout=200)[0], said]
     assert code == first.returncode == 143 and not (work / "candidates.jsonl").exists(), said
