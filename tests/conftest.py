@@ -453,10 +453,10 @@ def run_command(stage, config, *arguments, file=None, **environment):
     return subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def start_command(stage, config, *arguments, stderr=subprocess.STDOUT, **environment):
+def start_command(stage, config, *arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **environment):
     """Start a command in a process of its own."""
     line, environment = command_line(stage, config, *arguments), {**os.environ, **environment}
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+    return subprocess.Popen(line, stdout=stdout, stderr=stderr, text=True, env=environment)
 
 
 def stop_when(process, seen, how):
