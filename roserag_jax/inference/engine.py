@@ -3,6 +3,7 @@
 Axes: B batch, N branches, P prompt, S response length, C shared prefix.
 """
 
+import collections
 import dataclasses
 import functools
 import os
@@ -159,6 +160,17 @@ def coarse_bucket(length: int) -> int:
     """The padded length among fewer sizes than those of `bucket`: 32, 64, 96, 128, 192, 256, 384, 512, ..."""
     step = max(32, 1 << max((length - 1).bit_length() - 2, 0))
     return max(-(-length // step), 1) * step
+
+
+def joined_sizes(counts: collections.Counter[int], minimum: float) -> list[tuple[int, int]]:
+    """Sizes and how many members each has, as few as will do: one of fewer than `minimum` joins the next larger."""
+    result, few = [], 0
+    for size, count in sorted(counts.items()):
+        few += count
+        if few >= minimum or size == max(counts):
+            result.append((size, few))
+            few = 0
+    return result
 
 
 def shared_prefix_length(prompts: list[Sequence[int]]) -> int:

@@ -23,7 +23,7 @@ import numpy as np
 from roserag_jax.distributed.sharding import devices
 from roserag_jax.inference import decode_step, kv_cache
 from roserag_jax.inference.decode_step import DecodeState, RequestParams
-from roserag_jax.inference.engine import Engine, bucket, coarse_bucket, pad
+from roserag_jax.inference.engine import Engine, bucket, coarse_bucket, joined_sizes, pad
 from roserag_jax.inference.requests import Completion, DecoderCapacity, DecodeRequest, PrefillRequest, Task
 from roserag_jax.inference.sampling import SamplingParams, question_seed
 from roserag_jax.models.cache import SuffixCache
@@ -80,17 +80,11 @@ def length_classes(lengths: Iterable[int], minimum: int) -> list[LengthClass]:
 
     A class of fewer than `minimum` prompts joins the next.
     """
-    counts, longest, few = collections.Counter(), 0, 0
+    counts, longest = collections.Counter(), 0
     for length in lengths:
         counts[_power(length)] += 1
         longest = max(longest, length)
-    result = []
-    for limit, count in sorted(counts.items()):
-        few += count
-        if few >= minimum or limit >= longest:
-            result.append(LengthClass(min(limit, bucket(longest)), few))
-            few = 0
-    return result
+    return [LengthClass(min(limit, bucket(longest)), count) for limit, count in joined_sizes(counts, minimum)]
 
 
 def _power(length: int) -> int:

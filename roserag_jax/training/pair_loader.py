@@ -17,7 +17,7 @@ import numpy as np
 
 from roserag_jax.ahead import in_order
 from roserag_jax.errors import UserError
-from roserag_jax.inference.engine import bucket, pad, shared_prefix_length
+from roserag_jax.inference.engine import bucket, joined_sizes, pad, shared_prefix_length
 from roserag_jax.rag.prompts import Prompt, cut_passages, prompt_tokens, response_tokens
 
 _WINDOW = 8  # batches
@@ -159,17 +159,8 @@ def batch_window(pairs: list[tuple[int, Pair | None]], order: np.ndarray, batch:
 
 
 def padded_sizes(lengths: Iterable[int], minimum: float) -> list[int]:
-    """The sizes that batches of these lengths are padded to, each of which compiles a training step of its own.
-
-    They are buckets; one that fewer than `minimum` of the lengths are in joins the next larger.
-    """
-    counts, sizes, few = collections.Counter(map(bucket, lengths)), [], 0
-    for size, count in sorted(counts.items()):
-        few += count
-        if few >= minimum or size == max(counts):
-            sizes.append(size)
-            few = 0
-    return sizes
+    """The sizes that batches of these lengths are padded to, each of which compiles a training step of its own."""
+    return [size for size, _ in joined_sizes(collections.Counter(map(bucket, lengths)), minimum)]
 
 
 class Stream:
