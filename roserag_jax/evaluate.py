@@ -28,6 +28,7 @@ from roserag_jax.inference.requests import DecoderCapacity
 from roserag_jax.inference.respond import NumberedPrompt, respond
 from roserag_jax.inference.scheduler import length_classes
 from roserag_jax.inputs import corpus_recipe
+from roserag_jax.partial_results import PartialResults
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers, metrics, questions
 from roserag_jax.rag.chat import opens_thoughts
@@ -39,17 +40,7 @@ from roserag_jax.retrieval.bert_score import BertScore
 from roserag_jax.retrieval.bm25 import BM25
 from roserag_jax.retrieval.indexing import open_index
 from roserag_jax.session import Session, adapter_digest, adapter_folder, checked_adapter
-from roserag_jax.workdir import (
-    RETRIEVED,
-    PartialResults,
-    Recipe,
-    RowFile,
-    Workdir,
-    from_jsonl,
-    resolve_path,
-    to_json,
-    to_jsonl,
-)
+from roserag_jax.workdir import RETRIEVED, Recipe, RowFile, Workdir, from_jsonl, resolve_path, to_json, to_jsonl
 
 _SIMILARITY = ("evaluate.similarity", "evaluate.encoder")
 

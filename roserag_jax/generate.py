@@ -26,6 +26,7 @@ from roserag_jax.errors import UserError
 from roserag_jax.inference.requests import DecoderCapacity
 from roserag_jax.inference.scheduler import NumberedTask, length_classes, run_tasks
 from roserag_jax.inputs import input_digest
+from roserag_jax.partial_results import PartialResults
 from roserag_jax.preference import candidates, labels
 from roserag_jax.preference.candidates import QuestionInputs
 from roserag_jax.preference.labels import LABELS, VOTE
@@ -35,17 +36,7 @@ from roserag_jax.rag.files import read_rows
 from roserag_jax.rag.prompts import BUILDERS, PromptBuilder, PromptSize, estimate_lengths
 from roserag_jax.report.tables import table
 from roserag_jax.session import Session, adapter_digest
-from roserag_jax.workdir import (
-    CANDIDATES,
-    RETRIEVED,
-    VOTES,
-    ChangedRows,
-    PartialResults,
-    Recipe,
-    RowFile,
-    Workdir,
-    to_json,
-)
+from roserag_jax.workdir import CANDIDATES, RETRIEVED, VOTES, ChangedRows, Recipe, RowFile, Workdir, to_json
 
 _NO_INFLUENCE = ("generate.batch", "generate.memory_gb")
 _GUIDED = ("generate.guided_samples", "generate.guided_temperature")

@@ -19,6 +19,7 @@ from roserag_jax import cli, options
 from roserag_jax.errors import UserError
 from roserag_jax.inference.scheduler import LengthClass, NumberedTask, run_tasks
 from roserag_jax.inputs import corpus_recipe
+from roserag_jax.partial_results import PartialResults
 from roserag_jax.preference import candidates
 from roserag_jax.preference.question_writer import QuestionWriter
 from roserag_jax.progress import Progress
@@ -28,7 +29,7 @@ from roserag_jax.rag.written_questions import UNANSWERABLE, Attempt, Split, Writ
 from roserag_jax.retrieval.bm25 import context
 from roserag_jax.retrieval.indexing import open_index
 from roserag_jax.session import Session
-from roserag_jax.workdir import QUESTIONS, REJECTED, PartialResults, Recipe, Workdir, to_jsonl
+from roserag_jax.workdir import QUESTIONS, REJECTED, Recipe, Workdir, to_jsonl
 
 _PASSAGES_PER_QUESTION = 20  # passages of a large corpus that are looked at
 _WORDS_ALIKE = 64  # words of a passage by which others like it are found

@@ -15,22 +15,14 @@ from roserag_jax.distributed import processes
 from roserag_jax.hub import model_files, tokenizer
 from roserag_jax.hub.reward_model import RewardModelFolder
 from roserag_jax.inputs import input_digest
+from roserag_jax.partial_results import PartialResults
 from roserag_jax.preference import labels, pairs, rewards, selection
 from roserag_jax.preference.rewards import RewardModel
 from roserag_jax.progress import Progress
 from roserag_jax.rag import answers
 from roserag_jax.rag.prompts import PromptBuilder
 from roserag_jax.session import Session
-from roserag_jax.workdir import (
-    CANDIDATES,
-    PAIRS,
-    RETRIEVED,
-    REWARDS,
-    PartialResults,
-    Recipe,
-    Workdir,
-    to_json,
-)
+from roserag_jax.workdir import CANDIDATES, PAIRS, RETRIEVED, REWARDS, Recipe, Workdir, to_json
 
 
 def recipe(session: Session, workdir: Workdir) -> Recipe:

@@ -15,23 +15,14 @@ from ml_collections import ConfigDict
 
 from roserag_jax import options, rounds
 from roserag_jax.errors import UserError, first_line
+from roserag_jax.partial_results import partial_rows
 from roserag_jax.preference.labels import with_rewards
 from roserag_jax.preference.selection import Outcome, outcome
 from roserag_jax.rag import answers
 from roserag_jax.rag.metrics import measures_of
 from roserag_jax.report import comparison
 from roserag_jax.training.log import is_evaluation, is_number, read_rows
-from roserag_jax.workdir import (
-    ADAPTER,
-    CANDIDATES,
-    PAIRS,
-    RETRIEVED,
-    REWARDS,
-    Workdir,
-    partial_rows,
-    read_manifest,
-    verify_files,
-)
+from roserag_jax.workdir import ADAPTER, CANDIDATES, PAIRS, RETRIEVED, REWARDS, Workdir, read_manifest, verify_files
 
 
 @dataclasses.dataclass

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from roserag_jax import generate, session
 from roserag_jax.errors import UserError
+from roserag_jax.partial_results import PartialResults
 from roserag_jax.rag.prompts import PromptBuilder
-from roserag_jax.workdir import PartialResults, Workdir
+from roserag_jax.workdir import Workdir
 
 
 def test_generate_verifies_samples_from_elsewhere(finished, config_of, questions, tmp_path, capsys):

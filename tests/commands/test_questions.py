@@ -14,11 +14,12 @@ from roserag_jax import questions
 from roserag_jax.errors import UserError
 from roserag_jax.inference.engine import SharedPrefix
 from roserag_jax.inference.requests import Completion, PrefillRequest
+from roserag_jax.partial_results import partial_rows
 from roserag_jax.rag import synthetic, written_questions
 from roserag_jax.rag.questions import read_questions
 from roserag_jax.rag.words import contains
 from roserag_jax.session import Session
-from roserag_jax.workdir import Workdir, partial_rows
+from roserag_jax.workdir import Workdir
 
 BORN = re.compile(r"([A-Z]\w+ [A-Z]\w+) was a (\w+), born in ((?:[A-Z]\w+ ?)+) in (\d+)")
 LIES = re.compile(r"((?:[A-Z]\w+ ?)+) is a town in ((?:[A-Z]\w+ ?)+) with")

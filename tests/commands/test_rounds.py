@@ -7,13 +7,14 @@ import pytest
 
 from roserag_jax import generate, options, rounds, train
 from roserag_jax.errors import UserError
+from roserag_jax.partial_results import PartialResults
 from roserag_jax.report.page import page
 from roserag_jax.report.runs import read_run
 from roserag_jax.session import Session, adapter_digest
 from roserag_jax.training.pair_loader import Pairs, Stream
 from roserag_jax.training.train_step import TrainStep
 from roserag_jax.watch import finished_stages
-from roserag_jax.workdir import PartialResults, Recipe, Workdir, digest, to_jsonl
+from roserag_jax.workdir import Recipe, Workdir, digest, to_jsonl
 
 TWO_ROUNDS = {"train.rounds": 2, "train.evaluate": False, "generate.batch": 1}
 

@@ -17,7 +17,8 @@ import pytest
 
 from roserag_jax import inputs, workdir
 from roserag_jax.errors import UserError
-from roserag_jax.workdir import PartialResults, Recipe, Workdir, to_json, to_jsonl
+from roserag_jax.partial_results import PartialResults
+from roserag_jax.workdir import Recipe, Workdir, to_json, to_jsonl
 
 RECIPE = Recipe({"a": 1}, {"in": "x"})
 

@@ -114,7 +114,8 @@ def test_page_of_an_incomplete_workdir_has_what_is_there(workdir, tmp_path, kept
 
 def test_page_of_a_stage_under_way_has_the_finished_rows(workdir, tmp_path):
     """Partial results are shown; the last line, which is just being written, is not."""
-    from roserag_jax.workdir import PartialResults, Workdir
+    from roserag_jax.partial_results import PartialResults
+    from roserag_jax.workdir import Workdir
 
     rows = from_jsonl((workdir / "candidates.jsonl").read_text())
     shutil.copy(workdir / "retrieved.jsonl", tmp_path)
