@@ -360,6 +360,8 @@ def main() -> None:
     parser.add_argument("--folder", help="where files go; those of `compare` are kept there")
     args = parser.parse_args()
     args.passages = args.passages or {"corpus": 100_000}.get(args.what, 256)
+    if args.folder:
+        Path(args.folder).mkdir(parents=True, exist_ok=True)
     print(json.dumps({"corpus": corpus, "compare": compare, "speed": speed}[args.what](args)))
 
 
