@@ -102,6 +102,7 @@ def test_generate_judges_sampled_answers(config_of, questions, tmp_path):
         assert candidate["logprob"] == pytest.approx(float(logprob), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_generate_without_golden_answers_lets_the_samples_vote(config_of, questions, tmp_path, capsys):
     """Without golden answers: the same candidates as with golden answers that equal the votes."""
     rows = [json.loads(line) for line in questions.read_text().splitlines()]

@@ -128,6 +128,7 @@ def test_train_starts_from_an_adapter(finished, config_of, questions):
         train.run(config_of(questions, **{"lora.start": finished.workdir}))
 
 
+@pytest.mark.slow
 def test_train_evaluates_and_keeps_the_best(config_of, questions, capsys):
     """Held-out pairs and questions before, while and after training; the best checkpoint is kept and can be chosen."""
     changes = {"train.held_out": 0.34, "train.evaluate_every": 2, "train.answer_questions": 1, "train.evaluate": False}

@@ -183,6 +183,7 @@ def test_every_task_returns_once(tiny_engine, threads):
     assert found == {i: (i, [3 + i] * (i % 3) + [4] * (i % 3)) for i in range(8)}
 
 
+@pytest.mark.slow
 def test_forced_prefixes_of_different_lengths_side_by_side_are_kept(tiny_engine, tiny_llama):
     """Two devices: 128 tokens behind a forced prefix of 60, beside a prefix of 130. Each must keep its own prefix."""
     rng = np.random.default_rng(0)

@@ -149,6 +149,7 @@ def test_objective_equals_trl_trainers(loss, span, smollm_tokenizer, one_device,
     assert_same_gradient(found, trainer.model)
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_ignore_padding_order_and_remat(tiny_llama, one_device):
     """Remat, padding, the order of rows and a shared prefix prefilled once leave loss and gradient as they are."""
     opened, base = tiny_llama
