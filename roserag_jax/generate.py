@@ -128,7 +128,7 @@ class Questions:
         self.rows, self.builder, self.sampling = rows, builder, sampling
         self.outside = outside_samples(sampling.samples, {n.id for n in rows.notes}) if sampling.samples else {}
         self.shared = {"plain": builder.common_tokens(), "guided": builder.common_tokens(guided=True)}
-        self.most_reused = candidates.most_reused(builder, sampling.guided_samples, len(self.shared["guided"]))
+        self.most_reused = candidates.most_reused(builder)
         sizes = [note.size for note in rows.notes]
         lengths = estimate_lengths(sizes, lambda i: self.build(i).longest, builder.max_tokens)
         self.order = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))

@@ -82,14 +82,13 @@ def max_forced_prefix(options) -> int:
     return bucket(options.max_tokens + 8)
 
 
-def most_reused(builder: PromptBuilder, branches: int, shared_prefix: int) -> int:
+def most_reused(builder: PromptBuilder) -> int:
     """The most tokens of a guided prompt behind what it reuses: those of a hint of some twenty tokens and the rest.
 
-    It is 0 where no prompt is so long that `reusable_tokens` would find any: each branch's cache has room for them, and
-    every step of decoding reads all of it.
+    It is 0 with few-shot demonstrations, where nothing is reused (`reusable_tokens`): each branch's cache has room for
+    these tokens, and every step of decoding reads all of it.
     """
-    least = builder.hint_tokens()
-    return bucket(least + _HINT_TOKENS) if branches * least < builder.max_tokens - shared_prefix else 0
+    return 0 if builder.examples else bucket(builder.hint_tokens() + _HINT_TOKENS)
 
 
 def reusable_tokens(plain: Prompt, guided: Prompt, branches: int, shared_prefix: int, most: int) -> int | None:

@@ -44,15 +44,15 @@ def test_guided_branches_on_the_plain_cache_equal_those_on_the_guided_prompt(tin
         np.testing.assert_allclose(row[1].logprobs, other[1].logprobs, atol=1e-4)
 
 
-def test_decoder_has_room_for_hints_only_where_a_prompt_can_reuse(smollm_tokenizer):
+@pytest.mark.parametrize("max_tokens", [512, 4096])
+def test_decoder_has_room_for_hints_only_where_a_prompt_can_reuse(smollm_tokenizer, max_tokens):
     """With demonstrations none can: room for them would be read at every step."""
     generate = options.defaults().generate
     generate.update(guided_samples=3, plain_samples=3, max_tokens=40, answer_tokens=12, batch=20)
     suffix = {}
     for examples in (0, 2):
-        builder = PromptBuilder(smollm_tokenizer, 512, 4, examples)
-        most = most_reused(builder, 3, len(builder.common_tokens(guided=True)))
-        suffix[examples] = decoder_capacity(generate, most).suffix_length
+        builder = PromptBuilder(smollm_tokenizer, max_tokens, 4, examples)
+        suffix[examples] = decoder_capacity(generate, most_reused(builder)).suffix_length
     assert suffix[2] == 64  # a rationale of 40, the words that ask for its answer, and the answer of 12
     assert 64 < suffix[0] < 160  # what stands behind the passages in a guided prompt, and a rationale
 
